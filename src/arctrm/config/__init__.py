@@ -1,0 +1,23 @@
+"""Configuration: pydantic models, TOML files, overrides."""
+
+from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, SolveConfig
+from arctrm.config.data import DataConfig
+from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
+from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
+from arctrm.config.trm import TRMConfig
+
+__all__ = [
+    "AdaptationConfig",
+    "BuildConfig",
+    "DataConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "InferenceConfig",
+    "OptimiserConfig",
+    "PretrainConfig",
+    "ScheduleConfig",
+    "SolveConfig",
+    "TRMConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+]

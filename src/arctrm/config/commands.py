@@ -1,0 +1,64 @@
+"""The whole configuration of each command."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from arctrm.config.base import StrictModel
+from arctrm.config.data import DataConfig
+from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
+from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
+from arctrm.config.trm import TRMConfig
+
+
+class BuildConfig(StrictModel):
+    """`arctrm data build`."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder to write."""
+    data: DataConfig = DataConfig()
+
+
+class PretrainConfig(StrictModel):
+    """`arctrm pretrain`."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    out: Path | None = None
+    """Run folder."""
+    data: DataConfig = DataConfig()
+    trm: TRMConfig = TRMConfig()
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class EvalConfig(StrictModel):
+    """`arctrm eval`."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder for scores.json and submission.json."""
+    checkpoint: Path | None = None
+    """Checkpoint folder or file; the bundled weights when absent."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+
+class SolveConfig(StrictModel):
+    """`arctrm solve`."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    out: Path | None = None
+    """Folder for submission.json."""
+    checkpoint: Path | None = None
+    """Checkpoint folder or file; the bundled weights when absent."""
+    budget: Seconds = 60.0
+    """Wall-clock time per task."""
+    keep_going: bool = False
+    """In a folder, report a bad task and go on."""
+    inference: InferenceConfig = InferenceConfig(views=32, tokens_per_batch=4096)
+    adaptation: AdaptationConfig = AdaptationConfig()

@@ -1,0 +1,61 @@
+"""`[data]`: which tasks are trained on, which are evaluated, and how views are drawn."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from arctrm.config.base import StrictModel
+
+KNOWN_LEAKS = ("40853293", "8719f442")
+"""ARC-AGI-1 training tasks that hold a test pair (070dd51e) or test input (6ea4a07e) of evaluation."""
+
+
+class DataConfig(StrictModel):
+    """Sources, split, overlap guard and view drawing."""
+
+    subsets: tuple[str, ...] = ("training", "evaluation")
+    """Bundled names (training, evaluation: ARC-AGI-1; training2, evaluation2: ARC-AGI-2) or paths
+    to a task file, a folder of task files, a Kaggle challenges file or a `.json.gz` map."""
+
+    test_set: str | None = "evaluation"
+    """The subset that is evaluated: only the demonstrations of its tasks are trained on."""
+
+    path: Path | None = None
+    """Folder of the built data set; built there first when it does not exist."""
+
+    num_aug: int = Field(1000, ge=0)
+    """Number of distinct views of each task that training may draw; 0 = unbounded."""
+
+    exclude: tuple[str, ...] = KNOWN_LEAKS
+    """Task ids left out of training (their content, not their name, is the reason)."""
+
+    allow_overlap: tuple[str, ...] = ()
+    """Task ids that may be trained on although they share test content with the test set."""
+
+    drop_overlap: bool = False
+    """Leave out every task the overlap guard finds, instead of refusing to build."""
+
+    max_tasks: int | None = Field(None, ge=1)
+    """Use only the first tasks (by id) of each subset: for smoke runs."""
+
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
+    a label is the bundled name or the file's stem."""
+
+    identity_colours: float = Field(0.2, ge=0, le=1)
+    """Probability that a view keeps its colours (TRM is told so by a flag)."""
+
+    enlarge_canvas: float = Field(0.25, ge=0, le=1)
+    """Probability that the canvas is larger than the pair needs (compact layout)."""
+
+    translate: float = Field(0.0, ge=0, le=1)
+    """Probability that the pair is shifted on the 30x30 canvas (reference layout)."""
+
+    @model_validator(mode="after")
+    def _test_set_is_loaded(self) -> "DataConfig":
+        if self.test_set is not None and self.test_set not in self.subsets:
+            raise ValueError(
+                f"data.test_set = {self.test_set!r} is not among data.subsets = "
+                f"{list(self.subsets)}; add it there or set data.test_set to one of them"
+            )
+        return self

@@ -1,0 +1,71 @@
+"""`[evaluation]` and `[solving]`: inference, vote, adaptation, budget."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from arctrm.config.base import StrictModel
+from arctrm.config.training import Seconds
+
+
+class InferenceConfig(StrictModel):
+    """How candidates are produced from a checkpoint."""
+
+    views: int = Field(64, ge=1)
+    """Views of each test input that are answered and voted on."""
+
+    steps: int | None = Field(None, ge=1)
+    """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
+
+    tokens_per_batch: int = Field(32768, ge=1024)
+    """Tokens in one packed batch."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the blocks; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks; auto: on a GPU only."""
+
+    blank_task_embedding: bool = False
+    """Ablation: answer with a blank task embedding."""
+
+
+class AdaptationConfig(StrictModel):
+    """Test-time training on a task's own demonstrations."""
+
+    enabled: bool = True
+    """Adapt before answering."""
+
+    muon_lr: float = Field(1e-3, gt=0)
+    """Learning rate of Muon on the block matrices."""
+
+    adamw_lr: float = Field(1e-3, gt=0)
+    """Learning rate of AdamW on everything else."""
+
+    tokens_per_batch: int = Field(2048, ge=256)
+    """Tokens in one packed batch."""
+
+    halt_max_steps: int = Field(3, ge=1)
+    """Supervision steps before a row is replaced."""
+
+    max_steps: int = Field(2000, ge=1)
+    """Bound on optimiser steps, whatever the budget."""
+
+    answer_every: Seconds = 15.0
+    """Seconds of adaptation between rounds of answers."""
+
+
+class EvaluationConfig(StrictModel):
+    """Which tasks `eval` answers and scores."""
+
+    test_set: str = "evaluation"
+    """Bundled name or path of the tasks to answer."""
+
+    tasks: tuple[str, ...] = ()
+    """Only these task ids; empty = all."""
+
+    max_tasks: int | None = Field(None, ge=1)
+    """Only the first tasks by id."""
+
+    solutions: str | None = None
+    """Kaggle solutions file, when the tasks come without answers."""

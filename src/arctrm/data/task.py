@@ -1,0 +1,37 @@
+"""What a task is: grids, pairs, tasks. Parsing and checking live in `arctrm.data.parse`."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+Grid = np.ndarray
+"""A 2-D uint8 array, 1..30 x 1..30, colours 0..9."""
+
+MAX_SIDE = 30
+NUM_COLOURS = 10
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An input grid and its output grid; `output` is None where the answer is not known."""
+
+    input: Grid
+    output: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """An ARC task: demonstrations (with outputs) and test pairs (outputs possibly absent)."""
+
+    id: str
+    demonstrations: tuple[Pair, ...]
+    test: tuple[Pair, ...] = ()
+
+    def without_answers(self) -> "Task":
+        """The same task with every test output dropped: what solvers may see."""
+        return replace(self, test=tuple(Pair(pair.input) for pair in self.test))
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether every test pair has its output."""
+        return bool(self.test) and all(pair.output is not None for pair in self.test)
