@@ -1,0 +1,1 @@
+"""Tasks, sources, views, canvas, the base set and the overlap guard (all without torch)."""
