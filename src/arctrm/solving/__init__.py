@@ -1,0 +1,1 @@
+"""Solving: candidates, vote, scoring, submission, adaptation."""

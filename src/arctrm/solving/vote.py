@@ -1,0 +1,103 @@
+"""From many candidates to a ranking and two attempts; the result depends on nothing but their set.
+
+Equal grids are one entry. Order: votes, then mean q, then a hash of seed and grid, so neither
+the order in which views were answered nor the batch they sat in can change who wins.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum
+
+import numpy as np
+
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A proposed output grid, in the colours and orientation of the task (view undone)."""
+
+    grid: Grid | None
+    """None where the canvas held no grid."""
+    q: float
+    """The proposer's confidence: TRM's halting logit."""
+    source: str = "trm"
+    """Who proposed it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A distinct grid with its share of the vote."""
+
+    grid: Grid
+    votes: int
+    """Candidates equal to this grid."""
+    mean_q: float
+    """Mean of their confidences."""
+    sources: tuple[str, ...]
+    """Who proposed it, sorted."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for an attempt; shown beside it."""
+
+    votes: int
+    """Views that answered with this grid."""
+    views: int
+    """Views asked, malformed answers included."""
+    mean_q: float
+    """Mean halting logit of its votes."""
+    leave_one_out: float | None = None
+    """Share (0..1) of demonstrations answered exactly while held out; None if not measured."""
+
+
+def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
+    """Rank the distinct grids among `candidates`, best first; malformed ones are left out."""
+    groups: dict[tuple[tuple[int, ...], bytes], list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        if is_well_formed(candidate.grid):
+            groups[_key(candidate.grid)].append(candidate)
+    ranked = [_ranked(group) for group in groups.values()]
+    return sorted(ranked, key=lambda r: (-r.votes, -r.mean_q, _tie_break(r.grid, seed)))
+
+
+def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
+    """attempt_1 and attempt_2: always two grids.
+
+    A lone candidate is both of them; `fallback` (such as the query's input) is, if there is none.
+    """
+    if not ranked:
+        return fallback, fallback
+    return ranked[0].grid, ranked[min(1, len(ranked) - 1)].grid
+
+
+def is_well_formed(grid: Grid | None) -> bool:
+    """Whether this is a grid at all: 2-D, 1..30 x 1..30, colours 0..9."""
+    return (
+        grid is not None
+        and grid.ndim == 2
+        and grid.size > 0
+        and max(grid.shape) <= MAX_SIDE
+        and int(grid.min()) >= 0
+        and int(grid.max()) < NUM_COLOURS
+    )
+
+
+def _ranked(group: list[Candidate]) -> Ranked:
+    # fsum is exact, so the mean does not depend on the order of the candidates.
+    mean_q = fsum(candidate.q for candidate in group) / len(group)
+    sources = tuple(sorted({candidate.source for candidate in group}))
+    return Ranked(np.asarray(group[0].grid, dtype=np.uint8), len(group), mean_q, sources)
+
+
+def _key(grid: Grid | None) -> tuple[tuple[int, ...], bytes]:
+    cells = np.ascontiguousarray(grid, dtype=np.uint8)
+    return cells.shape, cells.tobytes()
+
+
+def _tie_break(grid: Grid, seed: int) -> bytes:
+    shape, cells = _key(grid)
+    return hashlib.blake2b(f"{seed} {shape} ".encode() + cells, digest_size=16).digest()
