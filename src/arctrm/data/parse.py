@@ -1,0 +1,156 @@
+"""JSON -> tasks, with every mistake reported as one sentence that says where it is.
+
+Indices in messages count from 0, as in the JSON path: `tasks/0a.json: train[1].output row 3`.
+"""
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Pair, Task
+from arctrm.errors import TaskError
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number with a decimal point",
+    type(None): "null",
+}
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file, plain or gzipped (`.gz`).
+
+    Raises:
+        TaskError: the file cannot be read, is not valid gzip, or is not JSON.
+
+    """
+    try:
+        data = path.read_bytes()
+        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TaskError(f"{path}: is not a complete gzip file ({error})") from error
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: is not JSON ({error})") from error
+
+
+def parse_task(obj: Any, task_id: str, where: str) -> Task:
+    """Check `{"train": [pair, ...], "test": [pair, ...]}`; test outputs may be absent or null.
+
+    Raises:
+        TaskError: `obj` is not a valid task.
+
+    """
+    if not isinstance(obj, dict) or "train" not in obj:
+        raise TaskError(
+            f'{where}: is not an ARC task: expected an object with "train" and "test", '
+            f"got {_describe(obj)}"
+        )
+    demonstrations = parse_pairs(obj["train"], where, "train", outputs_required=True)
+    test = parse_pairs(obj.get("test", []), where, "test", outputs_required=False)
+    return Task(task_id, demonstrations, test)
+
+
+def parse_pairs(
+    obj: Any, where: str, part: str = "train", outputs_required: bool = True
+) -> tuple[Pair, ...]:
+    """Check a non-empty list of `{"input": grid, "output": grid}`.
+
+    Raises:
+        TaskError: `obj` is something else.
+
+    """
+    if not isinstance(obj, list):
+        raise TaskError(f'{where}: "{part}" must be a list of pairs, got {_kind(obj)}')
+    if not obj:
+        missing = "a demonstration" if part == "train" else "a test input"
+        raise TaskError(f'{where}: "{part}" is empty or missing; a task needs at least {missing}')
+    return tuple(
+        _parse_pair(item, f"{where}: {part}[{index}]", outputs_required)
+        for index, item in enumerate(obj)
+    )
+
+
+def _parse_pair(obj: Any, where: str, output_required: bool) -> Pair:
+    if not isinstance(obj, dict) or "input" not in obj:
+        raise TaskError(f'{where}: expected an object with "input", got {_describe(obj)}')
+    output = obj.get("output")
+    if output is None and output_required:
+        raise TaskError(f'{where}: has no "output"; only test pairs may leave it out')
+    return Pair(
+        parse_grid(obj["input"], f"{where}.input"),
+        None if output is None else parse_grid(output, f"{where}.output"),
+    )
+
+
+def parse_grid(obj: Any, where: str) -> Grid:
+    """Check a list of equally long lists of colours 0..9, 1..30 x 1..30.
+
+    Raises:
+        TaskError: `obj` is something else.
+
+    """
+    if not isinstance(obj, list) or not all(isinstance(row, list) for row in obj):
+        raise TaskError(f"{where}: a grid must be a list of rows, got {_not_rows(obj)}")
+    height, width = len(obj), len(obj[0]) if obj else 0
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        size = f"{height}x{width}" if height and width else "an empty grid"
+        raise TaskError(f"{where}: a grid must be 1x1 to {MAX_SIDE}x{MAX_SIDE}, got {size}")
+    cells = bytearray()  # twice as fast as np.array(obj), which matters for 80,000 grids
+    for index, row in enumerate(obj):
+        if len(row) != width:
+            raise TaskError(
+                f"{where} row {index}: has {len(row)} cells where row 0 has {width}; "
+                "all rows of a grid must be equally long"
+            )
+        # type() and not isinstance(): a boolean is an int, and a float may equal a colour.
+        if set(map(type, row)) != {int} or min(row) < 0 or max(row) >= NUM_COLOURS:
+            raise _bad_cell(row, f"{where} row {index}")
+        cells += bytes(row)
+    return np.frombuffer(cells, dtype=np.uint8).reshape(height, width)
+
+
+def _bad_cell(row: list[Any], where: str) -> TaskError:
+    column, cell = next(
+        (column, cell)
+        for column, cell in enumerate(row)
+        if type(cell) is not int or not 0 <= cell < NUM_COLOURS
+    )
+    got = f"{_shorten(cell)} ({_kind(cell)})" if type(cell) is not int else _shorten(cell)
+    return TaskError(f"{where} column {column}: a colour must be a whole number 0..9, got {got}")
+
+
+def _not_rows(obj: Any) -> str:
+    if not isinstance(obj, list):
+        return _kind(obj)
+    index, row = next((i, row) for i, row in enumerate(obj) if not isinstance(row, list))
+    return f"{_kind(row)} as row {index}"
+
+
+def _describe(obj: Any) -> str:
+    if isinstance(obj, dict):
+        keys = ", ".join(f'"{_clip(key)}"' for key in list(obj)[:3])
+        return f"an object with {keys}{', ...' if len(obj) > 3 else ''}" if obj else "an empty one"
+    return _kind(obj)
+
+
+def _kind(obj: Any) -> str:
+    return _KINDS[type(obj)]
+
+
+def _shorten(cell: Any) -> str:
+    """A cell as JSON shows it, clipped: it may be a whole nested list or a 400-digit number."""
+    return _clip(json.dumps(cell))
+
+
+def _clip(text: str, length: int = 20) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
