@@ -7,6 +7,7 @@ config and the schedule, which a resumed run shares with the interrupted one.
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,8 @@ def unpack_optimiser(prefix: str, optimiser: Optimizer, tensors: dict[str, Tenso
 def rng_state() -> dict[str, Tensor]:
     """State of `random`, NumPy's global generator, torch on the CPU and on the current GPU."""
     _, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert kind == "MT19937"  # the only generator behind NumPy's global functions
+    numpy_state: Any = np.random.get_state()  # ("MT19937", words, position, has_gauss, gauss)
+    _, keys, position, has_gauss, cached = numpy_state
     state = {
         "rng.python": torch.tensor(words, dtype=torch.int64),
         "rng.python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -149,11 +150,11 @@ def _check_shape(name: str, tensor: Tensor, params: list[Tensor], index: int) ->
 
 
 def _place(state: dict[str, object], param: Tensor, group: dict) -> dict[str, object]:
-    """Move buffers to the parameter's device; step counts stay on the CPU unless fused."""
+    """Copy the buffers to the parameter's device; a step count stays on the CPU unless fused."""
     on_device = bool(group.get("fused") or group.get("capturable"))
-    return {
-        key: value.to(param.device, copy=True)
-        if isinstance(value, Tensor) and (value.ndim or on_device)
-        else value
-        for key, value in state.items()
-    }
+    placed = dict(state)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            device = param.device if key != "step" or on_device else torch.device("cpu")
+            placed[key] = value.to(device, copy=True)
+    return placed
