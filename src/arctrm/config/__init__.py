@@ -1,6 +1,6 @@
 """Configuration: pydantic models, TOML files, overrides."""
 
-from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, SolveConfig
+from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
@@ -16,6 +16,7 @@ __all__ = [
     "OptimiserConfig",
     "PretrainConfig",
     "ScheduleConfig",
+    "ShowConfig",
     "SolveConfig",
     "TRMConfig",
     "TrackingConfig",

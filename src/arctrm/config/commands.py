@@ -21,6 +21,19 @@ class BuildConfig(StrictModel):
     data: DataConfig = DataConfig()
 
 
+class ShowConfig(StrictModel):
+    """`arctrm data show`."""
+
+    seed: int | None = Field(None, ge=0)
+    """Draw the shown tasks at random with this seed; by default the first by id are shown."""
+    out: Path | None = None
+    """Text file to write instead of the terminal."""
+    limit: int = Field(5, ge=1)
+    """Tasks to show at most."""
+    statistics: bool = False
+    """Print sizes, canvas histogram and overlaps instead of tasks."""
+
+
 class PretrainConfig(StrictModel):
     """`arctrm pretrain`."""
 

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from arctrm.config.base import StrictModel
 
 KNOWN_LEAKS = ("40853293", "8719f442")
-"""ARC-AGI-1 training tasks that hold a test pair (070dd51e) or test input (6ea4a07e) of evaluation."""
+"""ARC-AGI-1 training tasks that hold a test pair (070dd51e) or test input (6ea4a07e) of its
+evaluation tasks."""
 
 
 class DataConfig(StrictModel):
@@ -56,6 +57,7 @@ class DataConfig(StrictModel):
         if self.test_set is not None and self.test_set not in self.subsets:
             raise ValueError(
                 f"data.test_set = {self.test_set!r} is not among data.subsets = "
-                f"{list(self.subsets)}; add it there or set data.test_set to one of them"
+                f"{list(self.subsets)}; add it there, or set data.test_set to one of them "
+                "or to '' for none"
             )
         return self

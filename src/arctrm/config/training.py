@@ -1,7 +1,7 @@
 """`[training]` and `[tracking]`: batch, optimisers, schedule, checkpoints, logging."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -52,6 +52,8 @@ class OptimiserConfig(StrictModel):
 class ScheduleConfig(StrictModel):
     """Warm-up, constant, linear decay to zero; in steps or in wall-clock time."""
 
+    alternatives: ClassVar = (("budget", "max_steps"),)
+
     budget: Seconds | None = None
     """Wall-clock training time, such as "10m"; the decay ends on time."""
 
@@ -68,8 +70,8 @@ class ScheduleConfig(StrictModel):
     def _one_length(self) -> "ScheduleConfig":
         if (self.budget is None) == (self.max_steps is None):
             raise ValueError(
-                f"schedule.budget = {self.budget} and schedule.max_steps = {self.max_steps}: "
-                "give exactly one of the two"
+                f"training.schedule.budget = {self.budget} and training.schedule.max_steps = "
+                f"{self.max_steps} contradict each other; give exactly one of the two"
             )
         return self
 

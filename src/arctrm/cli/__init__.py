@@ -1,0 +1,51 @@
+"""The `arctrm` command: runs the app and turns every error into one sentence and an exit code.
+
+Exit codes: 0 done, 1 failure, 2 the user has to change something, 130 interrupted.  A traceback
+appears only with `--debug` or `ARCTRM_DEBUG=1`.  Nothing here or in the option parsing imports
+torch, numpy or pydantic, so that `--help` is instant.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from arctrm.cli.app import DEBUG_FLAG, DEBUG_VARIABLE, Interrupted, app
+from arctrm.errors import ArctrmError
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code; `arguments` are those of the process unless given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Taken out before Typer parses, so that the flag works before and after the command's name.
+    debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    try:
+        app([word for word in words if word != DEBUG_FLAG], prog_name="arctrm")
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        sentence, code = describe_error(error)
+        print(sentence, file=sys.stderr)
+        raise SystemExit(code) from None
+    raise SystemExit(0)
+
+
+def describe_error(error: BaseException) -> tuple[str, int]:
+    """The line for stderr and the exit code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        return text or "interrupted", Interrupted.exit_code
+    if isinstance(error, ArctrmError):
+        return f"error: {text}", error.exit_code
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        where = f" for {error.filename}" if error.filename else ""
+        return f"error: no space left on the disk{where}; free some or give another --out", 2
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        reason = error.strerror.lower()
+        return f"error: {error.filename}: {reason}; check the path and its permissions", 2
+    kind = type(error).__name__
+    return f"internal error: {kind}{f': {text}' if text else ''}; run again with --debug", 1
