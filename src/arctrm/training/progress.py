@@ -8,7 +8,7 @@ from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from arctrm.console import note, progress_console
+from arctrm.console import progress_console
 from arctrm.training.schedule import Schedule
 
 EXAMPLES_PER_SECOND = "examples_per_second"
@@ -104,7 +104,7 @@ class TrainingProgress:
 
     def _print(self, elapsed: float) -> None:
         self._printed_at, self._last_printed = elapsed, self._last
-        note(self._last)
+        progress_console().print(self._last, soft_wrap=True)
 
 
 def clock(seconds: float | None) -> str:

@@ -70,7 +70,6 @@ class Tracker:
         self.path = run / "metrics.jsonl"
         self._run, self._config, self._resolved = run, config, resolved
         self._resume, self._resume_step, self._is_main = resume, resume_step, is_main
-        self._file: Any = None
         self._wandb: Any = None
 
     def __enter__(self) -> Self:
@@ -79,24 +78,22 @@ class Tracker:
                 self._run.mkdir(parents=True, exist_ok=True)
                 kept = _lines_up_to(self.path, self._resume_step) if self._resume else []
                 write_text_atomically(self.path, "".join(kept))
-                self._file = self.path.open("a", encoding="utf-8")
             if self._config.wandb:
                 self._wandb = start_wandb(self._run, self._config, self._resolved, self._resume)
         return self
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line (flushed, so that a kill loses none); not-a-number becomes null.
+        """Append one line, in the file when this returns; not-a-number becomes null.
 
         Raises:
             ResourceError: the disk is full.
         """
-        if self._file is None:
+        if not self._is_main:
             return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with disk_errors(self._run):
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
+        with disk_errors(self._run), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(values, step=step))
 
@@ -106,9 +103,6 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.finish(exit_code=0 if kind is None else 1))
             self._wandb = None
