@@ -11,7 +11,15 @@ from rich.console import Console
 
 from arctrm.data.task import Pair, Task
 from arctrm.errors import DataError
-from arctrm.solving.scoring import answers, is_right, score, scores_dict, scores_table, task_table
+from arctrm.solving.scoring import (
+    answers,
+    is_right,
+    judge,
+    score,
+    scores_dict,
+    scores_table,
+    task_table,
+)
 
 
 def grid(*rows: list[int]) -> np.ndarray:
@@ -111,3 +119,8 @@ def test_scoring_needs_nothing_but_grids_and_answers():
     code = "import sys, arctrm.solving.scoring; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_each_attempt_is_judged_and_an_unknown_answer_is_neither_right_nor_wrong():
+    verdicts = judge([(RIGHT, WIDE), (WRONG, WRONG)], [RIGHT, None])
+    assert verdicts == [(True, False), (None, None)]

@@ -84,6 +84,16 @@ def is_right(grid: Grid | None, answer: Grid | None) -> bool | None:
     return bool((grid == answer).all())
 
 
+def judge(
+    attempts: Sequence[Sequence[Grid]], known: Sequence[Grid | None]
+) -> list[tuple[bool | None, ...]]:
+    """For each test input, whether each of its grids is right (None: answer not known)."""
+    return [
+        tuple(is_right(grid, answer) for grid in grids)
+        for grids, answer in zip(attempts, known, strict=True)
+    ]
+
+
 def score(
     predictions: Mapping[str, Sequence[Sequence[Grid]]],
     answers: Mapping[str, Sequence[Grid | None]],

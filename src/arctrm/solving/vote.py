@@ -49,7 +49,7 @@ class Evidence:
     views: int
     """Views asked, malformed answers included."""
     mean_q: float
-    """Mean halting logit of its votes."""
+    """Mean confidence of its votes (TRM: halting logit); 0 without votes."""
     leave_one_out: float | None = None
     """Share (0..1) of demonstrations answered exactly while held out; None if not measured."""
 
@@ -72,6 +72,20 @@ def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
     if not ranked:
         return fallback, fallback
     return ranked[0].grid, ranked[min(1, len(ranked) - 1)].grid
+
+
+def evidence(
+    ranked: Sequence[Ranked], views: int, leave_one_out: float | None = None
+) -> tuple[Evidence, Evidence]:
+    """What speaks for each of the two grids that `attempts` returns for the same ranking."""
+    if not ranked:
+        nothing = Evidence(0, views, 0.0, leave_one_out)
+        return nothing, nothing
+    first, second = (
+        Evidence(entry.votes, views, entry.mean_q, leave_one_out)
+        for entry in (ranked[0], ranked[min(1, len(ranked) - 1)])
+    )
+    return first, second
 
 
 def is_well_formed(grid: Grid | None) -> bool:
