@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from arctrm.config.data import DataConfig
@@ -40,15 +41,18 @@ class BuildReport:
 
     path: Path | None
 
+    def __rich__(self) -> Table:
+        return self.table()
+
     def table(self) -> Table:
         """The report as the command prints it."""
-        table = Table(title=self._title(), title_justify="left", caption_justify="left")
+        table = Table(title=escape(self._title()), title_justify="left", caption_justify="left")
         table.add_column("subset")
         for name in ("tasks", "demonstrations", "test pairs"):
             table.add_column(name, justify="right")
         for label, counts in self.counts.items():
-            table.add_row(label, *(f"{counts[key]:,}" for key in counts))
-        table.caption = "\n".join(self._remarks())
+            table.add_row(escape(label), *(f"{counts[key]:,}" for key in counts))
+        table.caption = escape("\n".join(self._remarks()))
         return table
 
     def _title(self) -> str:
@@ -62,11 +66,11 @@ class BuildReport:
         if self.dropped:
             yield f"left out by data.drop_overlap: {len(self.dropped)} tasks"
         if self.harmless:
-            yield f"trained on although it overlaps: {describe(self.harmless)}"
+            yield f"overlaps that may be trained on: {describe(self.harmless)}"
 
 
 def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildReport]:
-    """Build the base set of `config`; written to `out`, else `config.path`, else only in memory.
+    """Build the base set of `config`; written to the folder `out`, without it only in memory.
 
     Raises:
         TaskError, DataError: a source cannot be used, or nothing is left to train on.
@@ -75,15 +79,14 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildRe
 
     """
     start = perf_counter()
-    path = out or config.path
     tasks, excluded = _exclude(_load(config), config)
     tasks, dropped, harmless = _guard(tasks, config)
     if not any(tasks.values()):
         raise DataError(f"data.subsets = {list(config.subsets)}: no task is left to train on")
     base = base_set_from_tasks(tasks, _test_label(config), config.num_aug, _built_from(config))
-    if path is not None:
-        write_base_set(base, path)
-        base = open_base_set(path)
+    if out is not None:
+        write_base_set(base, out)
+        base = open_base_set(out)
     report = BuildReport(
         counts=base.meta.counts,
         tasks=base.num_tasks,
@@ -93,20 +96,20 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildRe
         excluded=excluded,
         dropped=dropped,
         harmless=harmless,
-        path=path,
+        path=out,
     )
     return base, report
 
 
 def prepare(config: DataConfig) -> BaseSet:
-    """The base set of `config`: opened where `config.path` holds one, else built.
+    """The base set of `config`: opened where `config.path` holds one, else built (there).
 
     Raises:
         DataError: the set at `config.path` was built from something else.
 
     """
     if config.path is None or not (config.path / "meta.json").is_file():
-        return build(config)[0]
+        return build(config, config.path)[0]
     base = open_base_set(config.path)
     wanted = _built_from(config)
     for key, value in wanted.items():

@@ -38,6 +38,9 @@ PAIR_COLUMNS = (
     "out_width",
 )
 
+FILES = {"cells.npy", "pairs.npy", "meta.json"}
+"""What the folder of a built set holds, and nothing else."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -242,8 +245,10 @@ def write_base_set(base: BaseSet, path: Path) -> None:
         ResourceError: the disk is full; nothing half-written is left.
 
     """
-    if path.exists() and not (path / "meta.json").is_file():
-        raise DataError(f"{path} exists and is not a built data set; choose another folder")
+    if not _is_replaceable(path):
+        raise DataError(
+            f"{path} exists and is not (or not only) a built data set; choose another folder"
+        )
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         aside.mkdir(parents=True)
@@ -260,6 +265,13 @@ def write_base_set(base: BaseSet, path: Path) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether writing to `path` can lose nothing but an older data set."""
+    if not path.exists():
+        return True
+    return path.is_dir() and {file.name for file in path.iterdir()} in (set(), FILES)
 
 
 def _move_into_place(aside: Path, path: Path) -> None:

@@ -101,12 +101,15 @@ def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str
 def describe(overlaps: Iterable[Overlap]) -> str:
     """`40853293 (test pair of 070dd51e), ... and 366 more tasks`, each task once."""
     first = {overlap.task_id: overlap for overlap in reversed(list(overlaps))}
-    named = [
-        f"{task_id} (test {overlap.kind} of {overlap.test_task_id})"
-        for task_id, overlap in sorted(first.items())[:NUM_NAMED]
-    ]
+    named = [_name(first[task_id]) for task_id in sorted(first)[:NUM_NAMED]]
     rest = len(first) - len(named)
     return ", ".join(named) + (f" and {rest} more tasks" if rest else "")
+
+
+def _name(overlap: Overlap) -> str:
+    if overlap.task_id == overlap.test_task_id:
+        return f"{overlap.task_id} (its own test {overlap.kind})"
+    return f"{overlap.task_id} (test {overlap.kind} of {overlap.test_task_id})"
 
 
 def _index(
