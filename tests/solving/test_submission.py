@@ -77,6 +77,15 @@ def test_a_full_disk_leaves_the_older_submission_and_nothing_half_written(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_who_is_reading_the_older_submission_still_reads_it_whole(tmp_path):
+    path = tmp_path / "submission.json"
+    write_submission(path, submission({"a": [(A, B)]}))
+    before = path.read_text()
+    with path.open() as reader:
+        write_submission(path, submission({"a": [(B, B)]}))
+        assert reader.read() == before != path.read_text()
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="choose another --out"):
