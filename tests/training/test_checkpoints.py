@@ -158,7 +158,8 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, second
         assert latest is not None
         step = read_meta(latest).step
         assert step in (1, second)
-        assert_whole(latest, step)
+        for path in {latest, *(tmp_path / "checkpoints").glob("step_*")}:
+            assert_whole(path, read_meta(path).step)
         newer += step == second
         if step != 1:  # start the next round from the old state, temporaries of this one included
             write(tmp_path, 1, keep_last=1)
@@ -208,6 +209,20 @@ def test_a_disk_that_fills_up_under_the_weights_loses_nothing(small_disk):
     assert steps_on_disk(small_disk) == ["step_00000001"]
     assert_whole(latest_checkpoint(small_disk), 1)
     write(small_disk, 3)
+
+
+def test_an_interrupt_while_writing_leaves_nothing_half_written(tmp_path):
+    write(tmp_path, 1)
+    calls = []
+
+    def barrier():
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, 2, barrier=barrier)
+    assert steps_on_disk(tmp_path) == ["step_00000001"]
 
 
 def test_a_full_disk_as_safetensors_tells_it_is_recognised(tmp_path):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctrm import __version__
-from arctrm.errors import CheckpointError, ResourceError
+from arctrm.errors import CheckpointError
 from arctrm.training.checkpoint_meta import (
     FORMAT_VERSION,
     META,
@@ -131,10 +131,9 @@ def write_checkpoint(
                 _publish(aside, final)
                 _prune(parent, final, keep_last)
             barrier()
-    except (ResourceError, CheckpointError):
+    finally:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        raise
     return final
 
 
