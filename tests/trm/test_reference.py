@@ -70,7 +70,7 @@ def test_a_training_step_has_the_references_loss_and_gradient_norms(fixture):
 
 
 def test_keys_load_with_the_compile_wrappers_prefix(fixture):
-    config, weights, batch, _ = fixture
+    config, weights, _, _ = fixture
     wrapped = {"_orig_mod." + key: value for key, value in weights.items()}
     model, plain = load_reference(wrapped, config), load_reference(weights, config)
     same = zip(model.state_dict().items(), plain.state_dict().items(), strict=True)

@@ -33,23 +33,17 @@ class Carry:
     """The batch rows being worked on."""
 
 
-def halting(
-    q_halt: Tensor,
-    steps: Tensor,
-    max_steps: int | Tensor,
-    exploration_prob: float,
-) -> Tensor:
+def halting(q_halt: Tensor, steps: Tensor, max_steps: int, exploration_prob: float) -> Tensor:
     """Which rows stop after this step in training (ACT without a continue loss; TRM section 2.3).
 
     A row stops when q_halt > 0 or after `max_steps`; with `exploration_prob` it must run a random
     number of steps (2..max) first. `steps` counts the step just taken.
     """
-    limit = torch.as_tensor(max_steps, device=q_halt.device)
-    at_limit = steps >= limit
     explore = torch.rand_like(q_halt) < exploration_prob
-    drawn = 2 + (torch.rand_like(q_halt) * (limit - 1)).floor()
-    minimum = torch.where(explore, drawn.clamp(max=limit), 0)
-    return at_limit | ((q_halt > 0) & (steps >= minimum) & (limit > 1))
+    drawn = 2 + (torch.rand_like(q_halt) * (max_steps - 1)).floor()
+    minimum = torch.where(explore, drawn.clamp(max=max_steps), 0)
+    early = (q_halt > 0) & (steps >= minimum) if max_steps > 1 else torch.zeros_like(explore)
+    return (steps >= max_steps) | early
 
 
 class ReferenceTRM(nn.Module):
@@ -105,11 +99,11 @@ class ReferenceTRM(nn.Module):
         codes = torch.nn.functional.pad(data["inputs"], (slots, 0)).flatten()
         blank = torch.zeros_like(data["puzzle_identifiers"])
         prefix, condition = self.trm.prefix(data["puzzle_identifiers"], blank, blank)
-        x = self.trm.embed(codes, place, row.repeat_interleave(length), prefix, condition)
+        x = self.trm.embed(codes, row.repeat_interleave(length), row * length, prefix, condition)
         head = self.trm.config.hidden_size // self.trm.config.num_heads
         cos, sin = rotary_tables(place[:, None], head, self.trm.config.rope_base)
         offsets = torch.arange(0, rows * length + 1, length, device=device, dtype=torch.int32)
-        seq = Sequences(offsets, length, cos, sin, True, None, None)
+        seq = Sequences(offsets, length, cos, sin, True, None)
         return self.trm.supervision_step(latents, x, seq, row * length)
 
 

@@ -31,11 +31,9 @@ class Sequences(NamedTuple):
     """[T, 1, K]."""
     uniform: bool
     """All sequences are exactly max_len long."""
-    pad_index: Tensor | None
-    """int64 [N, max_len]: token of each padded place, T where there is none; only where the
-    packed attention kernel is not available (CPU, float32)."""
-    unpad_index: Tensor | None
-    """int64 [T]: place of each token in the flattened padded batch."""
+    lengths: tuple[int, ...] | None
+    """Lengths of the sequences that exist, where the packed attention kernel is not available
+    (CPU, float32)."""
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -75,31 +73,21 @@ def attend(q_TAK: Tensor, k_TAK: Tensor, v_TAK: Tensor, seq: Sequences) -> Tenso
     """Full attention inside each sequence; returns [T, A, K].
 
     Three ways to the same result: batched when all sequences are equally long, torch's packed
-    kernel in half precision on CUDA, a padded batch elsewhere.
+    kernel in half precision on CUDA, one sequence after the other elsewhere (no padding: most
+    canvases are small, a few are 30x30).
     """
     if seq.uniform:
         q, k, v = (x.unflatten(0, (-1, seq.max_len)).transpose(1, 2) for x in (q_TAK, k_TAK, v_TAK))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    if seq.pad_index is None:
+    if seq.lengths is None:
         out = varlen_attn(q_TAK, k_TAK, v_TAK, seq.offsets, seq.offsets, seq.max_len, seq.max_len)
         assert isinstance(out, Tensor)
         return out
-    return _attend_padded(q_TAK, k_TAK, v_TAK, seq.pad_index, seq.unpad_index)
-
-
-def _attend_padded(
-    q_TAK: Tensor, k_TAK: Tensor, v_TAK: Tensor, pad_index: Tensor, unpad_index: Tensor | None
-) -> Tensor:
-    assert unpad_index is not None
-    num_tokens = q_TAK.shape[0]
-    # Places without a token read token 0 and are masked as keys; a sequence without any token
-    # keeps its first key, so that no row of the softmax is empty.
-    source = torch.where(pad_index < num_tokens, pad_index, 0)
-    mask = pad_index < num_tokens
-    mask = torch.cat((torch.ones_like(mask[:, :1]), mask[:, 1:]), dim=1)
-    q, k, v = (x[source].transpose(1, 2) for x in (q_TAK, k_TAK, v_TAK))  # (N, A, L, K)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    return out.transpose(1, 2).flatten(0, 1)[unpad_index]
+    parts = zip(
+        *(x.transpose(0, 1).split(seq.lengths, 1) for x in (q_TAK, k_TAK, v_TAK)), strict=True
+    )
+    done = [F.scaled_dot_product_attention(q[None], k[None], v[None])[0] for q, k, v in parts]
+    return torch.cat(done, dim=1).transpose(0, 1)
 
 
 class BlockWeights(NamedTuple):

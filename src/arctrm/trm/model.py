@@ -108,14 +108,14 @@ class TRM(nn.Module):
         and the flag "colours as in the task", the rest are learned. `blank` is the ablation that
         hides which task it is.
         """
-        task = F.embedding(embedding_row, self.puzzle_emb.weights)
+        task = self.puzzle_emb.weights.index_select(0, embedding_row)
         if blank:
             task = torch.zeros_like(task)
         rows, slots = task.shape[0], self.config.num_prefix_slots
         if self.config.layout == "reference":
             return F.pad(task[:, None], (0, 0, 0, slots - 1)), torch.zeros_like(task)
-        turn = F.embedding(dihedral, self.dihedral_emb.weights)
-        flag = F.embedding(colour_flag, self.colour_flag_emb.weights)
+        turn = self.dihedral_emb.weights.index_select(0, dihedral)
+        flag = self.colour_flag_emb.weights.index_select(0, colour_flag)
         if self.config.task_embedding == "per_view":
             turn, flag = torch.zeros_like(turn), torch.zeros_like(flag)
         learned = self.slots.weights.expand(rows, -1, -1)
@@ -123,22 +123,24 @@ class TRM(nn.Module):
         return prefix, (task + turn + flag) * float(self.config.condition_cells)
 
     def embed(
-        self, codes_T: Tensor, slot_T: Tensor, row_T: Tensor, prefix: Tensor, condition: Tensor
+        self, codes_T: Tensor, row_T: Tensor, first_token: Tensor, prefix: Tensor, condition: Tensor
     ) -> Tensor:
         """Input embeddings [T, D]: prefix slots, then cells, scaled by sqrt(D).
 
-        `slot_T` is the place of a token in its sequence (below P: a prefix slot), `row_T` its row;
-        tokens of no row point at a row past the end and get row 0's vectors.
+        `row_T` is the row of each token (tokens of no row point past the end), `first_token` [R]
+        the place of each row's slot 0 (T or more: the row is not there).
         """
-        num_slots = self.config.num_prefix_slots
-        row = torch.where(row_T < prefix.shape[0], row_T, 0)
+        num_tokens, num_slots = codes_T.shape[0], self.config.num_prefix_slots
         # A product with one-hot rows: its gradient is a product too, not a contended scatter.
         one_hot = F.one_hot(codes_T.long(), VOCABULARY).to(self.dtype)
         cells = one_hot @ self.embed_tokens.embedding_weight.to(self.dtype)
-        cells = cells + condition.to(self.dtype)[row]
-        flat_slot = row * num_slots + slot_T.clamp(max=num_slots - 1)
-        slots = prefix.to(self.dtype).flatten(0, 1)[flat_slot]
-        embedded = torch.where((slot_T < num_slots)[:, None], slots, cells)
+        row = row_T.clamp(max=condition.shape[0] - 1)
+        cells = cells + condition.index_select(0, row).to(self.dtype)
+        slot = first_token[:, None] + torch.arange(num_slots, device=codes_T.device)
+        # One token more takes the slots of rows that are not there.
+        place = torch.where(first_token[:, None] < num_tokens, slot, num_tokens).flatten()
+        padded = F.pad(cells, (0, 0, 0, 1))
+        embedded = padded.index_copy(0, place, prefix.to(self.dtype).flatten(0, 1))[:num_tokens]
         return embedded * self.config.hidden_size**0.5
 
     def supervision_step(
@@ -146,8 +148,8 @@ class TRM(nn.Module):
     ) -> tuple[Latents, Prediction]:
         """H_cycles x L_cycles passes, all but the last H cycle without gradient (TRM, figure 3).
 
-        `first_token` [R] is each row's slot 0, where the halting logit is read. The returned
-        latents are detached.
+        `first_token` [R] is each row's slot 0, where the halting logit is read (T or more: the row
+        is not there, its logit means nothing). The returned latents are detached.
         """
         weights = self.L_level.cast(self.dtype)
         z_H, z_L = latents
@@ -166,9 +168,8 @@ class TRM(nn.Module):
     def read_out(self, z_H: Tensor, first_token: Tensor) -> Prediction:
         """Cell logits of every token and halting logit of every row, in float32."""
         logits = F.linear(z_H, self.lm_head.weight.to(z_H.dtype)).float()
-        q = F.linear(
-            z_H[first_token], self.q_head.weight.to(z_H.dtype), self.q_head.bias.to(z_H.dtype)
-        )
+        answer = z_H.index_select(0, first_token.clamp(max=z_H.shape[0] - 1))
+        q = F.linear(answer, self.q_head.weight.to(z_H.dtype), self.q_head.bias.to(z_H.dtype))
         return Prediction(logits, q[:, 0].float())
 
     def _pass(self, z: Tensor, injection: Tensor, weights: list, seq: Sequences) -> Tensor:

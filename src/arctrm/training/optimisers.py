@@ -1,0 +1,107 @@
+"""Optimisers from torch over one flat gradient: Muon for block matrices, AdamW for the rest.
+
+All gradients live in one buffer, so zeroing, clipping and the reduction over processes are one
+operation each. Muon sees the fused matrices (q/k/v, gate/up) as the separate matrices they are:
+it is given views that share their storage.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from arctrm.config.training import OptimiserConfig
+
+FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
+"""Matrices in one, stacked along the rows."""
+
+
+class FlatGradients:
+    """One buffer [number of parameters' elements] that every parameter's `.grad` is a view of."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        total = sum(p.numel() for p in parameters)
+        self.flat = torch.zeros(total, device=parameters[0].device)
+        begin = 0
+        for p in parameters:
+            p.grad = self.flat[begin : begin + p.numel()].view_as(p)
+            begin += p.numel()
+
+    def zero(self) -> None:
+        """Forget the gradient."""
+        self.flat.zero_()
+
+    def clip(self, max_norm: float) -> None:
+        """Scale the gradient down to `max_norm` (L2 over everything)."""
+        scale = (max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0)
+        self.flat.mul_(scale)
+
+
+class Optimisers:
+    """The optimisers of one model; call after its gradients are `FlatGradients`."""
+
+    def __init__(self, model: nn.Module, config: OptimiserConfig):
+        matrices, others = _split(model, use_muon=config.kind == "muon")
+        self.all: dict[str, Optimizer] = {}
+        if matrices:
+            self.all["muon"] = Muon(
+                matrices,
+                lr=config.muon_lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+            )
+        self.all["adamw"] = AdamW(
+            others,
+            lr=config.adamw_lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=others[0].is_cuda,
+        )
+        self.peaks = {"muon": config.muon_lr, "adamw": config.adamw_lr}
+
+    def step(self, factor: float) -> None:
+        """One step of each at `factor` x its peak learning rate."""
+        for name, optimiser in self.all.items():
+            for group in optimiser.param_groups:
+                group["lr"] = self.peaks[name] * factor
+            optimiser.step()
+
+
+def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """(matrices of the blocks, one per projection; every other parameter)."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, p in model.named_parameters():
+        if not use_muon or ".layers." not in name:
+            others.append(p)
+            continue
+        parts = next((n for key, n in FUSED_PARTS.items() if key in name), 1)
+        assert p.grad is not None
+        for data, grad in zip(p.data.chunk(parts), p.grad.chunk(parts), strict=True):
+            matrix = nn.Parameter(data)
+            matrix.grad = grad
+            matrices.append(matrix)
+    return matrices, others
+
+
+class EMA:
+    """Exponential moving average of all trained weights (warm-up: decay (1 + n) / (10 + n))."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self.weights = [p.detach() for p in model.parameters()]
+        self.averages = [w.clone() for w in self.weights]
+
+    def update(self, step: int) -> None:
+        """Move towards the weights after optimiser step number `step` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages by parameter name."""
+        return dict(zip(self.names, self.averages, strict=True))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])

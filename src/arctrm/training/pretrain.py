@@ -1,0 +1,229 @@
+"""`arctrm pretrain`: TRM alone, from a configuration to checkpoints.
+
+The path of the data: sources -> base set -> stream on the device -> supervision steps -> loop.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+
+from arctrm.config import PretrainConfig
+from arctrm.config.trm import TRMConfig
+from arctrm.console import note
+from arctrm.data.build import prepare
+from arctrm.data.dataset import BaseSet
+from arctrm.errors import CheckpointError, ConfigError
+from arctrm.training.checkpoints import (
+    check_id_map,
+    check_names,
+    check_same_config,
+    latest_checkpoint,
+    read_meta,
+    read_model,
+    read_rank,
+    read_trainer,
+)
+from arctrm.training.estimate import estimate
+from arctrm.training.loop import Run, restore, train
+from arctrm.training.metrics import Metrics
+from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
+from arctrm.training.progress import TrainingProgress
+from arctrm.training.provenance import git_revision, run_record, write_run_record
+from arctrm.training.step import GraphedStep, MicroStep
+from arctrm.training.stream import PairStream
+from arctrm.training.tracking import Tracker
+from arctrm.trm.layers import run_level
+from arctrm.trm.model import TRM, count_parameters
+
+MAY_DIFFER_ON_RESUME = (
+    "out",
+    "tracking",
+    "data.path",
+    "training.schedule",
+    "training.checkpoint_every",
+    "training.checkpoint_every_steps",
+    "training.keep_last",
+    "training.log_every",
+)
+TOKENS_PER_ROW = 64
+"""Rows of a packed batch = tokens / this: a bound on the offsets, rarely reached (mean: 195)."""
+RANK_SEED_STEP = 1_000_003
+
+
+def run(config: PretrainConfig, out: Path, resume: bool) -> None:
+    """Train TRM into the run folder `out`, from its latest checkpoint with `resume`.
+
+    Raises:
+        UserError: data, checkpoint or machine do not allow it.
+        KeyboardInterrupt: after saving, when interrupted.
+    """
+    began_at = time.monotonic()
+    checkpoint = _starting_point(out, resume)
+    accelerator = Accelerator()
+    base = _shared_prepare(config, accelerator)
+    job = build_run(config, base, out, accelerator, began_at)
+    if checkpoint is not None:
+        _restore(job, checkpoint)
+    if config.training.cuda_graph != "off" and accelerator.device.type == "cuda":
+        job.steps = [GraphedStep(step) for step in job.steps]
+    is_main = accelerator.is_main_process
+    if is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_run_record(out, run_record(config, data_fingerprint=base.meta.fingerprint))
+        note(f"{'resuming' if resume else 'training'} in {out}: {_summary(job, base)}")
+    tracker = Tracker(
+        out,
+        config.tracking,
+        job.resolved,
+        resume=resume,
+        is_main=is_main,
+        resume_step=job.step if resume else None,
+    )
+    train(job, tracker, TrainingProgress(job.schedule, is_main=is_main))
+    if is_main:
+        note(f"checkpoint: {latest_checkpoint(out)}")
+
+
+def build_run(
+    config: PretrainConfig, base: BaseSet, out: Path, accelerator: Accelerator, began_at: float
+) -> Run:
+    """Model, stream, steps and optimisers of a fresh run."""
+    training, device = config.training, accelerator.device
+    torch.manual_seed(config.seed)
+    model = new_model(config.trm, base).to(device)
+    model.dtype = compute_dtype(training.dtype, device)
+    if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
+        model.level = torch.compile(run_level, dynamic=False)
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
+    stream = PairStream(base, config.data, config.trm, config.seed, device)
+    num_rows = training.max_rows or training.tokens_per_batch // TOKENS_PER_ROW
+    halt_max_steps = training.halt_max_steps or config.trm.halt_max_steps
+    steps = [
+        MicroStep(
+            model,
+            stream,
+            stream.new_state(model, training.tokens_per_batch, num_rows),
+            halt_max_steps,
+            1 / training.grad_accum,
+        )
+        for _ in range(training.grad_accum)
+    ]
+    gradients = FlatGradients(list(model.parameters()))
+    carry = {f"{i}.{k}": v for i, s in enumerate(steps) for k, v in s.state._asdict().items()}
+    return Run(
+        out=out,
+        config=training,
+        resolved=config.model_dump(mode="json"),
+        accelerator=accelerator,
+        model=model,
+        steps=list(steps),
+        metrics=Metrics(accelerator, [step.counts for step in steps]),
+        carry=carry,
+        gradients=gradients,
+        optimisers=Optimisers(model, training.optimiser),
+        ema=EMA(model, training.ema_decay) if training.ema_decay > 0 else None,
+        task_ids=base.meta.task_ids,
+        fingerprint=base.meta.fingerprint,
+        git_revision=git_revision(),
+        began_at=began_at,
+    )
+
+
+def new_model(config: TRMConfig, base: BaseSet) -> TRM:
+    """An untrained TRM with the task embeddings of a base set."""
+    if config.task_embedding == "shared":
+        return TRM(config, base.num_tasks)
+    if base.meta.num_aug == 0:
+        raise ConfigError(
+            "trm.task_embedding = 'per_view' needs a bound on the views, but data.num_aug = 0 is "
+            "unbounded; set data.num_aug to a positive number or trm.task_embedding = 'shared'"
+        )
+    return TRM(config, base.num_tasks * base.meta.num_aug)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic that a configuration's `dtype` names; auto: bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def describe(config: PretrainConfig) -> Table:
+    """What `pretrain` would run: data, parameters, memory and cost."""
+    base = prepare(config.data)
+    with torch.device("meta"):
+        model = new_model(config.trm, base)
+    sizes = count_parameters(model)
+    cost = estimate(config.trm, config.training, sum(sizes.values()))
+    table = Table(title="pretrain (dry run)", title_justify="left", show_header=False)
+    rows = {
+        "tasks, pairs": f"{base.num_tasks:,}, {base.num_pairs:,} ({base.num_bytes / 1e6:.1f} MB)",
+        "evaluated split": f"{base.meta.test_set} ({sum(base.meta.in_test_set)} tasks)",
+        "data fingerprint": base.meta.fingerprint[:16],
+        "parameters": f"trunk {sizes['trunk']:,}, task embeddings {sizes['task_embeddings']:,}",
+        **cost,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _starting_point(out: Path, resume: bool) -> Path | None:
+    checkpoint = latest_checkpoint(out)
+    if resume and checkpoint is None:
+        raise CheckpointError(
+            f"{out}: no checkpoint to resume from; leave out --resume to start a run there"
+        )
+    if not resume and checkpoint is not None:
+        raise CheckpointError(
+            f"{out}: already holds a run ({checkpoint.name}); add --resume to continue it, or "
+            "choose another --out"
+        )
+    return checkpoint
+
+
+def _shared_prepare(config: PretrainConfig, accelerator: Accelerator) -> BaseSet:
+    """Process 0 builds the data set first, where it has to be built; the others open it."""
+    with accelerator.main_process_first():
+        return prepare(config.data)
+
+
+def _restore(job: Run, checkpoint: Path) -> None:
+    meta = read_meta(checkpoint)
+    check_same_config(meta.config, job.resolved, MAY_DIFFER_ON_RESUME, where=str(checkpoint))
+    check_id_map(meta.task_ids, job.task_ids, str(checkpoint), "the data set")
+    if meta.data_fingerprint != job.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: trained on data {meta.data_fingerprint[:12]}, the data set is "
+            f"{job.fingerprint[:12]}; resume with the same data"
+        )
+    if meta.world_size != job.accelerator.num_processes:
+        raise CheckpointError(
+            f"{checkpoint}: written by {meta.world_size} processes, resumed with "
+            f"{job.accelerator.num_processes}; start as many as before"
+        )
+    weights = read_model(checkpoint, ema=False)
+    shapes = {name: tuple(t.shape) for name, t in job.model.state_dict().items()}
+    check_names(shapes, weights, checkpoint)
+    rank = job.accelerator.process_index
+    restore(
+        job,
+        meta,
+        weights,
+        read_model(checkpoint, ema=True),
+        read_trainer(checkpoint),
+        read_rank(checkpoint, rank),
+    )
+
+
+def _summary(job: Run, base: BaseSet) -> str:
+    sizes = count_parameters(job.model)
+    return (
+        f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; trunk {sizes['trunk']:,} + task "
+        f"embeddings {sizes['task_embeddings']:,} parameters; {job.accelerator.num_processes} "
+        f"process(es) on {job.accelerator.device.type}, {job.config.tokens_per_batch:,} tokens "
+        "per batch"
+    )

@@ -1,0 +1,236 @@
+"""The stream of training rows: drawn, augmented and packed on the device, without a host sync.
+
+A packed batch keeps its unfinished rows and their latents from step to step (the persistent carry
+of deep supervision) and fills the room of the finished ones from a queue of freshly drawn rows.
+The queue keeps its order, so that a large canvas that does not fit now comes first next time and
+is not drawn less often than a small one. Everything has a static shape: a captured CUDA graph can
+replay it.
+
+Legend: T tokens, R rows, D width.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arctrm.config.data import DataConfig
+from arctrm.config.trm import TRMConfig
+from arctrm.data.canvas import COLOUR, EOS, PAD
+from arctrm.data.dataset import PAIR_COLUMNS, BaseSet
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS
+from arctrm.data.views import DIHEDRALS
+from arctrm.errors import DataError
+from arctrm.training.losses import IGNORE
+from arctrm.trm.model import TRM, Latents
+from arctrm.trm.packing import TokenMap, longest_row, token_map
+
+# Columns of a row: which pair, seen how, on which canvas, worked on for how long.
+PAIR, EMBEDDING, DIHEDRAL, FLAG, HEIGHT, WIDTH, SHIFT_Y, SHIFT_X, LENGTH, STEPS = range(10)
+COLOURS = slice(10, 10 + NUM_COLOURS)
+NUM_COLUMNS = 10 + NUM_COLOURS
+
+_UNBOUNDED = 2**31 - 1
+_ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+class StreamState(NamedTuple):
+    """A packed batch in flight; every tensor is updated in place."""
+
+    rows: Tensor
+    """int64 [R, columns]: rows being worked on (length 0: none)."""
+    queue: Tensor
+    """int64 [R, columns]: rows that come next."""
+    halted: Tensor
+    """bool [R]: rows to be replaced."""
+    z_H: Tensor
+    """[T, D]"""
+    z_L: Tensor
+    """[T, D]"""
+
+
+class Batch(NamedTuple):
+    """What one supervision step computes on."""
+
+    rows: Tensor
+    """int64 [R, columns]."""
+    tokens: TokenMap
+    codes: Tensor
+    """int64 [T]: cell codes of the input."""
+    labels: Tensor
+    """int64 [T]: cell codes of the output, IGNORE where there is none."""
+    latents: Latents
+
+
+class PairStream:
+    """Draws rows from a base set on `device`.
+
+    `subset_weights` maps subset labels to the relative weight of one pair of that subset.
+    """
+
+    def __init__(
+        self, base: BaseSet, data: DataConfig, trm: TRMConfig, seed: int, device: torch.device
+    ):
+        self.data, self.trm, self.seed, self.device = data, trm, seed, device
+        self.num_views = base.meta.num_aug or _UNBOUNDED
+        self.cells = torch.from_numpy(np.array(base.cells)).to(device)
+        self.pairs = torch.from_numpy(np.array(base.pairs)).long().to(device)
+        bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
+        self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
+        self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
+        self.cumulative = torch.from_numpy(_cumulative_weights(base, data)).to(device)
+
+    def new_state(self, model: TRM, num_tokens: int, num_rows: int) -> StreamState:
+        """An empty batch: all rows halted, the queue full."""
+        latents = model.initial_latents(num_tokens)
+        return StreamState(
+            torch.zeros(num_rows, NUM_COLUMNS, dtype=torch.long, device=self.device),
+            self.draw(num_rows),
+            torch.ones(num_rows, dtype=torch.bool, device=self.device),
+            latents.z_H.clone(),
+            latents.z_L.clone(),
+        )
+
+    def draw(self, count: int) -> Tensor:
+        """`count` fresh rows: a pair by weight, one of its task's views, a canvas."""
+        uniform = torch.rand(count, 10, device=self.device, dtype=torch.float64)
+        pair = torch.searchsorted(self.cumulative, uniform[:, 0].contiguous(), right=True)
+        pair = pair.clamp(max=self.pairs.shape[0] - 1)
+        task = self.pairs[pair, 0]
+        view = (uniform[:, 1] * self.num_views).long()
+        dihedral, colours = self._view(task, view)
+        rows = torch.zeros(count, NUM_COLUMNS, dtype=torch.long, device=self.device)
+        rows[:, PAIR] = pair
+        per_view = self.trm.task_embedding == "per_view"
+        rows[:, EMBEDDING] = task * self.num_views + view if per_view else task
+        rows[:, DIHEDRAL] = dihedral
+        same = torch.arange(NUM_COLOURS, device=self.device)
+        rows[:, FLAG] = (colours == same).all(1)
+        rows[:, COLOURS] = colours
+        self._place(rows, uniform[:, 2:])
+        return rows
+
+    def _view(self, task: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Dihedral [n] and colours [n, 10] of view number `view`; number 0 is the identity.
+
+        A view is a function of (seed, task, number), so `num_aug` bounds how many there are.
+        """
+        uniform = hashed_uniform(self.seed, task, view, NUM_COLOURS + 2)
+        dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
+        keep = (uniform[:, 1] < self.data.identity_colours) | (view == 0)
+        fixed = self.fixed[task] | keep[:, None]
+        order = torch.arange(NUM_COLOURS, device=self.device)
+        # The i-th free colour becomes the free colour that comes i-th in a random order.
+        here = torch.where(fixed, order + NUM_COLOURS, order).argsort(1)
+        there = torch.where(fixed, order + NUM_COLOURS, uniform[:, 2:]).argsort(1)
+        colours = torch.empty_like(here).scatter_(1, here, there)
+        return torch.where(view == 0, 0, dihedral), colours
+
+    def _place(self, rows: Tensor, uniform: Tensor) -> None:
+        """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
+        pair = self.pairs[rows[:, PAIR]]
+        sizes = pair[:, [4, 5, 7, 8]]
+        turned = self.dihedrals[rows[:, DIHEDRAL], 0].bool()[:, None]
+        height = torch.where(turned, sizes[:, [1, 3]], sizes[:, [0, 2]]).amax(1)
+        width = torch.where(turned, sizes[:, [0, 2]], sizes[:, [1, 3]]).amax(1)
+        shifted = (uniform[:, 0] < self.data.translate).long()
+        enlarged = uniform[:, 1] < self.data.enlarge_canvas
+        for need, size, shift, u in (
+            (height, HEIGHT, SHIFT_Y, uniform[:, 2:5]),
+            (width, WIDTH, SHIFT_X, uniform[:, 5:8]),
+        ):
+            rows[:, shift] = shifted * (u[:, 0] * (MAX_SIDE + 1 - need)).long()
+            tight = (need + rows[:, shift] + 1).clamp(max=MAX_SIDE)
+            extra = (u[:, 1] * u[:, 2] * (MAX_SIDE + 1 - tight)).long() * enlarged
+            rows[:, size] = tight + extra if self.trm.layout == "compact" else MAX_SIDE
+        rows[:, LENGTH] = self.trm.num_prefix_slots + rows[:, HEIGHT] * rows[:, WIDTH]
+
+    def next_batch(self, state: StreamState, model: TRM) -> Batch:
+        """Keep the unfinished rows, fill up from the queue; updates rows and queue in place."""
+        num_rows, num_tokens = state.rows.shape[0], state.z_H.shape[0]
+        index = torch.arange(num_rows, device=self.device)
+        kept = ~state.halted & (state.rows[:, LENGTH] > 0)
+        num_kept = kept.sum()
+        old = (~kept).long().argsort(stable=True)  # kept rows first, in order
+        from_queue = index >= num_kept
+        source = torch.where(from_queue, num_rows + index - num_kept, old)
+        rows = torch.cat((state.rows, state.queue))[source]
+        fits = rows[:, LENGTH].cumsum(0) <= num_tokens
+        rows = torch.where(fits[:, None], rows, 0)
+        drawn = torch.cat((state.queue, self.draw(num_rows)))
+        begins = state.rows[:, LENGTH].cumsum(0) - state.rows[:, LENGTH]
+        tokens = self._tokens(rows, num_tokens)
+        latents = self._carry(state, model, tokens, begins[old], ~from_queue)
+        state.queue.copy_(drawn[index + fits.sum() - num_kept])
+        state.rows.copy_(rows)
+        codes, labels = self._cells(rows, tokens)
+        return Batch(rows, tokens, codes, labels, latents)
+
+    def _tokens(self, rows: Tensor, num_tokens: int) -> TokenMap:
+        slots = self.trm.num_prefix_slots
+        return token_map(rows[:, LENGTH], rows[:, WIDTH], num_tokens, longest_row(self.trm), slots)
+
+    def _carry(
+        self, state: StreamState, model: TRM, tokens: TokenMap, begin_R: Tensor, kept_R: Tensor
+    ) -> Latents:
+        """Latents of kept rows moved to their new place, fresh ones everywhere else."""
+        row = torch.where(tokens.row < kept_R.shape[0], tokens.row, kept_R.shape[0] - 1)
+        keep = (kept_R[row] & (tokens.row < kept_R.shape[0]))[:, None]
+        source = torch.where(keep[:, 0], begin_R[row] + tokens.slot, 0)
+        fresh = model.initial_latents(tokens.row.shape[0])
+        return Latents(
+            torch.where(keep, state.z_H[source], fresh.z_H),
+            torch.where(keep, state.z_L[source], fresh.z_L),
+        )
+
+    def _cells(self, rows: Tensor, tokens: TokenMap) -> tuple[Tensor, Tensor]:
+        """Input codes and output labels [T] of a packed batch."""
+        real = (tokens.row < rows.shape[0]) & (tokens.slot >= self.trm.num_prefix_slots)
+        row = rows[torch.where(real, tokens.row, 0)]
+        pair = self.pairs[row[:, PAIR]]
+        y, x = tokens.y - row[:, SHIFT_Y], tokens.x - row[:, SHIFT_X]
+        codes = self._grid_codes(pair[:, 3:6], row, y, x)
+        labels = self._grid_codes(pair[:, 6:9], row, y, x)
+        codes = torch.where(real, codes, PAD)
+        return codes, torch.where(real & (labels != PAD), labels, IGNORE)
+
+    def _grid_codes(self, grid: Tensor, row: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        """Codes [T] of a grid (offset, height, width per token) at (y, x) of its view."""
+        offset, height, width = grid.unbind(1)
+        transpose, flip_rows, flip_columns = self.dihedrals[row[:, DIHEDRAL]].bool().unbind(1)
+        rows_seen = torch.where(transpose, width, height)
+        columns_seen = torch.where(transpose, height, width)
+        in_rows, in_columns = (y >= 0) & (y < rows_seen), (x >= 0) & (x < columns_seen)
+        inside = in_rows & in_columns
+        border = (in_columns & (y == rows_seen)) | (in_rows & (x == columns_seen))
+        a, b = torch.where(transpose, x, y), torch.where(transpose, y, x)
+        a = torch.where(flip_rows, height - 1 - a, a)
+        b = torch.where(flip_columns, width - 1 - b, b)
+        colour = self.cells[torch.where(inside, offset + a * width + b, 0)].long()
+        colour = row[:, COLOURS].gather(1, colour[:, None])[:, 0]
+        return torch.where(inside, colour + COLOUR, torch.where(border, EOS, PAD))
+
+
+def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
+    """float32 [n, count] in [0, 1): a fixed function of (seed, task, view number)."""
+    column = torch.arange(count, device=task.device)
+    x = (task * _ODD[0] + view * _ODD[1] + seed * 0x632BE5AB)[:, None] + column * _ODD[2]
+    for factor in _ODD:  # xor-shift-multiply rounds; int64 products wrap around
+        x = (x ^ (x >> 29 & 0x7FFFFFFFF)) * factor
+    return (x >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
+    """float64 [num_pairs], rising to 1: pairs are drawn by their subset's weight."""
+    unknown = set(data.weights) - set(base.meta.subsets)
+    if unknown:
+        raise DataError(
+            f"data.weights names {sorted(unknown)[0]!r}, which is not a subset of the data set; "
+            f"its subsets are {', '.join(base.meta.subsets)}"
+        )
+    by_subset = np.array([data.weights.get(label, 1.0) for label in base.meta.subsets])
+    weights = by_subset[np.asarray(base.pairs)[:, PAIR_COLUMNS.index("subset")]]
+    if not weights.sum() > 0:
+        raise DataError("data.weights leaves no pair to draw; give a subset a weight above 0")
+    return weights.cumsum() / weights.sum()
