@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from arctrm.config.base import StrictModel
 
 KNOWN_LEAKS = ("40853293", "8719f442")
-"""ARC-AGI-1 training tasks that hold a test pair (070dd51e) or test input (6ea4a07e) of its
-evaluation tasks."""
+"""Training task 40853293 holds the test pair of ARC-AGI-1 evaluation task 070dd51e; 8719f442 (an
+evaluation task that is also in ARC-AGI-2 training) the test input of evaluation task 6ea4a07e."""
 
 
 class DataConfig(StrictModel):
@@ -28,7 +28,8 @@ class DataConfig(StrictModel):
     """Number of distinct views of each task that training may draw; 0 = unbounded."""
 
     exclude: tuple[str, ...] = KNOWN_LEAKS
-    """Task ids left out of training (their content, not their name, is the reason)."""
+    """Task ids left out of training (their content, not their name, is the reason); the test set
+    itself stays whole."""
 
     allow_overlap: tuple[str, ...] = ()
     """Task ids that may be trained on although they share test content with the test set."""
