@@ -112,7 +112,11 @@ def build_run(
         for _ in range(training.grad_accum)
     ]
     gradients = FlatGradients(list(model.parameters()))
-    carry = {f"{i}.{k}": v for i, s in enumerate(steps) for k, v in s.state._asdict().items()}
+    carry = {
+        f"{i}.{name}": tensor
+        for i, step in enumerate(steps)
+        for name, tensor in (*step.state._asdict().items(), ("counts", step.counts))
+    }
     return Run(
         out=out,
         config=training,
