@@ -1,0 +1,147 @@
+"""`data build`: the shipped default builds small and fast, the guard refuses, prepare is strict."""
+
+import gzip
+import json
+from io import StringIO
+from time import perf_counter
+
+import pytest
+from rich.console import Console
+
+from arctrm.config.data import DataConfig
+from arctrm.data.build import build, prepare
+from arctrm.data.dataset import open_base_set
+from arctrm.errors import DataError, OverlapError, TaskError
+
+PAIR = {"input": [[1, 2]], "output": [[5]]}
+TASK = {"train": [PAIR], "test": [{"input": [[3]], "output": [[6]]}]}
+
+
+def rendered(report):
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(report)
+    return console.export_text()
+
+
+def map_of(path, tasks):
+    path.write_bytes(gzip.compress(json.dumps(tasks).encode()))
+    return str(path)
+
+
+@pytest.mark.parametrize("num_aug", [10, 1000])
+def test_the_default_builds_within_ten_seconds_and_20_mb_whatever_num_aug_is(tmp_path, num_aug):
+    start = perf_counter()
+    base, report = build(DataConfig(num_aug=num_aug), tmp_path / "set")
+    assert perf_counter() - start < 10
+    assert sum(file.stat().st_size for file in (tmp_path / "set").iterdir()) < 2e6
+    assert base.meta.num_aug == num_aug
+    assert base.meta.counts == {
+        "training": {"tasks": 399, "demonstrations": 1300, "test_pairs": 415},
+        "evaluation": {"tasks": 400, "demonstrations": 1363, "test_pairs": 0},
+    }
+    assert (report.tasks, report.pairs, report.excluded) == (799, 3078, ("40853293",))
+
+
+def test_the_report_says_what_was_taken_in_and_left_out(tmp_path):
+    text = rendered(build(DataConfig(), tmp_path / "set")[1])
+    for part in ("799 tasks", "3,078 pairs", "1.1 MB", "training", "1,300", "40853293", "8719f442"):
+        assert part in text
+
+
+def test_the_same_sources_give_the_same_fingerprint():
+    config = DataConfig(max_tasks=5)
+    first, second = build(config)[0].meta.fingerprint, build(config)[0].meta.fingerprint
+    assert first == second
+    assert first != build(DataConfig(max_tasks=6))[0].meta.fingerprint
+
+
+def test_arc_agi_2_training_beside_arc_agi_1_evaluation_is_refused_by_name():
+    with pytest.raises(OverlapError, match=r"training2.*00576224.*365 more.*drop_overlap"):
+        build(DataConfig(subsets=("training", "evaluation", "training2")))
+
+
+def test_drop_overlap_leaves_the_offending_tasks_out():
+    config = DataConfig(subsets=("evaluation", "training2"), drop_overlap=True)
+    base, report = build(config)
+    assert len(report.dropped) == 375  # 8719f442, the 376th, is excluded by default
+    assert "00576224" in report.dropped
+    assert base.meta.counts["evaluation"]["tasks"] == 400
+    assert base.meta.counts["training2"]["tasks"] == 1000 - 375 - 1
+
+
+def test_without_the_known_leaks_excluded_the_guard_finds_them():
+    with pytest.raises(OverlapError, match=r"40853293 \(test pair of 070dd51e\)"):
+        build(DataConfig(exclude=()))
+    _, report = build(DataConfig(exclude=(), allow_overlap=("40853293",)))
+    assert "40853293" in {overlap.task_id for overlap in report.harmless}
+
+
+def test_without_a_test_set_everything_is_trained_on():
+    base, _ = build(DataConfig(subsets=("evaluation",), test_set=None, exclude=()))
+    assert base.meta.counts["evaluation"]["test_pairs"] == 419
+
+
+def test_max_tasks_bounds_each_subset():
+    base, _ = build(DataConfig(max_tasks=3))
+    assert [counts["tasks"] for counts in base.meta.counts.values()] == [3, 3]
+
+
+def test_a_map_is_one_more_subset_under_its_stem(tmp_path):
+    path = map_of(tmp_path / "extra.json.gz", {"mine": TASK, "007bbfb7": [PAIR]})
+    base, _ = build(DataConfig(subsets=("training", "evaluation", path)))
+    assert base.meta.subsets == ("training", "evaluation", "extra")
+    assert base.meta.counts["extra"] == {"tasks": 2, "demonstrations": 2, "test_pairs": 1}
+    assert base.num_tasks == 800
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    (tmp_path / "sub").mkdir()
+    paths = [map_of(tmp_path / "x.json.gz", {"a": TASK}), map_of(tmp_path / "sub/x.json.gz", {})]
+    with pytest.raises(DataError, match="is named 'x', as is another subset"):
+        build(DataConfig(subsets=tuple(paths), test_set=None))
+
+
+def test_nothing_left_to_train_on_is_refused(tmp_path):
+    path = map_of(tmp_path / "x.json.gz", {"a": TASK})
+    with pytest.raises(DataError, match="no task is left"):
+        build(DataConfig(subsets=(path,), test_set=None, exclude=("a",)))
+
+
+def test_a_bad_source_writes_nothing(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    config = DataConfig(subsets=(str(tmp_path / "x.json"),), test_set=None)
+    with pytest.raises(TaskError, match="not an ARC task"):
+        build(config, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_prepare_builds_once_and_then_opens(tmp_path):
+    config = DataConfig(path=tmp_path / "set", max_tasks=4)
+    first = prepare(config)
+    written = (tmp_path / "set" / "meta.json").stat().st_mtime_ns
+    second = prepare(config.model_copy(update={"num_aug": 3}))
+    assert (tmp_path / "set" / "meta.json").stat().st_mtime_ns == written
+    assert first.meta.fingerprint == second.meta.fingerprint
+    assert (first.meta.num_aug, second.meta.num_aug) == (1000, 3)
+
+
+def test_prepare_without_a_path_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare(DataConfig(max_tasks=2)).num_tasks == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"subsets": ("training",), "test_set": None},
+        {"test_set": "training"},
+        {"max_tasks": 5},
+        {"exclude": ("007bbfb7",)},
+    ],
+)
+def test_prepare_refuses_a_set_that_was_built_from_something_else(tmp_path, other):
+    prepare(DataConfig(path=tmp_path / "set", max_tasks=4))
+    with pytest.raises(DataError, match=r"was built with data.*but the configuration says"):
+        prepare(DataConfig(path=tmp_path / "set", **({"max_tasks": 4} | other)))
+    assert open_base_set(tmp_path / "set").num_tasks == 8

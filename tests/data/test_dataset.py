@@ -1,0 +1,230 @@
+"""The base set: content round trip, the split rule, strict opening, atomic writing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from arctrm.config.data import DataConfig
+from arctrm.data.build import build
+from arctrm.data.dataset import (
+    PAIR_COLUMNS,
+    base_set_from_tasks,
+    open_base_set,
+    pair_key,
+    write_base_set,
+)
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Pair, Task
+from arctrm.errors import DataError, ResourceError
+
+
+def grid(*rows):
+    return np.array(rows, np.uint8)
+
+
+ONE = Pair(grid([1, 2]), grid([3]))
+TWO = Pair(grid([4], [5]), grid([6, 6]))
+THREE = Pair(grid([7]), grid([8]))
+OPEN = Pair(grid([9]))
+
+
+def same(pair, other):
+    return np.array_equal(pair.input, other.input) and np.array_equal(pair.output, other.output)
+
+
+def pairs_of(base, **wanted):
+    rows = [dict(zip(PAIR_COLUMNS, row, strict=True)) for row in base.pairs.tolist()]
+    return [
+        base.pair(index)
+        for index, row in enumerate(rows)
+        if all(row[column] == value for column, value in wanted.items())
+    ]
+
+
+def test_pairs_come_back_as_they_went_in():
+    base = base_set_from_tasks({"s": [Task("a", (ONE, TWO), (THREE,))]}, None, 0)
+    assert base.pairs.dtype == np.int32
+    assert base.cells.dtype == np.uint8
+    assert all(map(same, [base.pair(index) for index in range(3)], (ONE, TWO, THREE)))
+    assert base.pairs[:, PAIR_COLUMNS.index("is_test")].tolist() == [0, 0, 1]
+    assert base.meta.counts == {"s": {"tasks": 1, "demonstrations": 2, "test_pairs": 1}}
+
+
+def test_a_test_set_task_gives_no_test_pair_whatever_subset_it_comes_from():
+    task = Task("a", (ONE,), (TWO,))
+    base = base_set_from_tasks({"eval": [task], "train": [task, Task("b", (THREE,))]}, "eval", 0)
+    assert base.meta.task_ids == ("a", "b")
+    assert base.meta.in_test_set == (True, False)
+    assert all(map(same, pairs_of(base, task=0), (ONE,)))
+    assert base.num_pairs == 2
+
+
+def test_the_default_set_holds_the_evaluation_sets_demonstrations_and_none_of_its_test_pairs():
+    base, _ = build(DataConfig())
+    held = {task_id: set() for task_id in base.meta.task_ids}
+    for index, row in enumerate(base.pairs):
+        held[base.meta.task_ids[row[0]]].add(pair_key(base.pair(index)))
+    everything = set().union(*held.values())
+    for task in load_tasks("evaluation"):
+        assert held[task.id] == {pair_key(pair) for pair in task.demonstrations}
+        assert everything.isdisjoint({pair_key(pair) for pair in task.test})
+    assert sum(base.meta.in_test_set) == 400
+
+
+def test_tasks_of_one_id_are_one_task_with_each_pair_once():
+    tasks = {"s": [Task("a", (ONE,), (THREE,))], "more": [Task("a", (TWO, ONE, THREE))]}
+    base = base_set_from_tasks(tasks, None, 0)
+    assert base.num_tasks == 1
+    assert all(map(same, pairs_of(base, subset=0), (ONE, THREE)))
+    assert all(map(same, pairs_of(base, subset=1), (TWO,)))
+
+
+def test_unknown_answers_are_not_trained_on():
+    base = base_set_from_tasks({"s": [Task("a", (ONE,), (OPEN, TWO))]}, None, 0)
+    assert base.num_pairs == 2
+
+
+def test_fixed_colours_are_a_bit_mask_of_all_demonstrations():
+    base = base_set_from_tasks(
+        {"s": [Task("a", (ONE,))], "more": [Task("a", (THREE,), (TWO,)), Task("b", (TWO,))]},
+        None,
+        0,
+    )
+    assert base.meta.fixed_colours == (1 | 1 << 3 | 1 << 8, 1 | 1 << 6)
+
+
+def test_the_fingerprint_is_stable_and_sees_every_cell_and_id():
+    def fingerprint(pair=ONE, task_id="a"):
+        return base_set_from_tasks({"s": [Task(task_id, (pair,))]}, None, 0).meta.fingerprint
+
+    changed = Pair(grid([1, 3]), grid([3]))
+    turned = Pair(grid([1], [2]), grid([3]))
+    assert fingerprint() == fingerprint(Pair(ONE.input.copy(), ONE.output.copy()))
+    assert (
+        len({fingerprint(), fingerprint(changed), fingerprint(turned), fingerprint(ONE, "b")}) == 4
+    )
+
+
+@pytest.fixture
+def base():
+    return base_set_from_tasks({"s": [Task("a", (ONE, TWO), (THREE,))]}, None, 7, {"seed": [1]})
+
+
+def test_a_written_set_opens_memory_mapped_and_equal(base, tmp_path):
+    write_base_set(base, tmp_path / "deep" / "set")
+    opened = open_base_set(tmp_path / "deep" / "set")
+    assert isinstance(opened.cells, np.memmap)
+    assert opened.meta == base.meta
+    assert np.array_equal(opened.cells, base.cells)
+    assert np.array_equal(opened.pairs, base.pairs)
+    assert all(map(same, [opened.pair(index) for index in range(3)], (ONE, TWO, THREE)))
+
+
+def test_an_older_set_is_replaced_and_nothing_is_left_beside_it(base, tmp_path):
+    path = tmp_path / "set"
+    write_base_set(base_set_from_tasks({"s": [Task("old", (ONE,))]}, None, 0), path)
+    write_base_set(base, path)
+    assert open_base_set(path).meta.task_ids == ("a",)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_folder_may_be_written_to(base, tmp_path):
+    (tmp_path / "set").mkdir()
+    write_base_set(base, tmp_path / "set")
+    assert open_base_set(tmp_path / "set").num_tasks == 1
+
+
+def test_what_is_not_a_built_set_is_never_replaced(base, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    write_base_set(base, tmp_path / "set")
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    for name in ("file", "folder", "set"):
+        with pytest.raises(DataError, match="choose another folder"):
+            write_base_set(base, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "folder" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "set" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(base, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_base_set(base, tmp_path / "file" / "set")
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from arctrm.data.dataset import base_set_from_tasks, write_base_set
+from arctrm.data.sources import load_tasks
+from arctrm.errors import ResourceError
+base = base_set_from_tasks({"training": load_tasks("training")}, None, 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    write_base_set(base, Path(sys.argv[1]))
+except ResourceError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_older_set(base, tmp_path):
+    path = tmp_path / "set"
+    write_base_set(base, path)
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stderr.startswith(f"refused: {path}: no room for the data set"), run.stderr
+    assert list(tmp_path.iterdir()) == [path]
+    assert open_base_set(path).meta == base.meta
+
+
+def test_a_disk_that_fills_up_at_the_last_move_keeps_the_older_set(base, tmp_path, monkeypatch):
+    path = tmp_path / "set"
+    write_base_set(base, path)
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ResourceError, match="No space left"):
+        write_base_set(base_set_from_tasks({"s": [Task("new", (ONE,))]}, None, 0), path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert open_base_set(path).meta == base.meta
+
+
+def edit_meta(path, **changes):
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(meta | changes))
+
+
+DAMAGE = {
+    "missing array": (lambda path: (path / "cells.npy").unlink(), "not a readable data set"),
+    "short array": (lambda path: os.truncate(path / "cells.npy", 130), "not a readable data set"),
+    "empty array": (lambda path: os.truncate(path / "pairs.npy", 0), "not a readable data set"),
+    "no json": (lambda path: (path / "meta.json").write_text("{"), "not a readable data set"),
+    "no meta": (lambda path: (path / "meta.json").unlink(), "holds no built data set"),
+    "version": (lambda path: edit_meta(path, version=99), "version 99.*reads version 1"),
+    "content": (
+        lambda path: np.save(path / "cells.npy", np.zeros(11, np.uint8)),
+        "not the ones that meta.json describes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_set_is_refused_in_one_sentence(base, tmp_path, name):
+    damage, expected = DAMAGE[name]
+    write_base_set(base, tmp_path / "set")
+    damage(tmp_path / "set")
+    with pytest.raises(DataError, match=expected) as caught:
+        open_base_set(tmp_path / "set")
+    assert "\n" not in str(caught.value)

