@@ -61,7 +61,10 @@ def build(
 
 def default_folder(subsets: tuple[str, ...]) -> Path:
     """data/training-evaluation for the bundled sets of those names; a file counts as its stem."""
-    return Path("data") / "-".join(Path(subset).name.split(".")[0] for subset in subsets)
+    from arctrm.data.sources import subset_label
+
+    labels = [subset_label(subset).replace(":", "-") for subset in subsets]
+    return Path("data") / "-".join(labels)
 
 
 def show(
@@ -127,9 +130,10 @@ def choose_ids(source: str, limit: int, seed: int | None) -> tuple[str, ...]:
 
 def write_printed(run: Callable[[], None], path: Path) -> None:
     """Run `run` and write what it prints on the console to `path`, without colours."""
+    from rich.text import Text
+
     from arctrm.console import console
 
-    console().record = True
-    with console().capture():
+    with console().capture() as captured:
         run()
-    path.write_text(console().export_text(), encoding="utf-8")
+    path.write_text(Text.from_ansi(captured.get()).plain + "\n", encoding="utf-8")

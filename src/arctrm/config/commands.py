@@ -75,3 +75,18 @@ class SolveConfig(StrictModel):
     """In a folder, report a bad task and go on."""
     inference: InferenceConfig = InferenceConfig(views=32, tokens_per_batch=4096)
     adaptation: AdaptationConfig = AdaptationConfig()
+
+
+COMMANDS: dict[str, type[StrictModel]] = {
+    "data build": BuildConfig,
+    "data show": ShowConfig,
+    "pretrain": PretrainConfig,
+    "eval": EvalConfig,
+    "solve": SolveConfig,
+}
+"""Command -> model of its configuration."""
+
+
+def commands_with(key: str) -> list[str]:
+    """The commands that know this top-level key."""
+    return [name for name, model in COMMANDS.items() if key in model.model_fields]

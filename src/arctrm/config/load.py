@@ -22,7 +22,7 @@ import tomli
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from arctrm.config import commands
+from arctrm.config.commands import commands_with
 from arctrm.config.sentences import Setting, Settings, config_error
 from arctrm.errors import ConfigError
 
@@ -30,13 +30,6 @@ Model = TypeVar("Model", bound=BaseModel)
 
 ENV_PREFIX = "ARCTRM_"
 NOT_CONFIG = {"ARCTRM_DEBUG"}
-COMMANDS: tuple[type[BaseModel], ...] = (
-    commands.BuildConfig,
-    commands.ShowConfig,
-    commands.PretrainConfig,
-    commands.EvalConfig,
-    commands.SolveConfig,
-)
 
 
 def load_config(
@@ -126,7 +119,8 @@ def _environment_layer(model_class: type[BaseModel], environ: Mapping[str, str])
         if not name.startswith(ENV_PREFIX) or name in NOT_CONFIG or not environ[name]:
             continue
         path = _schema_names(model_class, name.removeprefix(ENV_PREFIX).lower().split("__"))
-        if path[0] in model_class.model_fields or not _of_another_command(path[0]):
+        # An exported ARCTRM_TRM__... is meant for pretrain and must not stop solve.
+        if path[0] in model_class.model_fields or not commands_with(path[0]):
             value = _parse_text(environ[name], _field_at(model_class, path))
             layer[path] = Setting(value, f"environment {name}")
     return layer
@@ -245,11 +239,6 @@ def _schema_names(model_class: type[BaseModel], parts: Sequence[str]) -> tuple[s
         known = {name.lower(): name for name in model.model_fields} if model else {}
         names.append(known.get(part, part))
     return tuple(names)
-
-
-def _of_another_command(section: str) -> bool:
-    """An exported `ARCTRM_TRM__...` is meant for pretrain and must not stop `solve`."""
-    return any(section in model.model_fields for model in COMMANDS)
 
 
 def _nearest_file(path: Path) -> str:

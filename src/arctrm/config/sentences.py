@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from arctrm.config.commands import commands_with
 from arctrm.errors import ConfigError
 
 
@@ -92,15 +93,15 @@ def _advice(path: tuple[str, ...], model_class: type[BaseModel]) -> str:
     """The nearest valid key, else the keys that are valid in that table."""
     keys = list(_all_keys(model_class))
     key = ".".join(path)
-    same_name = [known for known in keys if known.split(".")[-1] == path[-1]]
     table = key.rpartition(".")[0]
-    siblings = [known for known in keys if known.rpartition(".")[0] == table]
-    nearest = (
-        same_name or get_close_matches(key, siblings, n=1) or get_close_matches(key, keys, n=1)
-    )
-    if nearest:
-        return f"did you mean {nearest[0]}?"
-    return f"allowed {'in ' + table if table else 'here'}: {', '.join(siblings)}"
+    siblings = {known.split(".")[-1]: known for known in keys if known.rpartition(".")[0] == table}
+    everywhere = {known.split(".")[-1]: known for known in keys}
+    for names, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
+        if nearest := get_close_matches(path[-1], names, n=1, cutoff=cutoff):
+            return f"did you mean {names[nearest[0]]}?"
+    owners = " and ".join(f"arctrm {name}" for name in commands_with(path[0]))
+    belongs = f"{path[0]} belongs to {owners}, " if owners and not table else ""
+    return f"{belongs}allowed {'in ' + table if table else 'here'}: {', '.join(siblings)}"
 
 
 def _all_keys(model_class: type[BaseModel], prefix: str = "") -> Iterator[str]:

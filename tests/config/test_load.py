@@ -1,0 +1,272 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from arctrm.config import BuildConfig, EvalConfig, PretrainConfig, SolveConfig
+from arctrm.config.load import load_config, resolved_json, write_resolved
+from arctrm.errors import ConfigError
+
+
+@pytest.fixture
+def toml(tmp_path, monkeypatch):
+    """Write TOML files into the working folder, so that sentences name them shortly."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "a.toml") -> Path:
+        Path(name).write_text(text, encoding="utf-8")
+        return Path(name)
+
+    return write
+
+
+def sentence(*, model=PretrainConfig, files=(), overrides=(), extra=None, environ=None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(model, files, overrides, extra, environ or {})
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- layers
+
+
+def test_without_layers_the_defaults_of_the_model_hold():
+    for model in (BuildConfig, PretrainConfig, EvalConfig, SolveConfig):
+        assert load_config(model, environ={}) == model()
+
+
+def test_each_layer_wins_over_the_one_below(toml):
+    given = {
+        "files": [toml("seed = 1"), toml("seed = 2", "b.toml")],
+        "environ": {"ARCTRM_SEED": "3"},
+        "overrides": ["seed=4", "seed=5"],
+        "extra": {"seed": 6},
+    }
+    arguments = {"environ": {}}
+    for layer, seed in {"files": 2, "environ": 3, "overrides": 5, "extra": 6}.items():
+        arguments[layer] = given[layer]
+        assert load_config(PretrainConfig, **arguments).seed == seed
+
+
+def test_files_are_merged_key_by_key_and_lists_are_replaced(toml):
+    first = toml('[trm]\nhidden_size = 64\nnum_heads = 2\n[data]\nsubsets = ["training"]')
+    second = toml('[trm]\nnum_heads = 4\n[data]\nsubsets = ["evaluation"]', "b.toml")
+    config = load_config(PretrainConfig, [first, second], environ={})
+    assert (config.trm.hidden_size, config.trm.num_heads) == (64, 4)
+    assert config.data.subsets == ("evaluation",)
+
+
+def test_a_table_that_names_one_key_keeps_the_defaults_the_command_sets_beside_it(toml):
+    config = load_config(SolveConfig, [toml('[inference]\ndtype = "float32"')], environ={})
+    assert config.inference.views == SolveConfig().inference.views == 32
+    config = load_config(PretrainConfig, (), ["training.schedule.warmup_steps=5"], environ={})
+    assert config.training.schedule.max_steps == 1000
+
+
+def test_a_later_layer_displaces_the_key_that_its_own_excludes(toml):
+    file = toml('[training.schedule]\nbudget = "20m"')
+    assert load_config(PretrainConfig, [file], environ={}).training.schedule.max_steps is None
+    schedule = load_config(
+        PretrainConfig, [file], ["training.schedule.max_steps=7"], environ={}
+    ).training.schedule
+    assert (schedule.budget, schedule.max_steps) == (None, 7)
+
+
+def test_environment_names_find_keys_whatever_their_case():
+    environ = {"ARCTRM_TRM__H_CYCLES": "2", "ARCTRM_TRAINING__SCHEDULE__BUDGET": "90s"}
+    config = load_config(PretrainConfig, environ=environ)
+    assert config.trm.H_cycles == 2
+    assert config.training.schedule.budget == 90
+
+
+def test_variables_of_another_command_and_the_debug_switch_are_left_alone():
+    environ = {"ARCTRM_TRM__HIDDEN_SIZE": "64", "ARCTRM_DEBUG": "1", "ARCTRM_SEED": ""}
+    assert load_config(SolveConfig, environ=environ) == SolveConfig()
+
+
+def test_overrides_are_toml_values_or_bare_text():
+    config = load_config(
+        PretrainConfig,
+        (),
+        [
+            'data.subsets=["training", "my.json"]',
+            "data.test_set=training",
+            "data.weights={training = 2}",
+            "trm.qk_norm=false",
+            "training.schedule.budget=10m",
+            "tracking.run_name=2024",
+            "out=runs/a=b",
+        ],
+        environ={},
+    )
+    assert config.data.subsets == ("training", "my.json")
+    assert config.data.test_set == "training"
+    assert config.data.weights == {"training": 2}
+    assert config.trm.qk_norm is False
+    assert config.training.schedule.budget == 600
+    assert config.tracking.run_name == "2024"
+    assert config.out == Path("runs/a=b")
+
+
+def test_a_key_can_be_unset_in_every_layer(toml):
+    for arguments in (
+        {"files": [toml('data.test_set = ""')], "environ": {}},
+        {"overrides": ["data.test_set=null"], "environ": {}},
+        {"environ": {"ARCTRM_DATA__TEST_SET": "null"}},
+        {"extra": {"data.test_set": ""}, "environ": {}},
+    ):
+        assert load_config(BuildConfig, **arguments).data.test_set is None
+
+
+def test_flags_that_were_not_given_change_nothing(toml):
+    file = toml('seed = 3\nout = "x"')
+    config = load_config(BuildConfig, [file], extra={"seed": None, "out": None}, environ={})
+    assert (config.seed, config.out) == (3, Path("x"))
+
+
+def test_resolved_json_holds_every_key_and_validates_again(tmp_path):
+    config = load_config(PretrainConfig, (), ["trm.hidden_size=64"], environ={})
+    write_resolved(config, tmp_path / "config.json")
+    written = (tmp_path / "config.json").read_text()
+    assert written == resolved_json(config)
+    assert json.loads(written)["trm"]["hidden_size"] == 64
+    assert PretrainConfig.model_validate_json(written) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# -- one sentence per mistake
+
+
+def test_a_missing_file_is_named_with_the_nearest_one(toml):
+    toml("", "smoke.toml")
+    assert sentence(files=[Path("smok.toml")]) == (
+        "smok.toml: there is no such file; did you mean smoke.toml?"
+    )
+    assert "no/such.toml: there is no such file" in sentence(files=[Path("no/such.toml")])
+
+
+def test_a_folder_or_a_binary_file_is_not_a_configuration(toml, tmp_path):
+    Path("binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert sentence(files=[tmp_path]).endswith(
+        "is a directory; --config wants a readable TOML file"
+    )
+    assert sentence(files=[Path("binary.toml")]).startswith("binary.toml: not UTF-8 text;")
+
+
+def test_a_syntax_error_is_named_with_its_line(toml):
+    assert sentence(files=[toml("seed = 1\n\n[trm\n")]).startswith(
+        "a.toml, line 3: not valid TOML, "
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[trm]\nhiden_size = 64", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
+        ("hidden_size = 64", "unknown key hidden_size; did you mean trm.hidden_size?"),
+        (
+            "[solver]\nx = 1",
+            "unknown key solver; allowed here: seed, out, data, trm, training, tracking",
+        ),
+        (
+            "[tracking]\nx = 1",
+            "unknown key tracking.x; allowed in tracking: wandb, project, run_name",
+        ),
+        (
+            '[trm]\nhidden_size = "512"',
+            "trm.hidden_size = '512', allowed is a whole number; the default is 512",
+        ),
+        ("seed = true", "seed = true, allowed is a whole number; the default is 0"),
+        ("seed = 1.5", "seed = 1.5, allowed is a whole number; the default is 0"),
+        ("trm = 5", "trm = 5, allowed is a table; write it as [trm]"),
+        (
+            'data.subsets = "training"',
+            'data.subsets = \'training\', allowed is a list such as ["a", "b"]; '
+            'the default is ["training", "evaluation"]',
+        ),
+        (
+            'training.dtype = "float16"',
+            "training.dtype = 'float16', allowed is 'auto', 'float32' or 'bfloat16'; "
+            "the default is 'auto'",
+        ),
+        (
+            "training.optimiser.betas = [0.9]",
+            "training.optimiser.betas = [0.9], allowed is one more item; "
+            "the default is [0.9, 0.95]",
+        ),
+        ("seed = -1", "seed = -1, allowed is a number of at least 0; the default is 0"),
+        (
+            "data.identity_colours = 2",
+            "data.identity_colours = 2, allowed is a number of at most 1.0; the default is 0.2",
+        ),
+        (
+            "training.optimiser.muon_lr = nan",
+            "training.optimiser.muon_lr = NaN, allowed is a number above 0.0; the default is 0.006",
+        ),
+        (
+            'training.schedule.budget = "20x"',
+            "training.schedule.budget = '20x' is not a duration; write for example '90s', '10m' "
+            "or '1.5h'",
+        ),
+        (
+            "[trm]\nhidden_size = 510",
+            "trm.hidden_size = 510 is not a multiple of 4 x trm.num_heads = 32; use 480 or 512",
+        ),
+        (
+            '[training.schedule]\nbudget = "10m"\nmax_steps = 5',
+            "training.schedule.budget = 600.0 and training.schedule.max_steps = 5 contradict each "
+            "other; give exactly one of the two",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_gives_one_sentence_with_file_key_got_and_allowed(toml, text, expected):
+    assert sentence(files=[toml(text)]) == f"a.toml: {expected}"
+
+
+def test_the_sentence_names_the_layer_that_the_key_came_from(toml):
+    good, bad = toml("seed = 1"), toml("seed = -2", "b.toml")
+    assert sentence(files=[good, bad]).startswith("b.toml: seed = -2,")
+    environ = {"ARCTRM_SEED": "-3"}
+    assert sentence(files=[bad], environ=environ).startswith("environment ARCTRM_SEED: seed = -3,")
+    assert sentence(environ=environ, overrides=["seed=-4"]).startswith("--set: seed = -4,")
+    assert sentence(overrides=["seed=-4"], extra={"seed": -5}).startswith("--seed: seed = -5,")
+    flag = sentence(model=BuildConfig, extra={"data.num_aug": -1})
+    assert flag.startswith("--num-aug: data.num_aug = -1,")
+
+
+def test_fields_that_contradict_name_every_layer_they_came_from(toml):
+    file = toml("[trm]\nhidden_size = 510")
+    assert sentence(files=[file], overrides=["trm.num_heads=7"]).startswith(
+        "a.toml and --set: trm.hidden_size = 510 is not a multiple of 4 x trm.num_heads = 28"
+    )
+    assert sentence(model=BuildConfig, extra={"data.subsets": ("training",)}).startswith(
+        "--subsets: data.test_set = 'evaluation' is not among data.subsets = ['training']"
+    )
+
+
+def test_an_unknown_variable_is_refused():
+    assert sentence(environ={"ARCTRM_SEDE": "1"}) == (
+        "environment ARCTRM_SEDE: unknown key sede; did you mean seed?"
+    )
+
+
+def test_a_table_of_another_command_is_refused_with_that_command(toml):
+    assert sentence(model=BuildConfig, files=[toml("[trm]\nhidden_size = 64")]) == (
+        "a.toml: unknown key trm; trm belongs to arctrm pretrain, allowed here: seed, out, data"
+    )
+
+
+def test_an_override_without_a_value_is_refused():
+    for override in ("seed", "=3", "trm..x=1"):
+        assert sentence(overrides=[override]).startswith(
+            f"--set: got {override!r}, allowed is KEY=VALUE;"
+        )
+
+
+def test_of_several_mistakes_the_first_is_told_and_the_others_counted(toml):
+    text = '[trm]\nhidden_size = "big"\nnum_heads = 0\nhalting = 1'
+    message = sentence(files=[toml(text)])
+    assert message.startswith("a.toml: unknown key trm.halting;")
+    assert message.endswith("(2 more errors)")
+    assert sentence(overrides=["seed=x", "trm.num_layers=0"]).endswith("(1 more error)")

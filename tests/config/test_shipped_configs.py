@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import tomli
+
+from arctrm.config import EvalConfig, PretrainConfig, SolveConfig
+from arctrm.config.load import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = {
+    "debug": PretrainConfig,
+    "eval": EvalConfig,
+    "pretrain": PretrainConfig,
+    "smoke": PretrainConfig,
+    "solve": SolveConfig,
+}
+
+
+def test_every_shipped_config_is_tested_here():
+    assert sorted(path.stem for path in CONFIGS.glob("*.toml")) == sorted(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shipped_config_loads_with_the_model_of_its_command(name):
+    load_config(MODELS[name], [CONFIGS / f"{name}.toml"], environ={})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_key_of_a_shipped_config_has_a_comment(name):
+    lines = (CONFIGS / f"{name}.toml").read_text().splitlines()
+    keys = [line for line in lines if "=" in line and not line.startswith("#")]
+    assert keys
+    for number, line in enumerate(lines):
+        if line in keys:
+            assert "#" in line or lines[number - 1].startswith("#"), line
+
+
+@pytest.mark.parametrize("name", ["eval", "solve"])
+def test_the_configs_of_eval_and_solve_say_what_the_defaults_are(name):
+    """Their values are the defaults, so that reading them tells what runs without a file."""
+    assert load_config(MODELS[name], [CONFIGS / f"{name}.toml"], environ={}) == MODELS[name]()
+
+
+def test_the_pretrain_config_changes_nothing_but_the_length_of_the_run():
+    config = load_config(PretrainConfig, [CONFIGS / "pretrain.toml"], environ={})
+    assert config.training.schedule.budget == 20 * 60
+    without = config.model_dump(mode="json")
+    default = PretrainConfig().model_dump(mode="json")
+    for settings in (without, default):
+        del settings["training"]["schedule"]
+    assert without == default
+
+
+def test_smoke_and_debug_are_small_enough_for_a_cpu():
+    for name in ("smoke", "debug"):
+        config = load_config(PretrainConfig, [CONFIGS / f"{name}.toml"], environ={})
+        assert config.trm.hidden_size <= 64
+        assert (config.training.schedule.max_steps or 1000) <= 60
+        table = tomli.loads((CONFIGS / f"{name}.toml").read_text())
+        assert table["data"]["max_tasks"] <= 30
