@@ -11,7 +11,6 @@ from arctrm.cli import describe_error, main
 from arctrm.cli.data import default_folder
 from arctrm.errors import ArctrmError, TaskError
 
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
