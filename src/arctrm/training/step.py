@@ -117,6 +117,7 @@ class GraphedStep:
     """
 
     def __init__(self, step: Step, warmup: int = 3):
+        self.step = step  # the graph reads and writes its tensors: keep them alive
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

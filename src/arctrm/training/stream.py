@@ -130,10 +130,11 @@ class PairStream:
     def _place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
         pair = self.pairs[rows[:, PAIR]]
-        sizes = pair[:, [4, 5, 7, 8]]
+        # Slices only: an index list would be copied from the host, which a capture refuses.
+        heights, widths = pair[:, 4::3], pair[:, 5::3]  # of input and output
         turned = self.dihedrals[rows[:, DIHEDRAL], 0].bool()[:, None]
-        height = torch.where(turned, sizes[:, [1, 3]], sizes[:, [0, 2]]).amax(1)
-        width = torch.where(turned, sizes[:, [0, 2]], sizes[:, [1, 3]]).amax(1)
+        height = torch.where(turned, widths, heights).amax(1)
+        width = torch.where(turned, heights, widths).amax(1)
         shifted = (uniform[:, 0] < self.data.translate).long()
         enlarged = uniform[:, 1] < self.data.enlarge_canvas
         for need, size, shift, u in (
