@@ -1,4 +1,4 @@
-"""The exception tree. A message is one sentence: where, what was got, what is allowed, what to do."""
+"""The exception tree. A message is one sentence: where, what was got, what is allowed, the cure."""
 
 
 class ArctrmError(Exception):

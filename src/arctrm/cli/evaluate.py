@@ -44,11 +44,11 @@ def evaluate(
         "seed": seed,
     }
     settings = read_config(EvalConfig, config, overrides, flags)
-    from arctrm.solving import evaluate as solving
+    from arctrm.solving.evaluate import describe, run
 
     if dry_run:
         from arctrm.console import console
 
-        console().print(solving.describe(settings))
+        console().print(describe(settings))
         return
-    solving.run(settings, settings.out or run_folder("eval"))
+    run(settings, settings.out or run_folder("eval"))

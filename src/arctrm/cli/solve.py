@@ -56,11 +56,11 @@ def solve(
         "seed": seed,
     }
     settings = read_config(SolveConfig, config, overrides, flags)
-    from arctrm.solving import solve as solving
+    from arctrm.solving.solve import describe, run
 
     if dry_run:
         from arctrm.console import console
 
-        console().print(solving.describe(settings, target))
+        console().print(describe(settings, target))
         return
-    solving.run(settings, target, settings.out, check)
+    run(settings, target, settings.out, check)

@@ -5,7 +5,6 @@ from typing import Literal
 from pydantic import Field
 
 from arctrm.config.base import StrictModel
-from arctrm.config.training import Seconds
 
 
 class InferenceConfig(StrictModel):
@@ -51,8 +50,11 @@ class AdaptationConfig(StrictModel):
     max_steps: int = Field(2000, ge=1)
     """Bound on optimiser steps, whatever the budget."""
 
-    answer_every: Seconds = 15.0
-    """Seconds of adaptation between rounds of answers."""
+    share: float = Field(0.6, ge=0, le=1)
+    """Share of the time after the first answer that goes into adaptation; the rest answers."""
+
+    known_share: float = Field(0.3, ge=0, le=1)
+    """The same for a task whose demonstrations the model was trained on."""
 
 
 class EvaluationConfig(StrictModel):

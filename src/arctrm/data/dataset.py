@@ -108,6 +108,18 @@ class BaseSet:
         row = self.pairs[index]
         return Pair(self._grid(*row[3:6]), self._grid(*row[6:9]))
 
+    def task_fingerprints(self) -> list[str]:
+        """Per task: `Task.fingerprint` of its demonstrations in the first subset that holds it.
+
+        (A later subset may bring more pairs of the same task, which its file does not show.)
+        """
+        demonstrations: list[dict[int, list[Pair]]] = [{} for _ in range(self.num_tasks)]
+        for index, (task, subset, is_test) in enumerate(self.pairs[:, :3].tolist()):
+            if not is_test:
+                demonstrations[task].setdefault(subset, []).append(self.pair(index))
+        firsts = [found[min(found)] if found else [] for found in demonstrations]
+        return [Task("", tuple(pairs)).fingerprint() for pairs in firsts]
+
     def _grid(self, offset: int, height: int, width: int) -> Grid:
         return np.asarray(self.cells[offset : offset + height * width]).reshape(height, width)
 

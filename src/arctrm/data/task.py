@@ -1,5 +1,6 @@
 """What a task is: grids, pairs, tasks. Parsing and checking live in `arctrm.data.parse`."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,3 +36,12 @@ class Task:
     def has_answers(self) -> bool:
         """Whether every test pair has its output."""
         return bool(self.test) and all(pair.output is not None for pair in self.test)
+
+    def fingerprint(self) -> str:
+        """12 hex digits over the content of the demonstrations, whatever their order or the id."""
+        texts = (f"{pair.input.tolist()} {_listed(pair.output)}" for pair in self.demonstrations)
+        return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:12]
+
+
+def _listed(grid: Grid | None) -> list | None:
+    return None if grid is None else grid.tolist()

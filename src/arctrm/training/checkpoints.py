@@ -191,8 +191,12 @@ def read_rank(path: Path, rank: int) -> dict[str, Tensor]:
     return load_tensors(path, name, meta)
 
 
-def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
+def export_bundle(
+    checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16, **notes: object
+) -> Path:
     """Write what solving needs of a checkpoint to the new folder `out`: one set of weights.
+
+    Weights are stored as `dtype` (TRM's blocks compute in bfloat16 on a GPU anyway).
 
     The moving average, where there is one, becomes the weights; `notes` are added to the metadata.
 
@@ -201,7 +205,8 @@ def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
         CheckpointError: `checkpoint` cannot be read or `out` not be written, or exists.
     """
     meta = read_meta(checkpoint)
-    weights = model_tensors(read_model(checkpoint, ema=True))
+    read = read_model(checkpoint, ema=True)
+    weights = model_tensors({name: tensor.to(dtype) for name, tensor in read.items()})
     aside = out.with_name(_TEMPORARY + out.name)
     try:
         with disk_errors(out.parent):

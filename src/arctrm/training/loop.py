@@ -51,6 +51,8 @@ class Run:
     task_ids: tuple[str, ...]
     fingerprint: str
     git_revision: str
+    notes: dict[str, Any]
+    """What else the checkpoint should say."""
     began_at: float
     """Monotonic time at which this session's share of the budget began (before compilation)."""
     step: int = 0
@@ -85,7 +87,9 @@ def train(run: Run, tracker: Tracker, progress: TrainingProgress) -> None:
         if run.step != saved_step:
             save(run)
     if not run.schedule.finished(run.step, run.elapsed):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"saved step {run.step} in {run.out}; the same command with --resume goes on"
+        )
 
 
 def train_step(run: Run) -> None:
@@ -127,7 +131,7 @@ def save(run: Run) -> Path:
     """Write a checkpoint of everything that a bit-exact continuation needs."""
     weights = run.model.state_dict()
     ema = None if run.ema is None else {**weights, **run.ema.state()}
-    trainer = {}
+    trainer: dict[str, Tensor] = {}
     for name, optimiser in run.optimisers.all.items():
         trainer |= pack_optimiser(name, optimiser)
     meta = CheckpointMeta(
@@ -138,6 +142,7 @@ def save(run: Run) -> Path:
         task_ids=run.task_ids,
         git_revision=run.git_revision,
         data_fingerprint=run.fingerprint,
+        notes=run.notes,
     )
     return write_checkpoint(
         run.out,
@@ -193,12 +198,13 @@ class SharedClock:
             return False
         if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        told = [time.monotonic() - self.begin, bool(stop)]
+        told = [(time.monotonic() - self.begin, bool(stop))]
         if not alone:
             told = broadcast_object_list(told)
-        self.seconds_per_step = (told[0] - self.synced_elapsed) / max(1, done)
-        self.synced_step, self.synced_elapsed, run.elapsed = run.step, told[0], told[0]
-        return told[1]
+        elapsed, interrupted = told[0]
+        self.seconds_per_step = (elapsed - self.synced_elapsed) / max(1, done)
+        self.synced_step, self.synced_elapsed, run.elapsed = run.step, elapsed, elapsed
+        return interrupted
 
 
 def _save_is_due(run: Run, clock: SharedClock, saved_at: float) -> bool:

@@ -132,6 +132,7 @@ def build_run(
         task_ids=base.meta.task_ids,
         fingerprint=base.meta.fingerprint,
         git_revision=git_revision(),
+        notes={"task_fingerprints": base.task_fingerprints()},
         began_at=began_at,
     )
 

@@ -99,7 +99,9 @@ class PairStream:
         pair = pair.clamp(max=self.pairs.shape[0] - 1)
         task = self.pairs[pair, 0]
         view = (uniform[:, 1] * self.num_views).long()
-        dihedral, colours = self._view(task, view)
+        dihedral, colours = view_of(
+            self.seed, task, view, self.fixed[task], self.data.identity_colours
+        )
         rows = torch.zeros(count, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[:, PAIR] = pair
         per_view = self.trm.task_embedding == "per_view"
@@ -110,22 +112,6 @@ class PairStream:
         rows[:, COLOURS] = colours
         self._place(rows, uniform[:, 2:])
         return rows
-
-    def _view(self, task: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
-        """Dihedral [n] and colours [n, 10] of view number `view`; number 0 is the identity.
-
-        A view is a function of (seed, task, number), so `num_aug` bounds how many there are.
-        """
-        uniform = hashed_uniform(self.seed, task, view, NUM_COLOURS + 2)
-        dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
-        keep = (uniform[:, 1] < self.data.identity_colours) | (view == 0)
-        fixed = self.fixed[task] | keep[:, None]
-        order = torch.arange(NUM_COLOURS, device=self.device)
-        # The i-th free colour becomes the free colour that comes i-th in a random order.
-        here = torch.where(fixed, order + NUM_COLOURS, order).argsort(1)
-        there = torch.where(fixed, order + NUM_COLOURS, uniform[:, 2:]).argsort(1)
-        colours = torch.empty_like(here).scatter_(1, here, there)
-        return torch.where(view == 0, 0, dihedral), colours
 
     def _place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
@@ -211,6 +197,26 @@ class PairStream:
         colour = self.cells[torch.where(inside, offset + a * width + b, 0)].long()
         colour = row[:, COLOURS].gather(1, colour[:, None])[:, 0]
         return torch.where(inside, colour + COLOUR, torch.where(border, EOS, PAD))
+
+
+def view_of(
+    seed: int, task: Tensor, view: Tensor, fixed: Tensor, identity_colours: float
+) -> tuple[Tensor, Tensor]:
+    """Dihedral [n] and colours [n, 10] of view number `view` of each task; 0 is the identity.
+
+    A view is a function of (seed, task row, number), so `num_aug` bounds how many there are.
+    `fixed` [n, 10] marks the colours that may not move.
+    """
+    uniform = hashed_uniform(seed, task, view, NUM_COLOURS + 2)
+    dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
+    keep = (uniform[:, 1] < identity_colours) | (view == 0)
+    fixed = fixed | keep[:, None]
+    order = torch.arange(NUM_COLOURS, device=task.device)
+    # The i-th free colour becomes the free colour that comes i-th in a random order.
+    here = torch.where(fixed, order + NUM_COLOURS, order).argsort(1)
+    there = torch.where(fixed, order + NUM_COLOURS, uniform[:, 2:]).argsort(1)
+    colours = torch.empty_like(here).scatter_(1, here, there)
+    return torch.where(view == 0, 0, dihedral), colours
 
 
 def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:

@@ -142,28 +142,18 @@ class BlockParameters(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
-        self.self_attn = nn.ModuleDict(
-            {
-                "qkv_proj": Matrix(3 * hidden_size, hidden_size),
-                "o_proj": Matrix(hidden_size, hidden_size),
-            }
-        )
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_up_proj": Matrix(2 * inner_size, hidden_size),
-                "down_proj": Matrix(hidden_size, inner_size),
-            }
-        )
+        self.self_attn = nn.Module()
+        self.self_attn.qkv_proj = Matrix(3 * hidden_size, hidden_size)
+        self.self_attn.o_proj = Matrix(hidden_size, hidden_size)
+        self.mlp = nn.Module()
+        self.mlp.gate_up_proj = Matrix(2 * inner_size, hidden_size)
+        self.mlp.down_proj = Matrix(hidden_size, inner_size)
 
     def cast(self, dtype: torch.dtype) -> BlockWeights:
         """The matrices in the compute dtype; cast once per supervision step, not per pass."""
-        matrices = (
-            self.self_attn["qkv_proj"],
-            self.self_attn["o_proj"],
-            self.mlp["gate_up_proj"],
-            self.mlp["down_proj"],
-        )
-        return BlockWeights(*(matrix.weight.to(dtype) for matrix in matrices))
+        weights = dict(self.named_parameters())
+        names = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        return BlockWeights(*(weights[f"{name}.weight"].to(dtype) for name in names))
 
 
 class RecursiveLevel(nn.Module):
@@ -177,4 +167,4 @@ class RecursiveLevel(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> list[BlockWeights]:
         """All blocks' matrices in the compute dtype."""
-        return [layer.cast(dtype) for layer in self.layers]
+        return [layer.cast(dtype) for layer in self.layers if isinstance(layer, BlockParameters)]

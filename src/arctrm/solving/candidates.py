@@ -1,0 +1,178 @@
+"""Queries in, candidates out: TRM answers test inputs under many views, packed.
+
+A query is one test input under one view on one canvas. Queries are packed by size, run for a fixed
+number of supervision steps, decoded, and turned back by the exact inverse of their view.
+
+Legend: T tokens, R rows.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arctrm.config import InferenceConfig
+from arctrm.data import canvas
+from arctrm.data.task import MAX_SIDE, Task
+from arctrm.data.views import DIHEDRALS, View, distinct_views, fixed_colours
+from arctrm.errors import ResourceError
+from arctrm.solving.canvas_rules import query_canvas
+from arctrm.solving.vote import Candidate
+from arctrm.solving.weights import Solver
+from arctrm.training.pretrain import TOKENS_PER_ROW
+from arctrm.trm.model import TRM
+from arctrm.trm.packing import longest_row, sequences, token_map
+
+Key = tuple[str, int]
+"""Task id and index of the test input."""
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One test input under one view."""
+
+    key: Key
+    view: View
+    codes: np.ndarray
+    """uint8 [height, width]: the input on its canvas."""
+    row: int
+    """Task embedding row."""
+
+
+def task_queries(solver: Solver, task: Task, num_views: int, seed: int) -> list[Query]:
+    """Queries of every test input, view by view (the identity first).
+
+    A task that the model was not trained on gets the mean embedding; a per-view model then has no
+    view to offer and gives no query.
+    """
+    rng = np.random.default_rng([seed, *task.id.encode()])
+    own = solver.views_of(task, num_views)
+    if own is None:
+        row = solver.row_of(task)
+        views = distinct_views(fixed_colours(task), num_views, rng, solver.identity_colours)
+        own = [(view, solver.mean_row if row is None else row) for view in views]
+    return [
+        _query(solver.trm, task, index, view, row)
+        for view, row in own
+        for index in range(len(task.test))
+    ]
+
+
+def _query(trm: TRM, task: Task, index: int, view: View, row: int) -> Query:
+    grid = task.test[index].input
+    height, width = query_canvas(task, grid)
+    if DIHEDRALS[view.dihedral][0]:
+        height, width = width, height
+    if trm.config.layout == "reference":
+        height = width = MAX_SIDE
+    return Query((task.id, index), view, canvas.encode(view.apply(grid), height, width), row)
+
+
+def pack(queries: Sequence[Query], tokens_per_batch: int, num_slots: int) -> Iterator[list[Query]]:
+    """Split into batches of at most `tokens_per_batch` tokens, in order; one query at least."""
+    batch: list[Query] = []
+    used = 0
+    max_rows = tokens_per_batch // TOKENS_PER_ROW
+    for query in queries:
+        size = num_slots + query.codes.size
+        if batch and (used + size > tokens_per_batch or len(batch) == max_rows):
+            yield batch
+            batch, used = [], 0
+        batch.append(query)
+        used += size
+    if batch:
+        yield batch
+
+
+def answer(
+    solver: Solver,
+    queries: Sequence[Query],
+    inference: InferenceConfig,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[tuple[Key, Candidate]]:
+    """Candidates of all queries, in the order of the queries; `advance` is told of each batch.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+
+    """
+    order = sorted(range(len(queries)), key=lambda i: queries[i].codes.size)
+    ordered = [queries[i] for i in order]
+    found: list[tuple[Key, Candidate]] = []
+    for batch in pack(ordered, inference.tokens_per_batch, solver.trm.config.num_prefix_slots):
+        found += answer_batch(solver, batch, inference)
+        advance(len(batch))
+    back = np.argsort(order)
+    return [found[i] for i in back]
+
+
+@torch.no_grad()
+def answer_batch(
+    solver: Solver, batch: Sequence[Query], inference: InferenceConfig
+) -> list[tuple[Key, Candidate]]:
+    """Candidates of one packed batch; a grid that cannot be decoded is None."""
+    try:
+        codes, q_halt, lengths = _run(solver, batch, inference)
+    except torch.OutOfMemoryError as error:
+        tokens = inference.tokens_per_batch
+        raise ResourceError(
+            f"out of memory with inference.tokens_per_batch = {tokens}; lower it, for example "
+            f"--set inference.tokens_per_batch={tokens // 2}"
+        ) from error
+    found, begin = [], 0
+    for query, q, length in zip(batch, q_halt, lengths, strict=True):
+        cells = codes[begin + solver.trm.config.num_prefix_slots : begin + length]
+        begin += length
+        grid = canvas.decode(cells.reshape(query.codes.shape))
+        grid = None if grid is None else query.view.inverse(grid)
+        found.append((query.key, Candidate(grid, float(q), "trm")))
+    return found
+
+
+def _run(
+    solver: Solver, batch: Sequence[Query], inference: InferenceConfig
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Predicted codes [T], halting logits [R] and row lengths of one batch."""
+    trm, device = solver.trm, solver.trm.H_init.device
+    slots = trm.config.num_prefix_slots
+    lengths = [slots + query.codes.size for query in batch]
+    num_tokens, num_rows = sum(lengths), len(batch)
+    if device.type == "cuda":  # static shapes: one compiled graph serves every batch
+        num_tokens = max(inference.tokens_per_batch, num_tokens)
+        num_rows = max(inference.tokens_per_batch // TOKENS_PER_ROW, num_rows)
+    columns = _columns(batch, lengths, num_rows).to(device)
+    length_R, width_R, row_R, dihedral_R, flag_R = columns.unbind(1)
+    tokens = token_map(length_R, width_R, num_tokens, longest_row(trm.config), slots)
+    codes = torch.zeros(num_tokens, dtype=torch.long)
+    codes[: sum(lengths)] = torch.from_numpy(
+        np.concatenate([np.pad(query.codes.ravel(), (slots, 0)) for query in batch])
+    ).long()
+    prefix, condition = trm.prefix(row_R, dihedral_R, flag_R, blank=inference.blank_task_embedding)
+    x = trm.embed(codes.to(device), tokens.row, tokens.first, prefix, condition)
+    seq = sequences(tokens, trm.config, trm.dtype)
+    latents = trm.initial_latents(num_tokens)
+    for _ in range(inference.steps or trm.config.halt_max_steps):
+        latents, prediction = trm.supervision_step(latents, x, seq, tokens.first)
+    predicted = prediction.logits.argmax(-1).to(torch.uint8).cpu().numpy()
+    return predicted, prediction.q_halt[: len(batch)].cpu().numpy(), lengths
+
+
+def _columns(batch: Sequence[Query], lengths: list[int], num_rows: int) -> Tensor:
+    """int64 [num_rows, 5]: length, width, embedding row, dihedral, colour flag."""
+    columns = torch.zeros(num_rows, 5, dtype=torch.long)
+    for index, (query, length) in enumerate(zip(batch, lengths, strict=True)):
+        view, width = query.view, query.codes.shape[1]
+        columns[index] = torch.tensor(
+            (length, width, query.row, view.dihedral, view.identity_colours)
+        )
+    return columns
+
+
+def by_key(found: Iterable[tuple[Key, Candidate]]) -> dict[Key, list[Candidate]]:
+    """Candidates of each test input."""
+    grouped: dict[Key, list[Candidate]] = {}
+    for key, candidate in found:
+        grouped.setdefault(key, []).append(candidate)
+    return grouped

@@ -1,0 +1,170 @@
+"""`arctrm eval`: answer a test set with one checkpoint, vote, then score.
+
+Answers are set aside before any model sees a task; only `arctrm.solving.scoring` reads them.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from arctrm.config import EvalConfig
+from arctrm.console import console, note, progress_console
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Grid, Task
+from arctrm.errors import DataError
+from arctrm.solving import scoring
+from arctrm.solving.candidates import Key, Query, answer, by_key, task_queries
+from arctrm.solving.submission import check_complete, submission, write_submission
+from arctrm.solving.vote import Candidate, Ranked, attempts, vote
+from arctrm.solving.weights import Solver, load_solver
+from arctrm.training.files import write_text_atomically
+from arctrm.training.provenance import run_record, write_run_record
+
+PASS_AT_MOST = 10
+"""Ranked grids kept per test input."""
+
+
+def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
+    """Write scores.json, submission.json and config.json to `out`; print the score table.
+
+    Returns the scores, or None where no answer is known (the submission is written all the same).
+
+    Raises:
+        UserError: tasks or checkpoint cannot be used.
+
+    """
+    accelerator = Accelerator()
+    tasks, known = load(config)
+    solver = load_solver(config.checkpoint, config.inference, accelerator.device)
+    begin = time.monotonic()
+    found = answer_all(solver, tasks, config, accelerator)
+    seconds = time.monotonic() - begin
+    if not accelerator.is_main_process:
+        return None
+    ranked = rank(tasks, found, config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_run_record(out, run_record(config))
+    content = submission(
+        {
+            task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
+            for task in tasks
+        }
+    )
+    check_complete(content, tasks)
+    write_submission(out / "submission.json", content)
+    gpu_seconds = seconds * accelerator.num_processes / len(tasks)
+    return _report(config, solver, tasks, ranked, known, gpu_seconds, out)
+
+
+def load(config: EvalConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
+    """Tasks without answers, and the answers apart."""
+    chosen = config.evaluation
+    solutions = Path(chosen.solutions) if chosen.solutions else None
+    tasks = load_tasks(chosen.test_set, solutions=solutions)
+    unknown = set(chosen.tasks) - {task.id for task in tasks}
+    if unknown:
+        raise DataError(
+            f"evaluation.tasks names {sorted(unknown)[0]!r}, which is not in {chosen.test_set}; "
+            "give ids of that set, or none for all"
+        )
+    if chosen.tasks:
+        tasks = [task for task in tasks if task.id in chosen.tasks]
+    tasks = tasks[: chosen.max_tasks]
+    return [task.without_answers() for task in tasks], scoring.answers(tasks)
+
+
+def answer_all(
+    solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator
+) -> dict[Key, list[Candidate]]:
+    """Candidates of every test input, the views split over the processes."""
+    inference = config.inference
+    queries = [
+        query
+        for task in tasks
+        for query in task_queries(solver, task, inference.views, config.seed)
+    ]
+    unknown = sum(solver.row_of(task) is None for task in tasks)
+    if unknown and accelerator.is_main_process:
+        note(f"{unknown} of {len(tasks)} tasks are not in the id map: answered from the mean")
+    with accelerator.split_between_processes(queries) as mine:
+        found = _with_progress(solver, mine, config, accelerator.is_main_process)
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    return by_key(found)
+
+
+def _with_progress(
+    solver: Solver, queries: list[Query], config: EvalConfig, is_main: bool
+) -> list[tuple[Key, Candidate]]:
+    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console(), disable=not is_main) as progress:
+        bar = progress.add_task("", total=len(queries))
+        return answer(solver, queries, config.inference, lambda done: progress.advance(bar, done))
+
+
+def rank(
+    tasks: list[Task], found: dict[Key, list[Candidate]], seed: int
+) -> dict[Key, list[Ranked]]:
+    """The vote of every test input, best first."""
+    keys = [(task.id, index) for task in tasks for index in range(len(task.test))]
+    return {key: vote(found.get(key, []), seed) for key in keys}
+
+
+def _report(
+    config: EvalConfig,
+    solver: Solver,
+    tasks: list[Task],
+    ranked: dict[Key, list[Ranked]],
+    known: dict[str, list[Grid | None]],
+    gpu_seconds: float,
+    out: Path,
+) -> scoring.Scores | None:
+    predictions = {
+        task.id: [
+            [r.grid for r in ranked[task.id, index][:PASS_AT_MOST]]
+            for index in range(len(task.test))
+        ]
+        for task in tasks
+    }
+    if not any(answer is not None for grids in known.values() for answer in grids):
+        note(f"no answers are known: {out / 'submission.json'} is written, nothing is scored")
+        return None
+    scores = scoring.score(predictions, known)
+    content = {
+        "checkpoint": solver.name,
+        "views": config.inference.views,
+        "steps": config.inference.steps or solver.trm.config.halt_max_steps,
+        "blank_task_embedding": config.inference.blank_task_embedding,
+        "seed": config.seed,
+        "device": str(solver.trm.H_init.device),
+        "seconds_per_task": gpu_seconds,
+        **scoring.scores_dict(scores),
+    }
+    write_text_atomically(out / "scores.json", json.dumps(content, indent=1) + "\n")
+    console().print(scoring.task_table(scores))
+    console().print(scoring.scores_table(scores))
+    on_gpu = torch.device(solver.trm.H_init.device).type == "cuda"
+    note(f"{'GPU' if on_gpu else 'CPU'}-seconds per task: {gpu_seconds:.2f}; written to {out}")
+    return scores
+
+
+def describe(config: EvalConfig) -> Table:
+    """What `eval` would run."""
+    tasks, known = load(config)
+    solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
+    inputs = sum(len(task.test) for task in tasks)
+    table = Table(title="eval (dry run)", title_justify="left", show_header=False)
+    table.add_row("checkpoint", solver.name)
+    table.add_row("tasks, test inputs", f"{len(tasks)}, {inputs}")
+    table.add_row("in the id map", str(sum(solver.row_of(task) is not None for task in tasks)))
+    table.add_row("answers known", str(sum(a is not None for g in known.values() for a in g)))
+    views, steps = config.inference.views, config.inference.steps
+    table.add_row("queries", f"{inputs * views:,} ({views} views)")
+    table.add_row("supervision steps", str(steps or solver.trm.config.halt_max_steps))
+    return table

@@ -1,0 +1,217 @@
+"""`arctrm solve`: one task or many, each within a wall-clock budget, always two grids.
+
+Per task: a first answer from the model as it is; then adaptation on the demonstrations; then
+answers of the adapted model under as many views as the budget allows, which replace the first
+ones. Votes are never pooled over different weights.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from arctrm.config import SolveConfig
+from arctrm.console import console, note, progress_console
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Task
+from arctrm.errors import CheckpointError, UserError
+from arctrm.solving import scoring
+from arctrm.solving.adaptation import Adapter, held_out, probe_task
+from arctrm.solving.candidates import Key, Query, answer_batch, pack, task_queries
+from arctrm.solving.report import Solution, solution_report
+from arctrm.solving.submission import check_complete, submission, write_submission
+from arctrm.solving.vote import Candidate, attempts, evidence, vote
+from arctrm.solving.weights import Solver, load_solver
+
+PROBE_VIEWS = 2
+"""Views under which a held-out demonstration is asked for."""
+PROBE_SHARE = 0.5
+"""Share of the adaptation time before the probe."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Round:
+    """What one set of weights answered."""
+
+    candidates: dict[Key, list[Candidate]] = field(default_factory=dict)
+    num_views: dict[Key, int] = field(default_factory=dict)
+    adaptation_steps: int = 0
+    seconds: float = 0.0
+
+
+def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None:
+    """Solve the tasks of `target`, print each, write submission.json to `out`.
+
+    `check` says at the end whether the answers are right, where they are known.
+
+    Raises:
+        UserError: the target or the checkpoint cannot be used; with `keep_going` a bad task in a
+            folder is reported instead.
+
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bad: list[UserError] = []
+    tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
+    for error in bad:
+        note(f"left out: {error}")
+    known = scoring.answers(tasks)
+    solver = load_solver(config.checkpoint, config.inference, device)
+    _check_solver(solver)
+    answered: dict[str, list[Solution]] = {}
+    verdicts: list[bool] = []
+    for number, task in enumerate(tasks, 1):
+        if len(tasks) > 1:
+            note(f"task {number} of {len(tasks)}: {task.id}")
+        solutions = solve_task(solver, task.without_answers(), config)
+        answered[task.id] = solutions
+        correct = scoring.judge([s.attempts for s in solutions], known[task.id]) if check else None
+        console().print(solution_report(task.without_answers(), solutions, correct))
+        if correct is not None:
+            verdicts += [any(pair) for pair in correct if None not in pair]
+        if out is not None:  # after every task, so that an interrupt loses none
+            _write(answered, tasks[:number], out)
+    if check:
+        solved = f"{sum(verdicts)} of {len(verdicts)}"
+        console().print(f"{solved} test inputs with a known answer solved")
+
+
+def solve_task(solver: Solver, task: Task, config: SolveConfig) -> list[Solution]:
+    """Two grids and their evidence for every test input, within `config.budget` seconds."""
+    begin = time.monotonic()
+    end = begin + config.budget
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console(), transient=True) as progress:
+        bar = progress.add_task("reading", total=config.budget)
+
+        def tell(text: str) -> None:
+            elapsed = time.monotonic() - begin
+            progress.update(bar, completed=min(elapsed, config.budget), description=text)
+
+        first = _answer_round(solver, task, config, begin, tell, max_views=1)
+        best, leave_one_out = first, None
+        if config.adaptation.enabled and time.monotonic() < end:
+            adapted, leave_one_out = _adapt(solver, task, config, begin, tell)
+            later = _answer_round(adapted.solver, task, config, begin, tell, until=end)
+            later.adaptation_steps = adapted.steps
+        else:
+            later = _answer_round(solver, task, config, begin, tell, until=end)
+        if all((task.id, i) in later.candidates for i in range(len(task.test))):
+            best = later
+    return _solutions(task, best, leave_one_out, config.seed)
+
+
+def _adapt(
+    solver: Solver, task: Task, config: SolveConfig, begin: float, tell: Tell
+) -> tuple[Adapter, float | None]:
+    """The adapted model, and the share of views that got a held-out demonstration right.
+
+    A task that the model was trained on has no demonstration left to hold out.
+    """
+    adapter = Adapter(solver, task, config.adaptation, config.seed)
+    share = config.adaptation.known_share if adapter.known else config.adaptation.share
+    now = time.monotonic()
+    until = now + (begin + config.budget - now) * share
+    told = lambda steps: tell(f"adapting, step {steps}")
+    index = None if adapter.known else held_out(task, config.seed)
+    score = None
+    if index is not None:
+        rest = [pair for i, pair in enumerate(task.demonstrations) if i != index]
+        adapter.train(rest, now + (until - now) * PROBE_SHARE, told)
+        score = _probe(adapter, task, index, config)
+    adapter.train(task.demonstrations, until, told)
+    return adapter, score
+
+
+def _probe(adapter: Adapter, task: Task, index: int, config: SolveConfig) -> float:
+    probe = probe_task(task, index)
+    queries = task_queries(adapter.solver, probe, PROBE_VIEWS, config.seed)
+    found = [
+        candidate
+        for batch in _batches(adapter.solver, queries, config)
+        for _, candidate in answer_batch(adapter.solver, batch, config.inference)
+    ]
+    truth = task.demonstrations[index].output
+    return float(np.mean([bool(scoring.is_right(c.grid, truth)) for c in found]))
+
+
+def _answer_round(
+    solver: Solver,
+    task: Task,
+    config: SolveConfig,
+    begin: float,
+    tell: Tell,
+    *,
+    max_views: int | None = None,
+    until: float | None = None,
+) -> Round:
+    """Answer view by view until the views or the time are used up; the first batch always runs."""
+    result, longest = Round(), 0.0
+    queries = task_queries(solver, task, max_views or config.inference.views, config.seed)
+    for batch in _batches(solver, queries, config):
+        start = time.monotonic()
+        if until is not None and longest and start + longest > until:
+            break
+        for key, candidate in answer_batch(solver, batch, config.inference):
+            result.candidates.setdefault(key, []).append(candidate)
+            result.num_views[key] = result.num_views.get(key, 0) + 1
+        longest = max(longest, time.monotonic() - start)
+        tell(f"answering, view {max(result.num_views.values())} of {config.inference.views}")
+    result.seconds = time.monotonic() - begin
+    return result
+
+
+def _batches(solver: Solver, queries: list[Query], config: SolveConfig):
+    return pack(queries, config.inference.tokens_per_batch, solver.trm.config.num_prefix_slots)
+
+
+def _solutions(task: Task, best: Round, leave_one_out: float | None, seed: int) -> list[Solution]:
+    solutions = []
+    for index, pair in enumerate(task.test):
+        key = (task.id, index)
+        ranked = vote(best.candidates.get(key, []), seed)
+        solutions.append(
+            Solution(
+                attempts(ranked, pair.input),
+                evidence(ranked, best.num_views.get(key, 0), leave_one_out),
+                best.adaptation_steps,
+                best.seconds,
+            )
+        )
+    return solutions
+
+
+def _write(answered: dict[str, list[Solution]], tasks: list[Task], out: Path) -> None:
+    content = submission({task: [s.attempts for s in found] for task, found in answered.items()})
+    check_complete(content, [task.without_answers() for task in tasks])
+    write_submission(out / "submission.json", content)
+
+
+def _check_solver(solver: Solver) -> None:
+    config = solver.trm.config
+    if config.layout != "compact" or config.task_embedding != "shared":
+        raise CheckpointError(
+            f"{solver.name}: trm.layout = {config.layout!r} with trm.task_embedding = "
+            f"{config.task_embedding!r} cannot adapt to a task; solve needs layout 'compact' with "
+            "'shared' embeddings (`arctrm eval` takes any checkpoint)"
+        )
+
+
+def describe(config: SolveConfig, target: str) -> Group:
+    """What `solve` would run."""
+    bad: list[UserError] = []
+    tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
+    solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
+    table = Table(title="solve (dry run)", title_justify="left", show_header=False)
+    table.add_row("checkpoint", solver.name)
+    table.add_row("tasks, test inputs", f"{len(tasks)}, {sum(len(t.test) for t in tasks)}")
+    table.add_row("known to the model", str(sum(solver.row_of(t) is not None for t in tasks)))
+    table.add_row("time at most", f"{len(tasks) * config.budget / 60:.1f} min")
+    return Group(table, *(f"left out: {error}" for error in bad))

@@ -1,0 +1,158 @@
+"""From a checkpoint on disk to a TRM that answers: bundled weights, run folders, reference files.
+
+A `Solver` knows which tasks its embeddings belong to. Tasks are recognised by the content of their
+demonstrations where the checkpoint recorded it, so that a renamed file is still known and another
+task of the same name is not.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arctrm.config import InferenceConfig, TRMConfig
+from arctrm.data.task import Task
+from arctrm.data.views import View, fixed_colours
+from arctrm.errors import CheckpointError
+from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
+from arctrm.training.pretrain import compute_dtype
+from arctrm.training.stream import view_of
+from arctrm.trm.layers import run_level
+from arctrm.trm.model import TRM
+from arctrm.trm.reference import read_reference_file
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+SEPARATOR = "|||"
+"""Between task id, dihedral and colours in the reference's identifiers."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A TRM with its id map."""
+
+    trm: TRM
+    """Its last task embedding is the mean of the trained ones: where an unseen task starts."""
+    rows: dict[str, int]
+    """Task key (content fingerprint, else id) -> task embedding row."""
+    by_content: bool
+    """Whether the keys of `rows` are content fingerprints."""
+    views: dict[str, list[tuple[View, int]]]
+    """Task id -> the views that have an embedding of their own, with its row (per-view models)."""
+    name: str
+    seed: int = 0
+    identity_colours: float = 0.2
+    num_aug: int = 0
+
+    def row_of(self, task: Task) -> int | None:
+        """Embedding row of a task that the model was trained on, else None."""
+        return self.rows.get(task.fingerprint() if self.by_content else task.id)
+
+    @property
+    def mean_row(self) -> int:
+        """Embedding row of the mean."""
+        return self.trm.puzzle_emb.weights.shape[0] - 1
+
+    def views_of(self, task: Task, count: int) -> list[tuple[View, int]] | None:
+        """Views with their rows, for models with one embedding per view; None for the others."""
+        if self.views:
+            return self.views.get(task.id, [])[:count]
+        if self.trm.config.task_embedding == "shared":
+            return None
+        row = self.row_of(task)
+        if row is None:
+            return []
+        numbers = range(min(count, self.num_aug))
+        return [(self._numbered_view(task, row, k), row * self.num_aug + k) for k in numbers]
+
+    def _numbered_view(self, task: Task, row: int, number: int) -> View:
+        fixed = torch.from_numpy(fixed_colours(task))[None]
+        dihedral, colours = view_of(
+            self.seed, torch.tensor([row]), torch.tensor([number]), fixed, self.identity_colours
+        )
+        return View(int(dihedral), tuple(colours[0].tolist()))
+
+
+def load_solver(
+    checkpoint: Path | None, inference: InferenceConfig, device: torch.device
+) -> Solver:
+    """Load the bundled weights, a checkpoint folder or a reference checkpoint file.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it does not fit its own configuration.
+
+    """
+    if checkpoint is not None and checkpoint.is_file():
+        solver = _reference_solver(checkpoint)
+    else:
+        solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
+    _append_mean(solver.trm)
+    trm = solver.trm.to(device).eval().requires_grad_(False)
+    trm.dtype = compute_dtype(inference.dtype, device)
+    if inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
+        trm.level = torch.compile(run_level, dynamic=False)
+    return solver
+
+
+def _own_solver(folder: Path) -> Solver:
+    meta = read_meta(folder)
+    try:
+        config = TRMConfig.model_validate(meta.config["trm"])
+        data = meta.config["data"]
+        seed, num_aug, identity = meta.config["seed"], data["num_aug"], data["identity_colours"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its configuration is not a TRM's ({str(error).splitlines()[0]}); "
+            "give a checkpoint that `arctrm pretrain` wrote"
+        ) from error
+    weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
+    per_view = num_aug if config.task_embedding == "per_view" else 1
+    trm = TRM(config, len(meta.task_ids) * per_view)
+    check_names({n: tuple(t.shape) for n, t in trm.state_dict().items()}, weights, folder)
+    trm.load_state_dict(weights)
+    fingerprints = meta.notes.get("task_fingerprints")
+    keys = fingerprints or meta.task_ids
+    rows = {key: row for row, key in enumerate(keys)}
+    return Solver(trm, rows, bool(fingerprints), {}, str(folder), seed, identity, num_aug)
+
+
+def _reference_solver(path: Path) -> Solver:
+    """A published checkpoint; its embeddings mean something only with `identifiers.json`."""
+    trm = read_reference_file(path).trm
+    identifiers = path.with_name("identifiers.json")
+    try:
+        names = json.loads(identifiers.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: needs the identifiers.json of its data set beside it, which says whose each "
+            f"embedding is, but {identifiers} cannot be read ({error}); copy it there"
+        ) from error
+    num_rows = trm.puzzle_emb.weights.shape[0]
+    if not isinstance(names, list) or len(names) != num_rows:
+        raise CheckpointError(
+            f"{identifiers}: lists {len(names)} embeddings, {path.name} holds {num_rows}; "
+            "use the identifiers.json of the data set it was trained on"
+        )
+    views: dict[str, list[tuple[View, int]]] = {}
+    for row, name in enumerate(names):
+        task_id, *augmentation = str(name).split(SEPARATOR)
+        views.setdefault(task_id, []).append((_reference_view(augmentation, identifiers), row))
+    return Solver(trm, {task: v[0][1] for task, v in views.items()}, False, views, str(path))
+
+
+def _reference_view(augmentation: list[str], where: Path) -> View:
+    if not augmentation:
+        return View(0)
+    try:
+        dihedral, colours = augmentation
+        return View(int(dihedral.removeprefix("t")), tuple(int(c) for c in colours))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: {SEPARATOR.join(augmentation)!r} is not a dihedral and a colour permutation"
+        ) from error
+
+
+def _append_mean(trm: TRM) -> None:
+    trained = trm.puzzle_emb.weights.detach()
+    trm.puzzle_emb.weights = nn.Parameter(torch.cat((trained, trained.mean(0, keepdim=True))))
