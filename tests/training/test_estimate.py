@@ -1,0 +1,43 @@
+"""The dry run's arithmetic."""
+
+import pytest
+
+from arctrm.config import OptimiserConfig, ScheduleConfig, TrainingConfig, TRMConfig
+from arctrm.training.estimate import estimate, memory_bytes, operations_per_token
+
+TRM_SMALL = TRMConfig(hidden_size=64, num_heads=2, num_layers=2, H_cycles=3, L_cycles=4)
+
+
+def test_operations_are_counted_as_by_hand():
+    weights = 4 * 64 * 64 + 3 * 64 * 256  # q, k, v, out; gate, up, down
+    one_pass = 2 * 2 * weights  # two layers, multiply and add
+    passes = 3 * (4 + 1)  # H cycles x (L updates + the H update)
+    with_gradient = 4 + 1  # the last H cycle goes backward too, at twice the cost
+    assert operations_per_token(TRM_SMALL) == one_pass * (passes + 2 * with_gradient)
+
+
+def test_memory_is_linear_in_the_tokens_on_top_of_the_weights():
+    at = [
+        memory_bytes(TRM_SMALL, TrainingConfig(tokens_per_batch=n), 1000)
+        for n in (1024, 2048, 4096)
+    ]
+    assert at[2] - at[1] == pytest.approx(2 * (at[1] - at[0]))
+    assert at[1] > at[0] > 4 * 4 * 1000
+
+
+def test_adamw_alone_keeps_one_number_more_per_weight():
+    muon = memory_bytes(TRM_SMALL, TrainingConfig(), 1000)
+    adamw = memory_bytes(TRM_SMALL, TrainingConfig(optimiser=OptimiserConfig(kind="adamw")), 1000)
+    assert adamw - muon == 4000
+
+
+def test_a_budget_is_the_length_and_steps_follow_from_the_speed():
+    by_time = TrainingConfig(schedule=ScheduleConfig(budget="10m"))
+    assert estimate(TRM_SMALL, by_time, 1000)["length"].startswith("10.0 min")
+    by_steps = TrainingConfig(schedule=ScheduleConfig(max_steps=1234))
+    assert "1,234 steps" in estimate(TRM_SMALL, by_steps, 1000)["length"]
+
+
+def test_all_lines_are_there():
+    lines = estimate(TRM_SMALL, TrainingConfig(), 1000)
+    assert {"device", "memory", "speed", "length"} <= set(lines)
