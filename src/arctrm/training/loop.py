@@ -96,16 +96,9 @@ def train_step(run: Run) -> None:
     """Gradients of all batches, reduced over processes, clipped; one optimiser and EMA step."""
     factor = run.schedule.factor(run.step, run.elapsed)
     run.gradients.zero()
-    try:
+    with memory_errors(run.config):
         for step in run.steps:
             step()
-    except torch.OutOfMemoryError as error:
-        tokens = run.config.tokens_per_batch
-        raise ResourceError(
-            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
-            f"--set training.tokens_per_batch={tokens // 2} --set training.grad_accum="
-            f"{run.config.grad_accum * 2}"
-        ) from error
     if run.accelerator.num_processes > 1:
         torch.distributed.all_reduce(run.gradients.flat, torch.distributed.ReduceOp.AVG)
     if run.config.optimiser.clip_norm > 0:
@@ -114,6 +107,20 @@ def train_step(run: Run) -> None:
     run.step += 1
     if run.ema is not None:
         run.ema.update(run.step)
+
+
+@contextmanager
+def memory_errors(config: TrainingConfig) -> Iterator[None]:
+    """Turn out of memory into the ResourceError that says which key to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens = config.tokens_per_batch
+        raise ResourceError(
+            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
+            f"--set training.tokens_per_batch={tokens // 2} --set training.grad_accum="
+            f"{config.grad_accum * 2}"
+        ) from error
 
 
 def log(run: Run, tracker: Tracker, progress: TrainingProgress) -> None:
@@ -183,6 +190,7 @@ class SharedClock:
     def __init__(self, run: Run):
         self.run = run
         self.begin = run.began_at - run.elapsed
+        self.first_step = run.step + 1
         self.synced_step, self.synced_elapsed = run.step, run.elapsed
         self.seconds_per_step = 0.0
         self.just_synced = False
@@ -192,7 +200,9 @@ class SharedClock:
         run = self.run
         done = run.step - self.synced_step
         alone = run.accelerator.num_processes == 1
-        self.just_synced = done >= SYNC_EVERY or (alone and run.accelerator.device.type == "cpu")
+        every_step = alone and run.accelerator.device.type == "cpu"
+        is_first = run.step == self.first_step
+        self.just_synced = every_step or is_first or done >= SYNC_EVERY
         if not self.just_synced:
             run.elapsed = self.synced_elapsed + done * self.seconds_per_step
             return False
@@ -202,7 +212,8 @@ class SharedClock:
         if not alone:
             told = broadcast_object_list(told)
         elapsed, interrupted = told[0]
-        self.seconds_per_step = (elapsed - self.synced_elapsed) / max(1, done)
+        if not is_first:  # the time up to there is start-up and compilation
+            self.seconds_per_step = (elapsed - self.synced_elapsed) / done
         self.synced_step, self.synced_elapsed, run.elapsed = run.step, elapsed, elapsed
         return interrupted
 

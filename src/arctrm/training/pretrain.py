@@ -27,7 +27,7 @@ from arctrm.training.checkpoints import (
     read_trainer,
 )
 from arctrm.training.estimate import estimate
-from arctrm.training.loop import Run, restore, train
+from arctrm.training.loop import Run, memory_errors, restore, train
 from arctrm.training.metrics import Metrics
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.progress import TrainingProgress
@@ -68,7 +68,8 @@ def run(config: PretrainConfig, out: Path, resume: bool) -> None:
     if checkpoint is not None:
         _restore(job, checkpoint)
     if config.training.cuda_graph != "off" and accelerator.device.type == "cuda":
-        job.steps = [GraphedStep(step) for step in job.steps]
+        with memory_errors(config.training):
+            job.steps = [GraphedStep(step) for step in job.steps]
     is_main = accelerator.is_main_process
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
@@ -157,8 +158,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def describe(config: PretrainConfig) -> Table:
-    """What `pretrain` would run: data, parameters, memory and cost."""
-    base = prepare(config.data)
+    """What `pretrain` would run: data, parameters, memory and cost; writes nothing."""
+    path = config.data.path
+    built = path is not None and (path / "meta.json").is_file()
+    base = prepare(config.data if built else config.data.model_copy(update={"path": None}))
     with torch.device("meta"):
         model = new_model(config.trm, base)
     sizes = count_parameters(model)
