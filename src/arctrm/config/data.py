@@ -44,6 +44,10 @@ class DataConfig(StrictModel):
     """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
     a label is the bundled name or the file's stem."""
 
+    area_power: float = Field(0.0, ge=0, le=1)
+    """Pairs are drawn with weight (cells of the canvas) ^ -area_power: above 0, small pairs, which
+    cost less and are learned first, come more often."""
+
     identity_colours: float = Field(0.2, ge=0, le=1)
     """Probability that a view keeps its colours (TRM is told so by a flag)."""
 

@@ -229,7 +229,7 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
 
 
 def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs], rising to 1: pairs are drawn by their subset's weight."""
+    """float64 [num_pairs], rising to 1: the weight of a pair is its subset's times its area's."""
     unknown = set(data.weights) - set(base.meta.subsets)
     if unknown:
         raise DataError(
@@ -237,7 +237,9 @@ def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
             f"its subsets are {', '.join(base.meta.subsets)}"
         )
     by_subset = np.array([data.weights.get(label, 1.0) for label in base.meta.subsets])
-    weights = by_subset[np.asarray(base.pairs)[:, PAIR_COLUMNS.index("subset")]]
+    pairs = np.asarray(base.pairs)
+    areas = pairs[:, 4::3].max(1).astype(float) * pairs[:, 5::3].max(1)
+    weights = by_subset[pairs[:, PAIR_COLUMNS.index("subset")]] * areas**-data.area_power
     if not weights.sum() > 0:
         raise DataError("data.weights leaves no pair to draw; give a subset a weight above 0")
     return weights.cumsum() / weights.sum()
