@@ -171,7 +171,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(tiny, tmp_path, monkey
 
     monkeypatch.setattr(pretrain.MicroStep, "__call__", interrupted)
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt, match="step 7.*--resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"step 7.*--resume"):
         pretrain.run(config, tmp_path / "cut", False)
     assert signal.getsignal(number) is before
     assert saved_steps(tmp_path / "cut") == [7]

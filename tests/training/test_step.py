@@ -50,7 +50,7 @@ def counts(step):
 
 def test_the_gradient_is_the_mean_over_rows_of_cells_plus_half_halt():
     base = base_of(PAIR, OTHER)
-    model, gradients, step = make(base)
+    _, gradients, step = make(base)
     torch.manual_seed(5)
     step()
     got = gradients.flat.clone()
@@ -70,7 +70,7 @@ def test_the_gradient_is_the_mean_over_rows_of_cells_plus_half_halt():
 
 
 def test_absent_rows_and_dummy_tokens_add_nothing():
-    one, gradient_of_one, step_of_one = make(base_of(PAIR), rows=1)
+    _, gradient_of_one, step_of_one = make(base_of(PAIR), rows=1)
     _, gradient_of_many, step_of_many = make(base_of(PAIR), rows=200)  # more than fit
     step_of_one()
     step_of_many()
