@@ -149,7 +149,7 @@ def test_the_average_warms_up_and_then_decays_as_asked():
         ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
-    assert ema.state()["weight"].item() == pytest.approx(expected, rel=1e-5)
+        assert ema.state()["weight"].item() == pytest.approx(expected, rel=1e-5)
     assert layer.weight.item() == value  # the weights themselves are not touched
     assert expected < value - 0.5
 

@@ -132,14 +132,19 @@ def test_ctrl_c_saves_exits_130_and_resumes_to_the_same_bytes(whole, tmp_path):
     ids=["grad_accum", "no_ema", "adamw", "reference", "per_view"],
 )
 def test_every_variant_resumes_exactly(tiny, tmp_path, changes):
-    config = tiny({**changes, "training.checkpoint_every_steps": 3, "training.keep_last": 5})
+    steps = {"training.schedule.max_steps": 8, "training.checkpoint_every_steps": 3}
+    config = tiny({**changes, **steps, "training.keep_last": 5})
     pretrain.run(config, tmp_path / "whole", False)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
+    for later in (6, 8):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{later:08d}")
     torch.manual_seed(99)
     pretrain.run(config, tmp_path / "cut", True)
-    assert end_of(tmp_path / "cut", 4) == end_of(tmp_path / "whole", 4)
+    assert end_of(tmp_path / "cut", 8) == end_of(tmp_path / "whole", 8)
     assert numbers_of(tmp_path / "cut") == numbers_of(tmp_path / "whole")
+    whole, cut = (read_rank(latest_checkpoint(tmp_path / run), 0) for run in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
 
 
 def test_the_seed_decides_the_run(tiny, tmp_path):
