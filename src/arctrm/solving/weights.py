@@ -6,6 +6,7 @@ task of the same name is not.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from arctrm.config import InferenceConfig, TRMConfig
 from arctrm.data.task import Task
-from arctrm.data.views import View, fixed_colours
+from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
 from arctrm.errors import CheckpointError
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
 from arctrm.training.pretrain import compute_dtype
@@ -113,6 +114,11 @@ def _own_solver(folder: Path) -> Solver:
     trm.load_state_dict(weights)
     fingerprints = meta.notes.get("task_fingerprints")
     keys = fingerprints or meta.task_ids
+    if len(keys) != len(meta.task_ids):
+        raise CheckpointError(
+            f"{folder}: its notes.task_fingerprints name {len(keys)} tasks, its id map "
+            f"{len(meta.task_ids)}; use a checkpoint.json as `arctrm pretrain` wrote it"
+        )
     rows = {key: row for row, key in enumerate(keys)}
     return Solver(trm, rows, bool(fingerprints), {}, str(folder), seed, identity, num_aug)
 
@@ -130,9 +136,10 @@ def _reference_solver(path: Path) -> Solver:
         ) from error
     num_rows = trm.puzzle_emb.weights.shape[0]
     if not isinstance(names, list) or len(names) != num_rows:
+        listed = f"lists {len(names)} embeddings" if isinstance(names, list) else "is not a list"
         raise CheckpointError(
-            f"{identifiers}: lists {len(names)} embeddings, {path.name} holds {num_rows}; "
-            "use the identifiers.json of the data set it was trained on"
+            f"{identifiers}: {listed}, {path.name} holds {num_rows} embeddings; use the "
+            "identifiers.json of the data set it was trained on"
         )
     views: dict[str, list[tuple[View, int]]] = {}
     for row, name in enumerate(names):
@@ -143,14 +150,16 @@ def _reference_solver(path: Path) -> Solver:
 
 def _reference_view(augmentation: list[str], where: Path) -> View:
     if not augmentation:
-        return View(0)
-    try:
-        dihedral, colours = augmentation
-        return View(int(dihedral.removeprefix("t")), tuple(int(c) for c in colours))
-    except ValueError as error:
+        return IDENTITY
+    name = SEPARATOR.join(augmentation)
+    match = re.fullmatch(r"t([0-7])\|\|\|([0-9]{10})", name)
+    colours = tuple(int(colour) for colour in match[2]) if match else ()
+    if match is None or sorted(colours) != sorted(SAME_COLOURS):
         raise CheckpointError(
-            f"{where}: {SEPARATOR.join(augmentation)!r} is not a dihedral and a colour permutation"
-        ) from error
+            f"{where}: {name!r} is not a dihedral t0..t7 and a permutation of ten colours, such "
+            f"as 't3{SEPARATOR}0213456789'; use the identifiers.json of the data set"
+        )
+    return View(int(match[1]), colours)
 
 
 def _append_mean(trm: TRM) -> None:
