@@ -182,7 +182,7 @@ def test_a_captured_step_learns_like_an_eager_one():
     for captured in (False, True):
         model, gradients, step = make(base_of(PAIR, OTHER), halt_max_steps=2, device=cuda)
         model.dtype = torch.bfloat16
-        optimisers = Optimisers(model, OptimiserConfig())
+        optimisers = Optimisers(model, OptimiserConfig(muon_lr=0.02, adamw_lr=0.02))
         run = GraphedStep(step) if captured else step
         for _ in range(60):
             gradients.zero()
