@@ -34,10 +34,13 @@ def base_of(*pairs, subsets=("a", "b")):
     return base_set_from_tasks(tasks, None, 1)
 
 
-def make(base, rows=8, halt_max_steps=3, scale=1.0, data=PLAIN, device=CPU, **trm):
+def make(
+    base, rows=8, halt_max_steps=3, scale=1.0, data=PLAIN, device=CPU, dtype=torch.float32, **trm
+):
     config = TRMConfig(**SMALL, **trm)
     torch.manual_seed(0)
     model = TRM(config, base.num_tasks).to(device)
+    model.dtype = dtype  # before the state, whose latents have it too
     gradients = FlatGradients(list(model.parameters()))
     stream = PairStream(base, data, config, 0, device)
     state = stream.new_state(model, 1024, rows)
@@ -180,8 +183,9 @@ def test_a_captured_step_learns_like_an_eager_one():
     cuda = torch.device("cuda")
     losses = {}
     for captured in (False, True):
-        model, gradients, step = make(base_of(PAIR, OTHER), halt_max_steps=2, device=cuda)
-        model.dtype = torch.bfloat16
+        model, gradients, step = make(
+            base_of(PAIR, OTHER), halt_max_steps=2, device=cuda, dtype=torch.bfloat16
+        )
         optimisers = Optimisers(model, OptimiserConfig(muon_lr=0.02, adamw_lr=0.02))
         run = GraphedStep(step) if captured else step
         for _ in range(60):
