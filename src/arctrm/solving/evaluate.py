@@ -23,7 +23,7 @@ from arctrm.solving.candidates import Key, Query, answer, by_key, task_queries
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, Ranked, attempts, vote
 from arctrm.solving.weights import Solver, load_solver
-from arctrm.training.files import write_text_atomically
+from arctrm.training.files import disk_errors, write_text_atomically
 from arctrm.training.provenance import run_record, write_run_record
 
 PASS_AT_MOST = 10
@@ -36,19 +36,20 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     Returns the scores, or None where no answer is known (the submission is written all the same).
 
     Raises:
-        UserError: tasks or checkpoint cannot be used.
+        UserError: tasks or checkpoint cannot be used, or `out` cannot be written.
 
     """
     accelerator = Accelerator()
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
+    with disk_errors(out):  # now, not after hours of answering
+        out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     found = answer_all(solver, tasks, config, accelerator)
     seconds = time.monotonic() - begin
     if not accelerator.is_main_process:
         return None
     ranked = rank(tasks, found, config.seed)
-    out.mkdir(parents=True, exist_ok=True)
     write_run_record(out, run_record(config))
     content = submission(
         {
