@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -134,7 +135,8 @@ def _report(
         for task in tasks
     }
     if not any(answer is not None for grids in known.values() for answer in grids):
-        note(f"no answers are known: {out / 'submission.json'} is written, nothing is scored")
+        written = escape(str(out / "submission.json"))
+        note(f"no answers are known: {written} is written, nothing is scored")
         return None
     scores = scoring.score(predictions, known)
     content = {
@@ -151,7 +153,8 @@ def _report(
     console().print(scoring.task_table(scores))
     console().print(scoring.scores_table(scores))
     on_gpu = torch.device(solver.trm.H_init.device).type == "cuda"
-    note(f"{'GPU' if on_gpu else 'CPU'}-seconds per task: {gpu_seconds:.2f}; written to {out}")
+    kind = "GPU" if on_gpu else "CPU"
+    note(f"{kind}-seconds per task: {gpu_seconds:.2f}; written to {escape(str(out))}")
     return scores
 
 
@@ -161,7 +164,7 @@ def describe(config: EvalConfig) -> Table:
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
     inputs = sum(len(task.test) for task in tasks)
     table = Table(title="eval (dry run)", title_justify="left", show_header=False)
-    table.add_row("checkpoint", solver.name)
+    table.add_row("checkpoint", escape(solver.name))
     table.add_row("tasks, test inputs", f"{len(tasks)}, {inputs}")
     table.add_row("in the id map", str(sum(solver.row_of(task) is not None for task in tasks)))
     table.add_row("answers known", str(sum(a is not None for g in known.values() for a in g)))
