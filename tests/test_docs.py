@@ -150,7 +150,7 @@ def test_every_key_of_a_toml_block_exists(page):
 
 
 def test_these_checks_find_what_is_wrong():
-    text = "`arctrm nope` `trm.hiden_size`\n```console\n$ A=1 arctrm solve x.json --nope\nerror\n```\n"
+    text = "`arctrm nope`\n```console\n$ A=1 arctrm solve x.json --nope\nerror\n```\n"
     lines = commands(text)
     assert lines == [("A=1 arctrm solve x.json --nope", True), ("arctrm nope", False)]
     for line, whole in lines:
