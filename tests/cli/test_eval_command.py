@@ -1,7 +1,10 @@
 """`arctrm eval` from the command line: what it writes, and what it refuses in one sentence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,8 +68,27 @@ def test_brackets_in_a_folder_are_printed_as_they_are(arctrm, trained, write_kag
         code, _, err = arctrm("eval", *words, "--set", f"evaluation.test_set={challenges}", *more)
         assert code == 0
         assert "scores[/x]" in "".join(err.split())
-    code, out, _ = arctrm("eval", *words, "--set", f"evaluation.test_set={challenges}", "--dry-run")
+    code, _, _ = arctrm("eval", *words, "--set", f"evaluation.test_set={challenges}", "--dry-run")
     assert code == 0
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_views_and_write_what_one_would(trained):
+    words = ["eval", "--checkpoint", str(trained.run), *SMALL]
+    words += ["--set", f"evaluation.test_set={trained.folder}", "--views", "5", "--out"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for more, out in (([], "one"), (launch, "two")):
+        done = subprocess.run(
+            [sys.executable, *more, "-m", "arctrm", *words, out],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = (Path(out, "submission.json").read_bytes() for out in ("one", "two"))
+    assert one == two
+    scores = [json.loads(Path(out, "scores.json").read_text()) for out in ("one", "two")]
+    assert scores[0]["tasks"] == scores[1]["tasks"]
 
 
 def test_the_ablation_is_one_flag_and_is_recorded(arctrm, trained):
