@@ -21,7 +21,7 @@ LONG = 60.0
 
 @pytest.fixture
 def solver(trained):
-    return load_solver(trained.run, InferenceConfig(), torch.device("cpu"))
+    return load_solver(trained.run, InferenceConfig(dtype="float32"), torch.device("cpu"))
 
 
 def adapted(solver, task, steps, seed=0, demonstrations=None):

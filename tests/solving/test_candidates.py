@@ -20,7 +20,7 @@ from arctrm.training.stream import COLOURS, DIHEDRAL, HEIGHT, LENGTH, PAIR, WIDT
 from arctrm.trm.model import TRM, Prediction
 
 CPU = torch.device("cpu")
-INFERENCE = InferenceConfig(tokens_per_batch=4096)
+INFERENCE = InferenceConfig(tokens_per_batch=4096, dtype="float32")
 
 
 @pytest.fixture

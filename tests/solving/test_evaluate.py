@@ -24,7 +24,12 @@ def config(checkpoint, test_set, views=4, seed=0, **evaluation) -> EvalConfig:
             "seed": seed,
             "checkpoint": checkpoint,
             "evaluation": {"test_set": str(test_set), **evaluation},
-            "inference": {"views": views, "steps": 2, "tokens_per_batch": 4096},
+            "inference": {
+                "views": views,
+                "steps": 2,
+                "tokens_per_batch": 4096,
+                "dtype": "float32",
+            },
         }
     )
 

@@ -18,6 +18,8 @@ from arctrm.solving.submission import check_complete, read_submission
 from arctrm.solving.vote import is_well_formed
 from arctrm.solving.weights import load_solver
 
+QUICK = {"views": 4, "steps": 2, "tokens_per_batch": 1024, "dtype": "float32"}
+
 
 def config(checkpoint=None, budget=4.0, steps=4, **top) -> SolveConfig:
     """Ends at `steps` steps of adaptation and a few views, long before the budget."""
@@ -25,8 +27,8 @@ def config(checkpoint=None, budget=4.0, steps=4, **top) -> SolveConfig:
         {
             "checkpoint": checkpoint,
             "budget": budget,
-            "inference": {"views": 4, "steps": 2, "tokens_per_batch": 1024},
-            "adaptation": {"max_steps": steps, "tokens_per_batch": 256},
+            "inference": QUICK,
+            "adaptation": {"max_steps": steps, "tokens_per_batch": 256, "known_share": 0.3},
             **top,
         }
     )
@@ -101,7 +103,7 @@ def test_a_budget_is_used_and_kept(solver, trained):
 def test_many_views_stop_at_the_end_of_the_budget(solver, trained):
     settings = config(
         budget=2.0,
-        inference={"views": 5000, "steps": 16, "tokens_per_batch": 1024},
+        inference={**QUICK, "views": 5000, "steps": 16},
         adaptation={"enabled": False},
     )
     begin = time.monotonic()

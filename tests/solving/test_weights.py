@@ -123,11 +123,12 @@ def test_run_checkpoint_and_bundle_folders_hold_the_same_solver(solver, trained,
             assert torch.equal(other.trm.state_dict()[name], tensor)
 
 
-def test_a_bfloat16_bundle_computes_in_float32_on_a_cpu(trained, tmp_path):
+def test_parameters_are_float32_whatever_the_bundle_and_the_arithmetic(trained, tmp_path):
     bundle = export_bundle(latest_checkpoint(trained.run), tmp_path / "bundle", torch.bfloat16)
-    trm = load(bundle).trm
-    assert {parameter.dtype for parameter in trm.parameters()} == {torch.float32}
-    assert trm.dtype == torch.float32
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        trm = load_solver(bundle, InferenceConfig(dtype=name), CPU).trm
+        assert {parameter.dtype for parameter in trm.parameters()} == {torch.float32}
+        assert trm.dtype == dtype
 
 
 # -- one embedding per view
