@@ -50,11 +50,12 @@ def read_config(
     config: Sequence[Path] | None,
     overrides: Sequence[str] | None,
     flags: dict[str, Any],
+    record: Path | None = None,
 ) -> "Model":
-    """Defaults, files, environment, `--set`, flags: see `arctrm.config.load`."""
+    """Defaults (or an earlier run's record), files, environment, `--set`, flags."""
     from arctrm.config.load import load_config
 
-    return load_config(model_class, config or (), overrides or (), flags)
+    return load_config(model_class, config or (), overrides or (), flags, record=record)
 
 
 def run_folder(command: str) -> Path:

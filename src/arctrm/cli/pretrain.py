@@ -24,7 +24,11 @@ def pretrain(
     from arctrm.config import PretrainConfig
     from arctrm.errors import ConfigError
 
-    settings = read_config(PretrainConfig, config, overrides, {"out": out, "seed": seed})
+    record = out / "config.json" if resume and out and not config else None
+    if record is not None and not record.is_file():
+        record = None  # nothing to resume from: the run will say so
+    flags = {"out": out, "seed": seed}
+    settings = read_config(PretrainConfig, config, overrides, flags, record)
     if resume and settings.out is None:
         raise ConfigError("--resume: no run folder was given; name it with --out runs/<name>")
     from arctrm.training import pretrain as training

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
+from arctrm.data.task import MAX_SIDE
 
 
 class BuildConfig(StrictModel):
@@ -46,6 +47,17 @@ class PretrainConfig(StrictModel):
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _a_row_fits(self) -> "PretrainConfig":
+        longest = self.trm.num_prefix_slots + MAX_SIDE * MAX_SIDE
+        if self.training.tokens_per_batch < longest:
+            raise ValueError(
+                f"training.tokens_per_batch = {self.training.tokens_per_batch} holds no full "
+                f"canvas with trm.num_prefix_slots = {self.trm.num_prefix_slots}; use {longest} "
+                "or more"
+            )
+        return self
+
 
 class EvalConfig(StrictModel):
     """`arctrm eval`."""
@@ -73,7 +85,7 @@ class SolveConfig(StrictModel):
     """Wall-clock time per task."""
     keep_going: bool = False
     """In a folder, report a bad task and go on."""
-    inference: InferenceConfig = InferenceConfig(views=32, tokens_per_batch=4096)
+    inference: InferenceConfig = InferenceConfig(views=32, compile="off")
     adaptation: AdaptationConfig = AdaptationConfig()
 
 

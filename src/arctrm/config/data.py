@@ -25,7 +25,7 @@ class DataConfig(StrictModel):
     """Folder of the built data set; built there first when it does not exist."""
 
     num_aug: int = Field(1000, ge=0)
-    """Number of distinct views of each task that training may draw; 0 = unbounded."""
+    """Bound on the distinct views of each task that training draws; 0 = unbounded."""
 
     exclude: tuple[str, ...] = KNOWN_LEAKS
     """Task ids left out of training (their content, not their name, is the reason); the test set

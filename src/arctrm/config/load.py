@@ -1,9 +1,10 @@
-"""Reads a command's configuration from its five layers and remembers where each key came from.
+"""Reads a command's configuration from its layers and remembers where each key came from.
 
-Precedence, lowest first: the model's defaults, TOML files from left to right (tables are merged,
-everything else is replaced), environment variables (`ARCTRM_TRM__HIDDEN_SIZE=64`), `--set a.b=c`,
-the command's own flags.  Every value is kept as a flat `Setting` (dotted path, value, origin), so
-that an error names the file, flag or variable to mend.  Validation is strict: "5" is not 5.
+Precedence, lowest first: the model's defaults, the record of the run that is resumed
+(`config.json`), TOML files from left to right (tables are merged, everything else is replaced),
+environment variables (`ARCTRM_TRM__HIDDEN_SIZE=64`), `--set a.b=c`, the command's own flags.
+Every value is kept as a flat `Setting` (dotted path, value, origin), so that an error names the
+file, flag or variable to mend.  Validation is strict: "5" is not 5.
 
 `null` in an override or variable, and "" in a file, unset a key that may be absent (TOML has no
 null).  Keys that exclude each other (`alternatives` of a model) displace each other between
@@ -38,17 +39,20 @@ def load_config(
     overrides: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    record: Path | None = None,
 ) -> Model:
     """Merge the layers and validate them as `model_class`.
 
     `overrides` are the texts after `--set`; `extra` maps a dotted key to the value of a flag
-    (None = flag not given); `environ` is the process environment unless given.
+    (None = flag not given); `environ` is the process environment unless given; `record` is the
+    `config.json` of an earlier run.
 
     Raises:
         ConfigError: one sentence with origin, dotted key, what was got and what is allowed.
     """
     variables = os.environ if environ is None else environ
     layers = [_default_layer(model_class)]
+    layers += [_record_layer(model_class, record)] if record else []
     layers += [_file_layer(path) for path in files]
     layers.append(_environment_layer(model_class, variables))
     layers.append(_override_layer(model_class, overrides))
@@ -110,6 +114,19 @@ def _file_layer(path: Path) -> Settings:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; --config wants a TOML file") from None
     return {leaf: Setting(value, str(path)) for leaf, value in _leaves(table)}
+
+
+def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
+    """What an earlier run set beyond the defaults."""
+    try:
+        config = model_class.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: not the record of such a run ({str(error).splitlines()[0]}); "
+            "give the run's configuration with --config"
+        ) from None
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    return {leaf: Setting(value, str(path)) for leaf, value in _leaves(given)}
 
 
 def _environment_layer(model_class: type[BaseModel], environ: Mapping[str, str]) -> Settings:

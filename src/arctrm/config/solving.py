@@ -16,11 +16,11 @@ class InferenceConfig(StrictModel):
     steps: int | None = Field(None, ge=1)
     """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
 
-    tokens_per_batch: int = Field(32768, ge=1024)
-    """Tokens in one packed batch."""
+    tokens_per_batch: int | None = Field(None, ge=1024)
+    """Tokens in one packed batch; by default 32768 on a GPU and 1024 on a CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the blocks; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that has it, else float32."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto: on a GPU only."""
@@ -41,8 +41,8 @@ class AdaptationConfig(StrictModel):
     adamw_lr: float = Field(1e-3, gt=0)
     """Learning rate of AdamW on everything else."""
 
-    tokens_per_batch: int = Field(2048, ge=256)
-    """Tokens in one packed batch."""
+    tokens_per_batch: int | None = Field(None, ge=256)
+    """Tokens in one packed batch; by default 16384 on a GPU and 1024 on a CPU."""
 
     halt_max_steps: int = Field(3, ge=1)
     """Supervision steps before a row is replaced."""
@@ -53,7 +53,7 @@ class AdaptationConfig(StrictModel):
     share: float = Field(0.6, ge=0, le=1)
     """Share of the time after the first answer that goes into adaptation; the rest answers."""
 
-    known_share: float = Field(0.3, ge=0, le=1)
+    known_share: float = Field(0.0, ge=0, le=1)
     """The same for a task whose demonstrations the model was trained on."""
 
 

@@ -7,6 +7,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from arctrm.config.base import StrictModel
 
+SMALLEST_BATCH = 1024
+"""Tokens: room for one full canvas with its prefix slots."""
+
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -79,7 +82,7 @@ class ScheduleConfig(StrictModel):
 class TrainingConfig(StrictModel):
     """The training loop."""
 
-    tokens_per_batch: int = Field(16384, ge=1024)
+    tokens_per_batch: int = Field(16384, ge=SMALLEST_BATCH)
     """Tokens (prefix slots + cells) in one packed batch of one process."""
 
     max_rows: int | None = Field(None, ge=1)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from arctrm.config import AdaptationConfig, DataConfig, OptimiserConfig
+from arctrm.data.canvas import pair_canvas
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.solving.weights import Solver
@@ -22,15 +23,23 @@ from arctrm.training.pretrain import TOKENS_PER_ROW
 from arctrm.training.step import MicroStep
 from arctrm.training.stream import PairStream
 from arctrm.trm.model import TRM
-from arctrm.trm.packing import longest_row
 
 WARMUP_STEPS = 3
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
 
 
 class Adapter:
     """A copy of a solver's model that adapts to one task; `solver` answers with it at any time."""
 
-    def __init__(self, solver: Solver, task: Task, config: AdaptationConfig, seed: int):
+    def __init__(
+        self,
+        solver: Solver,
+        task: Task,
+        config: AdaptationConfig,
+        seed: int,
+        seconds_per_token: float = 0.0,
+    ):
+        """`seconds_per_token` of answering, if known, guesses the time of the first step."""
         self.config, self.task, self.seed = config, task, seed
         self.steps = 0
         row = solver.row_of(task)
@@ -43,6 +52,7 @@ class Adapter:
         self.optimisers = Optimisers(
             trm, OptimiserConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
         )
+        self.seconds_per_step = seconds_per_token * self._num_tokens(task.demonstrations)
         torch.manual_seed(seed)
 
     def train(
@@ -56,8 +66,9 @@ class Adapter:
         Stops before a step that would end later, and at `config.max_steps`.
         """
         step = self._micro_step(demonstrations)
-        longest = 0.0
-        while self.steps < self.config.max_steps and time.monotonic() + longest < until:
+        while (
+            self.steps < self.config.max_steps and time.monotonic() + self.seconds_per_step < until
+        ):
             begin = time.monotonic()
             self.gradients.zero()
             step()
@@ -66,8 +77,15 @@ class Adapter:
             self.steps += 1
             if step.counts.is_cuda:
                 torch.cuda.synchronize()
-            longest = max(longest, time.monotonic() - begin)
+            self.seconds_per_step = time.monotonic() - begin
             advance(self.steps)
+
+    def _num_tokens(self, demonstrations: Sequence[Pair]) -> int:
+        """Tokens of a packed batch: at least one row of the largest demonstration."""
+        trm = self.solver.trm
+        default = GPU_TOKENS if trm.H_init.is_cuda else CPU_TOKENS
+        largest = max(_row_tokens(trm, pair) for pair in demonstrations)
+        return max(self.config.tokens_per_batch or default, largest)
 
     def _micro_step(self, demonstrations: Sequence[Pair]) -> MicroStep:
         trm = self.solver.trm
@@ -78,11 +96,17 @@ class Adapter:
             test_set=None,
             num_aug=0,
             identity_colours=self.solver.identity_colours,
+            enlarge_canvas=0.0,
         )
         stream = PairStream(base, data, trm.config, self.seed, trm.H_init.device)
-        num_tokens = max(self.config.tokens_per_batch, longest_row(trm.config))
+        num_tokens = self._num_tokens(demonstrations)
         state = stream.new_state(trm, num_tokens, max(2, num_tokens // TOKENS_PER_ROW))
         return MicroStep(trm, stream, state, self.config.halt_max_steps, 1.0)
+
+
+def _row_tokens(trm: TRM, pair: Pair) -> int:
+    height, width = pair_canvas(pair)
+    return trm.config.num_prefix_slots + height * width
 
 
 def held_out(task: Task, seed: int) -> int | None:

@@ -25,6 +25,8 @@ from arctrm.training.pretrain import TOKENS_PER_ROW
 from arctrm.trm.model import TRM
 from arctrm.trm.packing import longest_row, sequences, token_map
 
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
+
 Key = tuple[str, int]
 """Task id and index of the test input."""
 
@@ -70,6 +72,20 @@ def _query(trm: TRM, task: Task, index: int, view: View, row: int) -> Query:
     return Query((task.id, index), view, canvas.encode(view.apply(grid), height, width), row)
 
 
+def batch_tokens(solver: Solver, inference: InferenceConfig) -> int:
+    """Tokens of a packed batch; on a CPU small ones, so that time can be kept."""
+    default = GPU_TOKENS if solver.trm.H_init.is_cuda else CPU_TOKENS
+    return inference.tokens_per_batch or default
+
+
+def batches(
+    solver: Solver, queries: Sequence[Query], inference: InferenceConfig
+) -> Iterator[list[Query]]:
+    """The queries in packed batches, in order."""
+    slots = solver.trm.config.num_prefix_slots
+    return pack(queries, batch_tokens(solver, inference), slots)
+
+
 def pack(queries: Sequence[Query], tokens_per_batch: int, num_slots: int) -> Iterator[list[Query]]:
     """Split into batches of at most `tokens_per_batch` tokens, in order; one query at least."""
     batch: list[Query] = []
@@ -101,7 +117,7 @@ def answer(
     order = sorted(range(len(queries)), key=lambda i: queries[i].codes.size)
     ordered = [queries[i] for i in order]
     found: list[tuple[Key, Candidate]] = []
-    for batch in pack(ordered, inference.tokens_per_batch, solver.trm.config.num_prefix_slots):
+    for batch in batches(solver, ordered, inference):
         found += answer_batch(solver, batch, inference)
         advance(len(batch))
     back = np.argsort(order)
@@ -116,7 +132,7 @@ def answer_batch(
     try:
         codes, q_halt, lengths = _run(solver, batch, inference)
     except torch.OutOfMemoryError as error:
-        tokens = inference.tokens_per_batch
+        tokens = batch_tokens(solver, inference)
         raise ResourceError(
             f"out of memory with inference.tokens_per_batch = {tokens}; lower it, for example "
             f"--set inference.tokens_per_batch={tokens // 2}"
@@ -140,8 +156,8 @@ def _run(
     lengths = [slots + query.codes.size for query in batch]
     num_tokens, num_rows = sum(lengths), len(batch)
     if device.type == "cuda":  # static shapes: one compiled graph serves every batch
-        num_tokens = max(inference.tokens_per_batch, num_tokens)
-        num_rows = max(inference.tokens_per_batch // TOKENS_PER_ROW, num_rows)
+        bound = batch_tokens(solver, inference)
+        num_tokens, num_rows = max(bound, num_tokens), max(bound // TOKENS_PER_ROW, num_rows)
     columns = _columns(batch, lengths, num_rows).to(device)
     length_R, width_R, row_R, dihedral_R, flag_R = columns.unbind(1)
     tokens = token_map(length_R, width_R, num_tokens, longest_row(trm.config), slots)

@@ -91,14 +91,25 @@ def answer_all(
         for task in tasks
         for query in task_queries(solver, task, inference.views, config.seed)
     ]
-    unknown = sum(solver.row_of(task) is None for task in tasks)
-    if unknown and accelerator.is_main_process:
-        note(f"{unknown} of {len(tasks)} tasks are not in the id map: answered from the mean")
+    if accelerator.is_main_process:
+        _say_what_is_unusual(solver, tasks, config)
     with accelerator.split_between_processes(queries) as mine:
         found = _with_progress(solver, mine, config, accelerator.is_main_process)
     if accelerator.num_processes > 1:
         found = gather_object(found)
     return by_key(found)
+
+
+def _say_what_is_unusual(solver: Solver, tasks: list[Task], config: EvalConfig) -> None:
+    known = sum(solver.row_of(task) is not None for task in tasks)
+    if known < len(tasks):
+        how = "not answered" if solver.views else "answered from the mean embedding"
+        note(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
+    if known and solver.test_set not in (None, config.evaluation.test_set):
+        note(
+            f"the checkpoint kept the test pairs of {solver.test_set} out of training, not those "
+            f"of {config.evaluation.test_set}: {known} tasks may be scored on pairs it has seen"
+        )
 
 
 def _with_progress(

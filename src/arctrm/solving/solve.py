@@ -23,7 +23,7 @@ from arctrm.data.task import Task
 from arctrm.errors import CheckpointError, UserError
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
-from arctrm.solving.candidates import Key, Query, answer_batch, pack, task_queries
+from arctrm.solving.candidates import Key, answer, answer_batch, batches, task_queries
 from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, attempts, evidence, vote
@@ -33,6 +33,10 @@ PROBE_VIEWS = 2
 """Views under which a held-out demonstration is asked for."""
 PROBE_SHARE = 0.5
 """Share of the adaptation time before the probe."""
+WARM_SHARE = 0.5
+"""Guess of how much of the very first batch's time was not warming up."""
+RESERVE = 1.2
+"""Time kept for the answers, as a multiple of what they should take."""
 
 Tell = Callable[[str], None]
 
@@ -42,9 +46,39 @@ class Round:
     """What one set of weights answered."""
 
     candidates: dict[Key, list[Candidate]] = field(default_factory=dict)
-    num_views: dict[Key, int] = field(default_factory=dict)
     adaptation_steps: int = 0
     seconds: float = 0.0
+    """From the start of the task to these answers."""
+
+    def complete(self, task: Task) -> bool:
+        """Whether every test input has a candidate."""
+        return all((task.id, index) in self.candidates for index in range(len(task.test)))
+
+
+class Pace:
+    """Whether another batch of answers ends before the deadline, judged by those so far."""
+
+    def __init__(self, end: float):
+        self.end = end
+        self.seconds_per_token = 0.0
+        self.warm = False
+
+    def left(self) -> float:
+        """Seconds to the end."""
+        return max(0.0, self.end - time.monotonic())
+
+    def seconds(self, num_tokens: int) -> float:
+        """Seconds that answering `num_tokens` will take."""
+        return num_tokens * self.seconds_per_token
+
+    def record(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a batch; the very first one, which pays for warming up, is soon forgotten."""
+        now = seconds / num_tokens
+        if self.seconds_per_token == 0:
+            self.seconds_per_token = now * WARM_SHARE
+        else:
+            self.seconds_per_token = (self.seconds_per_token + now) / 2 if self.warm else now
+            self.warm = True
 
 
 def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None:
@@ -85,102 +119,101 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
 
 def solve_task(solver: Solver, task: Task, config: SolveConfig) -> list[Solution]:
     """Two grids and their evidence for every test input, within `config.budget` seconds."""
-    begin = time.monotonic()
-    end = begin + config.budget
+    end = time.monotonic() + config.budget
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console(), transient=True) as progress:
         bar = progress.add_task("reading", total=config.budget)
 
         def tell(text: str) -> None:
-            elapsed = time.monotonic() - begin
-            progress.update(bar, completed=min(elapsed, config.budget), description=text)
+            elapsed = min(config.budget + time.monotonic() - end, config.budget)
+            progress.update(bar, completed=elapsed, description=text)
 
-        first = _answer_round(solver, task, config, begin, tell, max_views=1)
-        best, leave_one_out = first, None
-        if config.adaptation.enabled and time.monotonic() < end:
-            adapted, leave_one_out = _adapt(solver, task, config, begin, tell)
-            later = _answer_round(adapted.solver, task, config, begin, tell, until=end)
-            later.adaptation_steps = adapted.steps
-        else:
-            later = _answer_round(solver, task, config, begin, tell, until=end)
-        if all((task.id, i) in later.candidates for i in range(len(task.test))):
+        pace = Pace(end)
+        best = _answer_round(solver, task, config, pace, tell, max_views=1)
+        adapted, leave_one_out = _adapt(solver, task, config, pace, tell)
+        later = _answer_round(adapted.solver if adapted else solver, task, config, pace, tell)
+        if later.complete(task):
             best = later
-    return _solutions(task, best, leave_one_out, config.seed)
+            best.adaptation_steps = adapted.steps if adapted else 0
+    return _solutions(task, best, leave_one_out, config)
 
 
 def _adapt(
-    solver: Solver, task: Task, config: SolveConfig, begin: float, tell: Tell
-) -> tuple[Adapter, float | None]:
+    solver: Solver, task: Task, config: SolveConfig, pace: Pace, tell: Tell
+) -> tuple[Adapter | None, float | None]:
     """The adapted model, and the share of views that got a held-out demonstration right.
 
-    A task that the model was trained on has no demonstration left to hold out.
+    A task that the model was trained on has no demonstration left to hold out; None where the
+    configuration or the time allow no step.
     """
-    adapter = Adapter(solver, task, config.adaptation, config.seed)
-    share = config.adaptation.known_share if adapter.known else config.adaptation.share
-    now = time.monotonic()
-    until = now + (begin + config.budget - now) * share
+    known = solver.row_of(task) is not None
+    share = config.adaptation.known_share if known else config.adaptation.share
+    if not config.adaptation.enabled or share == 0:
+        return None, None
+    adapter = Adapter(solver, task, config.adaptation, config.seed, pace.seconds_per_token)
+    now, left = time.monotonic(), pace.left()
+    queries = task_queries(solver, task, config.inference.views, config.seed)
+    answers = pace.seconds(sum(query.codes.size for query in queries)) * RESERVE
+    until = now + max(left * share, left - answers)  # what the answers do not need adapts, too
     told = lambda steps: tell(f"adapting, step {steps}")
-    index = None if adapter.known else held_out(task, config.seed)
+    index = None if known else held_out(task, config.seed)
     score = None
     if index is not None:
         rest = [pair for i, pair in enumerate(task.demonstrations) if i != index]
         adapter.train(rest, now + (until - now) * PROBE_SHARE, told)
-        score = _probe(adapter, task, index, config)
+        score = _probe(adapter, task, index, config) if adapter.steps else None
     adapter.train(task.demonstrations, until, told)
-    return adapter, score
+    return (adapter, score) if adapter.steps else (None, None)
 
 
 def _probe(adapter: Adapter, task: Task, index: int, config: SolveConfig) -> float:
+    """Share of views under which the held-out demonstration is answered exactly."""
     probe = probe_task(task, index)
     queries = task_queries(adapter.solver, probe, PROBE_VIEWS, config.seed)
-    found = [
-        candidate
-        for batch in _batches(adapter.solver, queries, config)
-        for _, candidate in answer_batch(adapter.solver, batch, config.inference)
-    ]
+    found = answer(adapter.solver, queries, config.inference)
     truth = task.demonstrations[index].output
-    return float(np.mean([bool(scoring.is_right(c.grid, truth)) for c in found]))
+    return float(np.mean([bool(scoring.is_right(c.grid, truth)) for _, c in found]))
 
 
 def _answer_round(
     solver: Solver,
     task: Task,
     config: SolveConfig,
-    begin: float,
+    pace: Pace,
     tell: Tell,
-    *,
     max_views: int | None = None,
-    until: float | None = None,
 ) -> Round:
-    """Answer view by view until the views or the time are used up; the first batch always runs."""
-    result, longest = Round(), 0.0
-    queries = task_queries(solver, task, max_views or config.inference.views, config.seed)
-    for batch in _batches(solver, queries, config):
-        start = time.monotonic()
-        if until is not None and longest and start + longest > until:
+    """Answer view by view until the views or the time are used up.
+
+    With `max_views` (the first round) the time does not matter: there must be an answer.
+    """
+    result = Round()
+    views = max_views or config.inference.views
+    queries = task_queries(solver, task, views, config.seed)
+    for batch in batches(solver, queries, config.inference):
+        num_tokens = sum(query.codes.size for query in batch)
+        if max_views is None and pace.seconds(num_tokens) > pace.left():
             break
+        begin = time.monotonic()
         for key, candidate in answer_batch(solver, batch, config.inference):
             result.candidates.setdefault(key, []).append(candidate)
-            result.num_views[key] = result.num_views.get(key, 0) + 1
-        longest = max(longest, time.monotonic() - start)
-        tell(f"answering, view {max(result.num_views.values())} of {config.inference.views}")
-    result.seconds = time.monotonic() - begin
+        pace.record(num_tokens, time.monotonic() - begin)
+        tell(f"answering, view {max(map(len, result.candidates.values()))} of {views}")
+    result.seconds = config.budget - pace.end + time.monotonic()
     return result
 
 
-def _batches(solver: Solver, queries: list[Query], config: SolveConfig):
-    return pack(queries, config.inference.tokens_per_batch, solver.trm.config.num_prefix_slots)
-
-
-def _solutions(task: Task, best: Round, leave_one_out: float | None, seed: int) -> list[Solution]:
+def _solutions(
+    task: Task, best: Round, leave_one_out: float | None, config: SolveConfig
+) -> list[Solution]:
     solutions = []
     for index, pair in enumerate(task.test):
-        key = (task.id, index)
-        ranked = vote(best.candidates.get(key, []), seed)
+        candidates = best.candidates.get((task.id, index), [])
+        ranked = vote(candidates, config.seed)
         solutions.append(
             Solution(
                 attempts(ranked, pair.input),
-                evidence(ranked, best.num_views.get(key, 0), leave_one_out),
+                evidence(ranked, len(candidates), leave_one_out),
                 best.adaptation_steps,
                 best.seconds,
             )

@@ -45,6 +45,8 @@ class Solver:
     seed: int = 0
     identity_colours: float = 0.2
     num_aug: int = 0
+    test_set: str | None = None
+    """The subset whose test pairs were kept out of training."""
 
     def row_of(self, task: Task) -> int | None:
         """Embedding row of a task that the model was trained on, else None."""
@@ -90,10 +92,23 @@ def load_solver(
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
     _append_mean(solver.trm)
     trm = solver.trm.to(device).eval().requires_grad_(False)
-    trm.dtype = compute_dtype(inference.dtype, device)
+    trm.dtype = _inference_dtype(inference.dtype, device)
     if inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
         trm.level = torch.compile(run_level, dynamic=False)
     return solver
+
+
+def _inference_dtype(name: str, device: torch.device) -> torch.dtype:
+    """As in training, but a CPU with bfloat16 arithmetic uses it too: nearly twice as fast."""
+    if name == "auto" and device.type == "cpu" and _cpu_has_bfloat16():
+        return torch.bfloat16
+    return compute_dtype(name, device)
+
+
+def _cpu_has_bfloat16() -> bool:
+    read = getattr(torch.cpu, "get_capabilities", dict)  # absent in older torch
+    capabilities: dict[str, object] = read()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _own_solver(folder: Path) -> Solver:
@@ -120,7 +135,9 @@ def _own_solver(folder: Path) -> Solver:
             f"{len(meta.task_ids)}; use a checkpoint.json as `arctrm pretrain` wrote it"
         )
     rows = {key: row for row, key in enumerate(keys)}
-    return Solver(trm, rows, bool(fingerprints), {}, str(folder), seed, identity, num_aug)
+    name = "bundled weights" if folder == BUNDLED else str(folder)
+    test_set = data.get("test_set")
+    return Solver(trm, rows, bool(fingerprints), {}, name, seed, identity, num_aug, test_set)
 
 
 def _reference_solver(path: Path) -> Solver:
@@ -132,7 +149,7 @@ def _reference_solver(path: Path) -> Solver:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: needs the identifiers.json of its data set beside it, which says whose each "
-            f"embedding is, but {identifiers} cannot be read ({error}); copy it there"
+            f"embedding is, but {identifiers} cannot be read ({_reason(error)}); copy it there"
         ) from error
     num_rows = trm.puzzle_emb.weights.shape[0]
     if not isinstance(names, list) or len(names) != num_rows:
@@ -146,6 +163,10 @@ def _reference_solver(path: Path) -> Solver:
         task_id, *augmentation = str(name).split(SEPARATOR)
         views.setdefault(task_id, []).append((_reference_view(augmentation, identifiers), row))
     return Solver(trm, {task: v[0][1] for task, v in views.items()}, False, views, str(path))
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _reference_view(augmentation: list[str], where: Path) -> View:

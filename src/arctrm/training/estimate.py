@@ -25,7 +25,8 @@ def operations_per_token(trm: TRMConfig) -> float:
 
 def memory_bytes(trm: TRMConfig, training: TrainingConfig, num_parameters: int) -> float:
     """Weights, gradient, EMA and optimiser state, and what one backward pass keeps."""
-    states = 4 * num_parameters * (5 if training.optimiser.kind == "adamw" else 4)
+    # Weights, gradient, two moments (Muon keeps one, for the blocks only), moving average.
+    states = 4 * num_parameters * (5 if training.ema_decay > 0 else 4)
     width = 2 if torch.cuda.is_available() else 4
     kept = 12 * trm.hidden_size + 4 * trm.inner_size
     per_token = kept * width * trm.num_layers * (trm.L_cycles + 1)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from arctrm.config.training import TrainingConfig
+from arctrm.config.training import SMALLEST_BATCH, TrainingConfig
 from arctrm.errors import ResourceError
 from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_checkpoint
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
@@ -116,10 +116,13 @@ def memory_errors(config: TrainingConfig) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         tokens = config.tokens_per_batch
+        cure = f"training.tokens_per_batch={tokens // 2} --set training.grad_accum="
+        cure += str(config.grad_accum * 2)
+        if tokens < 2 * SMALLEST_BATCH:
+            cure = "trm.hidden_size=256 (the batch is as small as it gets)"
         raise ResourceError(
             f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
-            f"--set training.tokens_per_batch={tokens // 2} --set training.grad_accum="
-            f"{config.grad_accum * 2}"
+            f"--set {cure}"
         ) from error
 
 

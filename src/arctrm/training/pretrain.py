@@ -3,6 +3,7 @@
 The path of the data: sources -> base set -> stream on the device -> supervision steps -> loop.
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from arctrm.config import PretrainConfig
+from arctrm.config import PretrainConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
-from arctrm.errors import CheckpointError, ConfigError
+from arctrm.errors import CheckpointError, ConfigError, ResourceError
 from arctrm.training.checkpoints import (
     check_id_map,
     check_names,
@@ -43,6 +44,8 @@ MAY_DIFFER_ON_RESUME = (
     "tracking",
     "data.path",
     "training.schedule",
+    "training.compile",
+    "training.cuda_graph",
     "training.checkpoint_every",
     "training.checkpoint_every_steps",
     "training.keep_last",
@@ -63,11 +66,12 @@ def run(config: PretrainConfig, out: Path, resume: bool) -> None:
     began_at = time.monotonic()
     checkpoint = _starting_point(out, resume)
     accelerator = Accelerator()
+    _check_processes(accelerator)
     base = _shared_prepare(config, accelerator)
     job = build_run(config, base, out, accelerator, began_at)
     if checkpoint is not None:
         _restore(job, checkpoint)
-    if config.training.cuda_graph != "off" and accelerator.device.type == "cuda":
+    if _can_capture(config.training, job):
         with memory_errors(config.training):
             job.steps = [GraphedStep(step) for step in job.steps]
     is_main = accelerator.is_main_process
@@ -177,6 +181,28 @@ def describe(config: PretrainConfig) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _can_capture(training: TrainingConfig, job: Run) -> bool:
+    """Whether steps run as a CUDA graph: on a GPU, with the packed attention kernel (bfloat16)."""
+    device = job.accelerator.device.type
+    possible = device == "cuda" and job.model.dtype == torch.bfloat16
+    if training.cuda_graph == "on" and not possible:
+        raise ConfigError(
+            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on {device}: "
+            "a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
+        )
+    return possible and training.cuda_graph != "off"
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that were started together but do not know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ResourceError(
+            f"{started} processes were started, but each found itself alone on "
+            f"{accelerator.device.type}; on CPUs set ACCELERATE_USE_CPU=true"
+        )
 
 
 def _starting_point(out: Path, resume: bool) -> Path | None:
