@@ -64,11 +64,12 @@ def grids_of(solutions: list[Solution]) -> list[list]:
 def test_every_test_input_gets_two_grids_with_evidence(solver, trained):
     for task in (trained.known[0], *trained.others):
         solutions = solve_task(solver, task.without_answers(), config())
+        has_probe = task is not trained.known[0] and len(task.demonstrations) > 2
         assert len(solutions) == len(task.test)
         for solution in solutions:
             assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
             assert all(0 <= e.votes <= e.views for e in solution.evidence)
-            assert solution.adaptation_steps == 4
+            assert solution.adaptation_steps == (4 if has_probe else 2)
             assert 0 < solution.seconds <= 6
 
 
@@ -179,7 +180,6 @@ def test_without_adaptation_nothing_is_trained(solver, trained, rounds):
     assert solution.evidence[0].views == 4
 
 
-@pytest.mark.xfail(reason="adaptation.max_steps bounds both rounds together", strict=True)
 def test_the_held_out_demonstration_is_learned_too_however_fast_steps_are(
     solver, trained, monkeypatch
 ):

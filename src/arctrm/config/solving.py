@@ -48,7 +48,7 @@ class AdaptationConfig(StrictModel):
     """Supervision steps before a row is replaced."""
 
     max_steps: int = Field(2000, ge=1)
-    """Bound on optimiser steps, whatever the budget."""
+    """Bound on optimiser steps before and after the probe each, whatever the budget."""
 
     share: float = Field(0.6, ge=0, le=1)
     """Share of the time after the first answer that goes into adaptation; the rest answers."""

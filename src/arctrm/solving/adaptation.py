@@ -63,12 +63,11 @@ class Adapter:
     ) -> None:
         """Train on views of `demonstrations` until the monotonic time `until`.
 
-        Stops before a step that would end later, and at `config.max_steps`.
+        Stops before a step that would end later, and after `config.max_steps`.
         """
         step = self._micro_step(demonstrations)
-        while (
-            self.steps < self.config.max_steps and time.monotonic() + self.seconds_per_step < until
-        ):
+        last = self.steps + self.config.max_steps
+        while self.steps < last and time.monotonic() + self.seconds_per_step < until:
             begin = time.monotonic()
             self.gradients.zero()
             step()

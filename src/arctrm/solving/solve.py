@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Group
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, attempts, evidence, vote
 from arctrm.solving.weights import Solver, load_solver
+from arctrm.training.files import disk_errors
 
 PROBE_VIEWS = 2
 """Views under which a held-out demonstration is asked for."""
@@ -95,15 +97,18 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
     bad: list[UserError] = []
     tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
     for error in bad:
-        note(f"left out: {error}")
+        note(escape(f"left out: {error}"))
     known = scoring.answers(tasks)
     solver = load_solver(config.checkpoint, config.inference, device)
     _check_solver(solver)
+    if out is not None:
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
     answered: dict[str, list[Solution]] = {}
     verdicts: list[bool] = []
     for number, task in enumerate(tasks, 1):
         if len(tasks) > 1:
-            note(f"task {number} of {len(tasks)}: {task.id}")
+            note(escape(f"task {number} of {len(tasks)}: {task.id}"))
         solutions = solve_task(solver, task.without_answers(), config)
         answered[task.id] = solutions
         correct = scoring.judge([s.attempts for s in solutions], known[task.id]) if check else None
@@ -242,9 +247,10 @@ def describe(config: SolveConfig, target: str) -> Group:
     bad: list[UserError] = []
     tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
+    _check_solver(solver)
     table = Table(title="solve (dry run)", title_justify="left", show_header=False)
-    table.add_row("checkpoint", solver.name)
+    table.add_row("checkpoint", escape(solver.name))
     table.add_row("tasks, test inputs", f"{len(tasks)}, {sum(len(t.test) for t in tasks)}")
     table.add_row("known to the model", str(sum(solver.row_of(t) is not None for t in tasks)))
     table.add_row("time at most", f"{len(tasks) * config.budget / 60:.1f} min")
-    return Group(table, *(f"left out: {error}" for error in bad))
+    return Group(table, *(escape(f"left out: {error}") for error in bad))

@@ -36,7 +36,7 @@ class Solver:
     trm: TRM
     """Its last task embedding is the mean of the trained ones: where an unseen task starts."""
     rows: dict[str, int]
-    """Task key (content fingerprint, else id) -> task embedding row."""
+    """Task key (content fingerprint, also with the id before it; else id) -> embedding row."""
     by_content: bool
     """Whether the keys of `rows` are content fingerprints."""
     views: dict[str, list[tuple[View, int]]]
@@ -50,7 +50,10 @@ class Solver:
 
     def row_of(self, task: Task) -> int | None:
         """Embedding row of a task that the model was trained on, else None."""
-        return self.rows.get(task.fingerprint() if self.by_content else task.id)
+        if not self.by_content:
+            return self.rows.get(task.id)
+        content = task.fingerprint()
+        return self.rows.get(f"{task.id} {content}", self.rows.get(content))
 
     @property
     def mean_row(self) -> int:
@@ -135,6 +138,9 @@ def _own_solver(folder: Path) -> Solver:
             f"{len(meta.task_ids)}; use a checkpoint.json as `arctrm pretrain` wrote it"
         )
     rows = {key: row for row, key in enumerate(keys)}
+    if fingerprints:  # two tasks with the same demonstrations: the one of that name comes first
+        names = zip(meta.task_ids, keys, strict=True)
+        rows |= {f"{name} {key}": row for row, (name, key) in enumerate(names)}
     name = "bundled weights" if folder == BUNDLED else str(folder)
     test_set = data.get("test_set")
     return Solver(trm, rows, bool(fingerprints), {}, name, seed, identity, num_aug, test_set)

@@ -15,18 +15,26 @@ GPU_RATE, CPU_RATE = 250e12, 80e9
 """Operations per second reached on one H200 in bfloat16, and on two CPU cores in float32."""
 
 
+def block_parameters(trm: TRMConfig) -> int:
+    """Parameters of all blocks: what Muon trains."""
+    matrices = 4 * trm.hidden_size**2 + 3 * trm.hidden_size * trm.inner_size
+    return trm.num_layers * matrices
+
+
 def operations_per_token(trm: TRMConfig) -> float:
     """Arithmetic of one training supervision step on one token (backward = 2 x forward)."""
-    matrices = 4 * trm.hidden_size**2 + 3 * trm.hidden_size * trm.inner_size
-    one_pass = 2 * trm.num_layers * matrices
+    one_pass = 2 * block_parameters(trm)
     passes = trm.L_cycles + 1
     return one_pass * passes * (trm.H_cycles - 1 + 3)
 
 
 def memory_bytes(trm: TRMConfig, training: TrainingConfig, num_parameters: int) -> float:
     """Weights, gradient, EMA and optimiser state, and what one backward pass keeps."""
-    # Weights, gradient, two moments (Muon keeps one, for the blocks only), moving average.
-    states = 4 * num_parameters * (5 if training.ema_decay > 0 else 4)
+    averages = 1 if training.ema_decay > 0 else 0
+    numbers = num_parameters * (4 + averages)  # weights, gradient, two moments
+    if training.optimiser.kind == "muon":
+        numbers -= block_parameters(trm)  # Muon keeps one moment
+    states = 4 * numbers
     width = 2 if torch.cuda.is_available() else 4
     kept = 12 * trm.hidden_size + 4 * trm.inner_size
     per_token = kept * width * trm.num_layers * (trm.L_cycles + 1)

@@ -6,6 +6,7 @@ Only tensors are read: `torch.load(..., weights_only=True)`.
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ from arctrm.trm.model import TRM
 _PREFIXES = re.compile(r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+")
 _IGNORED = re.compile(r"rotary_emb\.|embed_pos\.|local_(weights|ids)$")
 REFERENCE_ROPE_BASE = 10000.0
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    struct.error,
+)
+"""What torch raises for a file that is not its own, depending on where it stumbles."""
 
 
 def reference_config(config: Mapping[str, Any]) -> TRMConfig:
@@ -122,10 +133,10 @@ def read_reference_file(path: Path) -> ReferenceTRM:
     """Load a published checkpoint (a PyTorch state dict) without unpickling anything else."""
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
-            f"{path}: not a readable PyTorch state dict ({str(error).splitlines()[0][:120]}); "
-            "give a file of plain tensors or an arctrm checkpoint folder"
+            f"{path}: not a PyTorch state dict of plain tensors ({type(error).__name__}); "
+            "give a file that torch.save wrote from a state_dict, or an arctrm checkpoint folder"
         ) from error
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(value, Tensor) for value in state_dict.values()
