@@ -69,7 +69,7 @@ def test_every_test_input_gets_two_grids_with_evidence(solver, trained):
         for solution in solutions:
             assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
             assert all(0 <= e.votes <= e.views for e in solution.evidence)
-            assert solution.adaptation_steps == (4 if has_probe else 2)
+            assert solution.adaptation_steps == (8 if has_probe else 4)
             assert 0 < solution.seconds <= 6
 
 
