@@ -80,6 +80,22 @@ def test_environment_names_find_keys_whatever_their_case():
     assert config.training.schedule.budget == 90
 
 
+def test_variables_are_toml_values_or_bare_text():
+    environ = {
+        "ARCTRM_DATA__SUBSETS": "['training', 'my.json',]",
+        "ARCTRM_DATA__TEST_SET": "training",
+        "ARCTRM_DATA__WEIGHTS": "{training = 2}",
+        "ARCTRM_TRM__QK_NORM": "false",
+        "ARCTRM_TRACKING__RUN_NAME": "2024",
+    }
+    config = load_config(PretrainConfig, environ=environ)
+    assert config.data.subsets == ("training", "my.json")
+    assert config.data.test_set == "training"
+    assert config.data.weights == {"training": 2}
+    assert config.trm.qk_norm is False
+    assert config.tracking.run_name == "2024"
+
+
 def test_variables_of_another_command_and_the_debug_switch_are_left_alone():
     environ = {"ARCTRM_TRM__HIDDEN_SIZE": "64", "ARCTRM_DEBUG": "1", "ARCTRM_SEED": ""}
     assert load_config(SolveConfig, environ=environ) == SolveConfig()
@@ -245,9 +261,27 @@ def test_fields_that_contradict_name_every_layer_they_came_from(toml):
     )
 
 
-def test_an_unknown_variable_is_refused():
-    assert sentence(environ={"ARCTRM_SEDE": "1"}) == (
-        "environment ARCTRM_SEDE: unknown key sede; did you mean seed?"
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ARCTRM_SEDE", "unknown key sede; did you mean seed?"),
+        ("ARCTRM_TRM__HIDEN_SIZE", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
+        ("ARCTRM_TRM_HIDDEN_SIZE", "unknown key trm_hidden_size; did you mean trm.hidden_size?"),
+        (
+            "ARCTRM_SOLVER__X",
+            "unknown key solver; allowed here: seed, out, data, trm, training, tracking",
+        ),
+        ("ARCTRM_SEED__X", 'seed = {"x": 1}, allowed is a whole number; the default is 0'),
+    ],
+)
+def test_an_unknown_variable_is_refused(name, expected):
+    assert sentence(environ={name: "1"}) == f"environment {name}: {expected}"
+
+
+def test_a_text_where_a_variable_wants_a_list_gives_the_sentence():
+    assert sentence(environ={"ARCTRM_DATA__SUBSETS": "training"}) == (
+        "environment ARCTRM_DATA__SUBSETS: data.subsets = 'training', allowed is a list such as "
+        '["a", "b"]; the default is ["training", "evaluation"]'
     )
 
 

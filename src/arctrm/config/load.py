@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 import tomli
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
+from pydantic_settings.sources.utils import parse_env_vars
 
 from arctrm.config.commands import commands_with
 from arctrm.config.sentences import Setting, Settings, config_error
@@ -129,17 +131,34 @@ def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
     return {leaf: Setting(value, str(path)) for leaf, value in _leaves(given)}
 
 
+class _Variable(EnvSettingsSource):
+    """One variable as a tree of texts with the keys as the model writes them."""
+
+    def __init__(self, model_class: type[BaseModel], name: str, text: str) -> None:
+        # Any model's fields will do; only the annotation asks for a BaseSettings.
+        super().__init__(cast(Any, model_class), env_prefix=ENV_PREFIX, env_nested_delimiter="__")
+        self.env_vars = parse_env_vars({name: text})
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Leave `value` to `_parse_text`: lists and tables are TOML here, not JSON."""
+        return value
+
+
 def _environment_layer(model_class: type[BaseModel], environ: Mapping[str, str]) -> Settings:
     layer: Settings = {}
     for name in sorted(environ):
-        # Windows upper-cases names and an empty value means "not set" by convention.
+        # An empty value means "not set" by convention.
         if not name.startswith(ENV_PREFIX) or name in NOT_CONFIG or not environ[name]:
             continue
-        path = _schema_names(model_class, name.removeprefix(ENV_PREFIX).lower().split("__"))
-        # An exported ARCTRM_TRM__... is meant for pretrain and must not stop solve.
-        if path[0] in model_class.model_fields or not commands_with(path[0]):
-            value = _parse_text(environ[name], _field_at(model_class, path))
-            layer[path] = Setting(value, f"environment {name}")
+        found = dict(_leaves(_Variable(model_class, name, environ[name])()))
+        # The source passes over a name that no field takes: it is refused, unless it is another
+        # command's (an exported ARCTRM_TRM__... is meant for pretrain and must not stop solve).
+        path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
+        if not found and (path[0] in model_class.model_fields or not commands_with(path[0])):
+            found = {path: environ[name]}
+        for key, text in found.items():
+            value = _parse_text(text, _field_at(model_class, key))
+            layer[key] = Setting(value, f"environment {name}")
     return layer
 
 
@@ -246,16 +265,6 @@ def _model_at(model_class: type[BaseModel], path: Sequence[str]) -> type[BaseMod
 def _field_at(model_class: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
     model = _model_at(model_class, path[:-1])
     return model.model_fields.get(path[-1]) if model else None
-
-
-def _schema_names(model_class: type[BaseModel], parts: Sequence[str]) -> tuple[str, ...]:
-    """Environment names carry no case: `trm.h_cycles` becomes `trm.H_cycles`."""
-    names: list[str] = []
-    for part in parts:
-        model = _model_at(model_class, names)
-        known = {name.lower(): name for name in model.model_fields} if model else {}
-        names.append(known.get(part, part))
-    return tuple(names)
 
 
 def _nearest_file(path: Path) -> str:
