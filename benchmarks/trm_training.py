@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from rich.table import Table
 
 from arctrm.config import DataConfig, OptimiserConfig, PretrainConfig, TrainingConfig, TRMConfig
 from arctrm.console import console
 from arctrm.data.build import prepare
+from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import operations_per_token
 from arctrm.training.loop import train_step
 from arctrm.training.pretrain import build_run
@@ -89,7 +89,7 @@ def build(args: argparse.Namespace):
         ),
         training=TrainingConfig(tokens_per_batch=args.tokens, optimiser=OptimiserConfig()),
     )
-    accelerator = Accelerator()
+    accelerator = new_accelerator()
     job = build_run(config, prepare(config.data), Path("unused"), accelerator, time.monotonic())
     if accelerator.device.type == "cuda":
         job.steps = [GraphedStep(step) for step in job.steps]

@@ -1,7 +1,6 @@
 """`arctrm eval` from the command line: what it writes, and what it refuses in one sentence."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -80,7 +79,6 @@ def test_two_processes_share_the_views_and_write_what_one_would(trained):
     for more, out in (([], "one"), (launch, "two")):
         done = subprocess.run(
             [sys.executable, *more, "-m", "arctrm", *words, out],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,
         )

@@ -41,7 +41,7 @@ FLAGS = {
     "training.schedule.max_steps": "60",
     "training.schedule.warmup_steps": "5",
 }
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(out, *more):

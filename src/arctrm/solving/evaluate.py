@@ -24,6 +24,7 @@ from arctrm.solving.candidates import Key, Query, answer, by_key, task_queries
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, Ranked, attempts, vote
 from arctrm.solving.weights import Solver, load_solver
+from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
 from arctrm.training.provenance import run_record, write_run_record
 
@@ -40,7 +41,7 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
         UserError: tasks or checkpoint cannot be used, or `out` cannot be written.
 
     """
-    accelerator = Accelerator()
+    accelerator = new_accelerator()
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
     with disk_errors(out):  # now, not after hours of answering
@@ -48,6 +49,7 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     begin = time.monotonic()
     found = answer_all(solver, tasks, config, accelerator)
     seconds = time.monotonic() - begin
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return None
     ranked = rank(tasks, found, config.seed)

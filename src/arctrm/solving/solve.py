@@ -19,6 +19,7 @@ from rich.table import Table
 
 from arctrm.config import SolveConfig
 from arctrm.console import console, note, progress_console
+from arctrm.data.render import grid_panel, side_by_side
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.errors import CheckpointError, UserError
@@ -109,7 +110,11 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
     for number, task in enumerate(tasks, 1):
         if len(tasks) > 1:
             note(escape(f"task {number} of {len(tasks)}: {task.id}"))
-        solutions = solve_task(solver, task.without_answers(), config)
+        stop: Interrupted | None = None
+        try:
+            solutions = solve_task(solver, task.without_answers(), config, len(tasks) == 1)
+        except Interrupted as interrupt:
+            solutions, stop = interrupt.solutions, interrupt
         answered[task.id] = solutions
         correct = scoring.judge([s.attempts for s in solutions], known[task.id]) if check else None
         console().print(solution_report(task.without_answers(), solutions, correct))
@@ -117,13 +122,30 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
             verdicts += [any(pair) for pair in correct if None not in pair]
         if out is not None:  # after every task, so that an interrupt loses none
             _write(answered, tasks[:number], out)
+        if stop is not None:
+            raise stop
     if check:
         solved = f"{sum(verdicts)} of {len(verdicts)}"
         console().print(f"{solved} test inputs with a known answer solved")
 
 
-def solve_task(solver: Solver, task: Task, config: SolveConfig) -> list[Solution]:
-    """Two grids and their evidence for every test input, within `config.budget` seconds."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after a first answer: carries the best solutions so far."""
+
+    def __init__(self, solutions: list[Solution]):
+        super().__init__("stopped before the budget was used; the answers are those found by then")
+        self.solutions = solutions
+
+
+def solve_task(
+    solver: Solver, task: Task, config: SolveConfig, show_first: bool = False
+) -> list[Solution]:
+    """Two grids and their evidence for every test input, within `config.budget` seconds.
+
+    Raises:
+        Interrupted: Ctrl-C came when there was an answer already.
+
+    """
     end = time.monotonic() + config.budget
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_console(), transient=True) as progress:
@@ -133,14 +155,31 @@ def solve_task(solver: Solver, task: Task, config: SolveConfig) -> list[Solution
             elapsed = min(config.budget + time.monotonic() - end, config.budget)
             progress.update(bar, completed=elapsed, description=text)
 
-        pace = Pace(end)
-        best = _answer_round(solver, task, config, pace, tell, max_views=1)
-        adapted, leave_one_out = _adapt(solver, task, config, pace, tell)
-        later = _answer_round(adapted.solver if adapted else solver, task, config, pace, tell)
-        if later.complete(task):
-            best = later
-            best.adaptation_steps = adapted.steps if adapted else 0
-    return _solutions(task, best, leave_one_out, config)
+        first, later = Round(), Round()
+        pace, leave_one_out, interrupted = Pace(end), None, False
+        try:
+            _answer_round(first, solver, task, config, pace, tell, max_views=1)
+            if show_first:
+                progress.console.print(_first_answer(task, first, config))
+            adapted, leave_one_out = _adapt(solver, task, config, pace, tell)
+            later.adaptation_steps = adapted.steps if adapted else 0
+            answering = adapted.solver if adapted else solver
+            _answer_round(later, answering, task, config, pace, tell)
+        except KeyboardInterrupt:
+            if not first.complete(task):
+                raise
+            interrupted = True
+    best = later if later.complete(task) else first
+    solutions = _solutions(task, best, leave_one_out, config)
+    if interrupted:
+        raise Interrupted(solutions)
+    return solutions
+
+
+def _first_answer(task: Task, first: Round, config: SolveConfig) -> Group:
+    solutions = _solutions(task, first, None, config)
+    grids = [grid_panel(s.attempts[0], f"test {i}") for i, s in enumerate(solutions, 1)]
+    return Group(f"first answer after {first.seconds:.1f} s:", side_by_side(grids))
 
 
 def _adapt(
@@ -181,18 +220,18 @@ def _probe(adapter: Adapter, task: Task, index: int, config: SolveConfig) -> flo
 
 
 def _answer_round(
+    result: Round,
     solver: Solver,
     task: Task,
     config: SolveConfig,
     pace: Pace,
     tell: Tell,
     max_views: int | None = None,
-) -> Round:
-    """Answer view by view until the views or the time are used up.
+) -> None:
+    """Answer view by view, into `result`, until the views or the time are used up.
 
     With `max_views` (the first round) the time does not matter: there must be an answer.
     """
-    result = Round()
     views = max_views or config.inference.views
     queries = task_queries(solver, task, views, config.seed)
     for batch in batches(solver, queries, config.inference):
@@ -203,9 +242,8 @@ def _answer_round(
         for key, candidate in answer_batch(solver, batch, config.inference):
             result.candidates.setdefault(key, []).append(candidate)
         pace.record(num_tokens, time.monotonic() - begin)
+        result.seconds = config.budget + time.monotonic() - pace.end
         tell(f"answering, view {max(map(len, result.candidates.values()))} of {views}")
-    result.seconds = config.budget - pace.end + time.monotonic()
-    return result
 
 
 def _solutions(

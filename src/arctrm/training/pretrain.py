@@ -3,7 +3,6 @@
 The path of the data: sources -> base set -> stream on the device -> supervision steps -> loop.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from arctrm.config.trm import TRMConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
-from arctrm.errors import CheckpointError, ConfigError, ResourceError
+from arctrm.errors import CheckpointError, ConfigError
 from arctrm.training.checkpoints import (
     check_id_map,
     check_names,
@@ -27,6 +26,7 @@ from arctrm.training.checkpoints import (
     read_rank,
     read_trainer,
 )
+from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import estimate
 from arctrm.training.loop import Run, memory_errors, restore, train
 from arctrm.training.metrics import Metrics
@@ -65,8 +65,7 @@ def run(config: PretrainConfig, out: Path, resume: bool) -> None:
     """
     began_at = time.monotonic()
     checkpoint = _starting_point(out, resume)
-    accelerator = Accelerator()
-    _check_processes(accelerator)
+    accelerator = new_accelerator()
     base = _shared_prepare(config, accelerator)
     job = build_run(config, base, out, accelerator, began_at)
     if checkpoint is not None:
@@ -90,6 +89,7 @@ def run(config: PretrainConfig, out: Path, resume: bool) -> None:
     train(job, tracker, TrainingProgress(job.schedule, is_main=is_main))
     if is_main:
         note(f"checkpoint: {latest_checkpoint(out)}")
+    accelerator.end_training()
 
 
 def build_run(
@@ -193,16 +193,6 @@ def _can_capture(training: TrainingConfig, job: Run) -> bool:
             "a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
         )
     return possible and training.cuda_graph != "off"
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    """Refuse processes that were started together but do not know of each other."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ResourceError(
-            f"{started} processes were started, but each found itself alone on "
-            f"{accelerator.device.type}; on CPUs set ACCELERATE_USE_CPU=true"
-        )
 
 
 def _starting_point(out: Path, resume: bool) -> Path | None:
