@@ -18,6 +18,7 @@ from arctrm.config.trm import TRMConfig
 from arctrm.errors import CheckpointError
 from arctrm.trm.carry import ReferenceTRM
 from arctrm.trm.model import TRM
+from arctrm.trm.strict import check_names
 
 _PREFIXES = re.compile(r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+")
 _IGNORED = re.compile(r"rotary_emb\.|embed_pos\.|local_(weights|ids)$")
@@ -101,32 +102,10 @@ def load_reference(
     if "puzzle_emb.weights" not in weights:
         raise CheckpointError("the reference checkpoint has no tensor puzzle_emb.weights")
     trm = TRM(reference_config(config_dict), weights["puzzle_emb.weights"].shape[0])
-    check_same_tensors(trm.state_dict(), weights, "the reference checkpoint")
+    expected = {name: tensor.shape for name, tensor in trm.state_dict().items()}
+    check_names(expected, weights, Path("the reference checkpoint"))
     trm.load_state_dict({key: value.float() for key, value in weights.items()})
     return ReferenceTRM(trm)
-
-
-def check_same_tensors(
-    expected: Mapping[str, Tensor], got: Mapping[str, Tensor], where: str
-) -> None:
-    """Raise CheckpointError unless both hold the same names and shapes."""
-    for name, tensor in expected.items():
-        if name not in got:
-            raise CheckpointError(
-                f"{where} has no tensor {name} {list(tensor.shape)}, which the configured model "
-                "needs; use the configuration it was trained with"
-            )
-        if got[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} is {list(got[name].shape)}, the configured model has "
-                f"{list(tensor.shape)}; use the configuration it was trained with"
-            )
-    extra = next((name for name in got if name not in expected), None)
-    if extra is not None:
-        raise CheckpointError(
-            f"{where} holds the tensor {extra}, which the configured model does not have; "
-            "use the configuration it was trained with"
-        )
 
 
 def read_reference_file(path: Path) -> ReferenceTRM:
