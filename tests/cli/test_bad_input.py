@@ -1,0 +1,103 @@
+"""Bad tasks, full disks and vanished files through every command that reads tasks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arctrm.cli import main
+
+GRID = [[1, 2], [3, 0]]
+PAIR = {"input": GRID, "output": GRID}
+
+
+def with_grid(grid):
+    return {"train": [{"input": grid, "output": GRID}], "test": [PAIR]}
+
+
+BAD = {
+    "not JSON": ('{"train": [', "is not JSON"),
+    "empty file": ("", "is not JSON"),
+    "not a task": ("[]", "is not an ARC task"),
+    "ragged": (with_grid([[1, 2], [3]]), "row 1"),
+    "colour 10": (with_grid([[1, 10]]), "got 10"),
+    "colour -1": (with_grid([[1, -1]]), "got -1"),
+    "string": (with_grid([["1"]]), 'got "1" (a string)'),
+    "float": (with_grid([[1.5]]), "got 1.5"),
+    "boolean": (with_grid([[True]]), "got true"),
+    "nested null": (with_grid([[None, [None]]]), "got null"),
+    "huge number": (with_grid([[10**400]]), "got 1000"),
+    "empty grid": (with_grid([[]]), "an empty grid"),
+    "31x31": (with_grid([[0] * 31] * 31), "got 31x31"),
+    "no demonstrations": ({"train": [], "test": [PAIR]}, "at least a demonstration"),
+    "no test input": ({"train": [PAIR], "test": []}, "at least a test input"),
+    "no output": ({"train": [{"input": GRID}], "test": [PAIR]}, 'train[0]: has no "output"'),
+}
+COMMANDS = {
+    "data show": ["data", "show", "{}"],
+    "data build": ["data", "build", "--subsets", "{}", "--test-set", "{}", "--out", "written"],
+    "solve": ["solve", "{}", "--out", "written"],
+    "eval": ["eval", "--set", "evaluation.test_set={}", "--out", "written"],
+    "pretrain": [
+        *("pretrain", "--set", 'data.subsets=["{}"]', "--set", "data.test_set="),
+        *("--out", "written"),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command on a source, in this process: (exit code, stdout, stderr)."""
+
+    def call(command, source):
+        with pytest.raises(SystemExit) as stop:
+            main([word.replace("{}", source) for word in COMMANDS[command]])
+        printed = capfd.readouterr()
+        return stop.value.code, printed.out, printed.err
+
+    return call
+
+
+def refused(result, said):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert not Path("written").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", BAD)
+def test_every_command_refuses_a_bad_task_in_one_sentence(run, command, name):
+    content, said = BAD[name]
+    text = content if isinstance(content, str) else json.dumps(content)
+    Path("[red]x.json").write_text(text)
+    result = run(command, "[red]x.json")
+    refused(result, said)
+    assert "[red]x.json" in result[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["a folder", "a vanished file", "a loop", "no tasks", "nothing"])
+def test_every_command_refuses_what_cannot_be_read(run, command, name):
+    source = Path("source")
+    if name == "nothing":
+        said = "source: no such file or folder"
+    else:
+        source.mkdir()
+        file, said = source / "a.json", "source/a.json: cannot be read"
+        if name == "a folder":
+            file.mkdir()
+        elif name == "a vanished file":
+            file.symlink_to("nowhere")
+        elif name == "a loop":
+            file.symlink_to("a.json")
+        else:
+            said = "source: has no task files"
+    refused(run(command, "source"), said)
