@@ -289,3 +289,33 @@ def test_a_dry_run_counts_and_answers_nothing(trained, monkeypatch):
     text = console.export_text()
     assert "6, 6" in text
     assert "42 (7 views)" in text
+
+
+def test_the_folder_of_a_training_run_is_not_written_to(trained, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text("the run's record")
+    with pytest.raises(DataError, match="training run"):
+        run(EvalConfig.model_validate({"checkpoint": str(trained.run)}), folder)
+    assert (folder / "config.json").read_text() == "the run's record"
+
+
+def test_an_older_score_does_not_stay_beside_a_new_submission(trained, tmp_path):
+    (tmp_path / "scores.json").write_text("{}")
+    unknown = tmp_path / "tasks"
+    unknown.mkdir()
+    grid = {"input": [[1]], "output": [[2]]}
+    (unknown / "a.json").write_text(json.dumps({"train": [grid], "test": [{"input": [[1]]}]}))
+    inference = {"views": 1, "steps": 1}
+    evaluation = {"test_set": str(unknown)}
+    given = {"checkpoint": str(trained.run), "evaluation": evaluation, "inference": inference}
+    assert run(EvalConfig.model_validate(given), tmp_path) is None
+    assert (tmp_path / "submission.json").exists()
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_task_without_a_test_input_is_refused(tmp_path):
+    pairs = [{"input": [[1]], "output": [[2]]}] * 2
+    (tmp_path / "map.json").write_text(json.dumps({"a": pairs}))
+    with pytest.raises(UserError, match="task a has no test input"):
+        load(EvalConfig.model_validate({"evaluation": {"test_set": str(tmp_path / "map.json")}}))

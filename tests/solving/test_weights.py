@@ -294,8 +294,8 @@ def test_a_truncated_model_is_refused(copied_run):
         ("hidden_size", 64, "shape"),
         ("num_layers", 2, "missing"),
         ("num_prefix_slots", 9, "slots.weights"),
-        ("layout", "spiral", "not a TRM's"),
-        ("hidden_size", 33, "not a TRM's"),
+        ("layout", "spiral", r"trm\.layout = 'spiral'"),
+        ("hidden_size", 33, "33 is not a multiple of"),
     ],
 )
 def test_a_configuration_that_is_not_the_weights_is_refused(copied_run, key, value, said):

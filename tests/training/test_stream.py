@@ -152,3 +152,9 @@ def test_weights_choose_the_subset(base):
 def test_a_weight_for_an_unknown_subset_is_refused(base):
     with pytest.raises(DataError, match=r"re_arc.*training, evaluation"):
         make(base, DataConfig(num_aug=50, weights={"re_arc": 0.5}))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_is_a_finite_number_of_at_least_zero(weight):
+    with pytest.raises(ValueError, match="weights"):
+        DataConfig(weights={"training": weight})

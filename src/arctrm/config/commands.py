@@ -15,7 +15,7 @@ from arctrm.data.task import MAX_SIDE
 class BuildConfig(StrictModel):
     """`arctrm data build`."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random."""
     out: Path | None = None
     """Folder to write."""
@@ -38,7 +38,7 @@ class ShowConfig(StrictModel):
 class PretrainConfig(StrictModel):
     """`arctrm pretrain`."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random."""
     out: Path | None = None
     """Run folder."""
@@ -62,7 +62,7 @@ class PretrainConfig(StrictModel):
 class EvalConfig(StrictModel):
     """`arctrm eval`."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random."""
     out: Path | None = None
     """Folder for scores.json and submission.json."""
@@ -75,7 +75,7 @@ class EvalConfig(StrictModel):
 class SolveConfig(StrictModel):
     """`arctrm solve`."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random."""
     out: Path | None = None
     """Folder for submission.json."""

@@ -1,6 +1,7 @@
 """`[data]`: which tasks are trained on, which are evaluated, and how views are drawn."""
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -9,6 +10,9 @@ from arctrm.config.base import StrictModel
 KNOWN_LEAKS = ("40853293", "8719f442")
 """Training task 40853293 holds the test pair of ARC-AGI-1 evaluation task 070dd51e; 8719f442 (an
 evaluation task that is also in ARC-AGI-2 training) the test input of evaluation task 6ea4a07e."""
+
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataConfig(StrictModel):
@@ -40,7 +44,9 @@ class DataConfig(StrictModel):
     max_tasks: int | None = Field(None, ge=1)
     """Use only the first tasks (by id) of each subset: for smoke runs."""
 
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
     """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
     a label is the bundled name or the file's stem."""
 

@@ -17,7 +17,7 @@ from arctrm.config import InferenceConfig
 from arctrm.data import canvas
 from arctrm.data.task import MAX_SIDE, Task
 from arctrm.data.views import DIHEDRALS, View, distinct_views, fixed_colours
-from arctrm.errors import ResourceError
+from arctrm.errors import ResourceError, TaskError
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
@@ -41,6 +41,16 @@ class Query:
     """uint8 [height, width]: the input on its canvas."""
     row: int
     """Task embedding row."""
+
+
+def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
+    """Raise TaskError where a task asks for nothing (a map of pairs, say, is for training only)."""
+    empty = next((task for task in tasks if not task.test), None)
+    if empty is not None:
+        raise TaskError(
+            f"{source}: task {empty.id} has no test input, so there is nothing to answer; give "
+            "tasks with a test input"
+        )
 
 
 def task_queries(solver: Solver, task: Task, num_views: int, seed: int) -> list[Query]:

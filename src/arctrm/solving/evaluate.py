@@ -20,7 +20,14 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError
 from arctrm.solving import scoring
-from arctrm.solving.candidates import Key, Query, answer, by_key, task_queries
+from arctrm.solving.candidates import (
+    Key,
+    Query,
+    answer,
+    by_key,
+    require_test_inputs,
+    task_queries,
+)
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, Ranked, attempts, vote
 from arctrm.solving.weights import Solver, load_solver
@@ -44,8 +51,8 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     accelerator = new_accelerator()
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
-    with disk_errors(out):  # now, not after hours of answering
-        out.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        _open_folder(out, config)  # now, not after hours of answering
     begin = time.monotonic()
     found = answer_all(solver, tasks, config, accelerator)
     seconds = time.monotonic() - begin
@@ -53,7 +60,6 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     if not accelerator.is_main_process:
         return None
     ranked = rank(tasks, found, config.seed)
-    write_run_record(out, run_record(config))
     content = submission(
         {
             task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
@@ -64,6 +70,16 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     write_submission(out / "submission.json", content)
     gpu_seconds = seconds * accelerator.num_processes / len(tasks)
     return _report(config, solver, tasks, ranked, known, gpu_seconds, out)
+
+
+def _open_folder(out: Path, config: EvalConfig) -> None:
+    """Begin a result folder: the record of this evaluation, and no older score beside it."""
+    if (out / "checkpoints").is_dir():
+        raise DataError(f"{out}: is the folder of a training run; choose another --out")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scores.json").unlink(missing_ok=True)
+    write_run_record(out, run_record(config))
 
 
 def load(config: EvalConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
@@ -80,6 +96,7 @@ def load(config: EvalConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
     if chosen.tasks:
         tasks = [task for task in tasks if task.id in chosen.tasks]
     tasks = tasks[: chosen.max_tasks]
+    require_test_inputs(tasks, chosen.test_set)
     return [task.without_answers() for task in tasks], scoring.answers(tasks)
 
 

@@ -29,6 +29,8 @@ class Solution:
     """Optimiser steps of adaptation before the last answers."""
     seconds: float = 0.0
     """Wall-clock time from start to these attempts."""
+    known: bool = False
+    """Whether the model was trained on the task's demonstrations."""
 
 
 def solution_report(
@@ -93,6 +95,8 @@ def _evidence(evidence: Evidence) -> Text:
 
 def _effort(solution: Solution) -> Text:
     steps = f"{solution.adaptation_steps} adaptation steps"
+    if solution.known:
+        steps = "known to the model, " + (steps if solution.adaptation_steps else "not adapted")
     return Text(f"{steps}, {solution.seconds:.1f} s", "dim")
 
 

@@ -22,15 +22,22 @@ from arctrm.console import console, note, progress_console
 from arctrm.data.render import grid_panel, side_by_side
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
-from arctrm.errors import CheckpointError, UserError
+from arctrm.errors import CheckpointError
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
-from arctrm.solving.candidates import Key, answer, answer_batch, batches, task_queries
+from arctrm.solving.candidates import (
+    Key,
+    answer,
+    answer_batch,
+    batches,
+    require_test_inputs,
+    task_queries,
+)
 from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, attempts, evidence, vote
 from arctrm.solving.weights import Solver, load_solver
-from arctrm.training.files import disk_errors
+from arctrm.training.files import disk_errors, write_text_atomically
 
 PROBE_VIEWS = 2
 """Views under which a held-out demonstration is asked for."""
@@ -95,16 +102,12 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bad: list[UserError] = []
-    tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
-    for error in bad:
-        note(escape(f"left out: {error}"))
+    tasks = _load(config, target)
     known = scoring.answers(tasks)
     solver = load_solver(config.checkpoint, config.inference, device)
     _check_solver(solver)
     if out is not None:
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
+        _open_folder(out)
     answered: dict[str, list[Solution]] = {}
     verdicts: list[bool] = []
     for number, task in enumerate(tasks, 1):
@@ -126,7 +129,25 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
             raise stop
     if check:
         solved = f"{sum(verdicts)} of {len(verdicts)}"
-        console().print(f"{solved} test inputs with a known answer solved")
+        known_answers = f"{solved} test inputs with a known answer solved"
+        console().print(known_answers if verdicts else "no answer is known, so nothing is checked")
+
+
+def _load(config: SolveConfig, target: str) -> list[Task]:
+    """The tasks of the target; with `keep_going` what cannot be used is said and left out."""
+    left_out = lambda error: note(escape(f"left out: {error}"))
+    tasks = load_tasks(target, on_error=left_out if config.keep_going else None)
+    require_test_inputs(tasks, target)
+    return tasks
+
+
+def _open_folder(out: Path) -> None:
+    """Make sure before the work that the submission can be written."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    probe = out / ".probe"
+    write_text_atomically(probe, "\n")
+    probe.unlink()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -160,7 +181,7 @@ def solve_task(
         try:
             _answer_round(first, solver, task, config, pace, tell, max_views=1)
             if show_first:
-                progress.console.print(_first_answer(task, first, config))
+                progress.console.print(_first_answer(solver, task, first, config))
             adapted, leave_one_out = _adapt(solver, task, config, pace, tell)
             later.adaptation_steps = adapted.steps if adapted else 0
             answering = adapted.solver if adapted else solver
@@ -170,14 +191,14 @@ def solve_task(
                 raise
             interrupted = True
     best = later if later.complete(task) else first
-    solutions = _solutions(task, best, leave_one_out, config)
+    solutions = _solutions(solver, task, best, leave_one_out, config)
     if interrupted:
         raise Interrupted(solutions)
     return solutions
 
 
-def _first_answer(task: Task, first: Round, config: SolveConfig) -> Group:
-    solutions = _solutions(task, first, None, config)
+def _first_answer(solver: Solver, task: Task, first: Round, config: SolveConfig) -> Group:
+    solutions = _solutions(solver, task, first, None, config)
     grids = [grid_panel(s.attempts[0], f"test {i}") for i, s in enumerate(solutions, 1)]
     return Group(f"first answer after {first.seconds:.1f} s:", side_by_side(grids))
 
@@ -247,7 +268,7 @@ def _answer_round(
 
 
 def _solutions(
-    task: Task, best: Round, leave_one_out: float | None, config: SolveConfig
+    solver: Solver, task: Task, best: Round, leave_one_out: float | None, config: SolveConfig
 ) -> list[Solution]:
     solutions = []
     for index, pair in enumerate(task.test):
@@ -259,6 +280,7 @@ def _solutions(
                 evidence(ranked, len(candidates), leave_one_out),
                 best.adaptation_steps,
                 best.seconds,
+                solver.row_of(task) is not None,
             )
         )
     return solutions
@@ -280,10 +302,9 @@ def _check_solver(solver: Solver) -> None:
         )
 
 
-def describe(config: SolveConfig, target: str) -> Group:
+def describe(config: SolveConfig, target: str) -> Table:
     """What `solve` would run."""
-    bad: list[UserError] = []
-    tasks = load_tasks(target, on_error=bad.append if config.keep_going else None)
+    tasks = _load(config, target)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
     _check_solver(solver)
     table = Table(title="solve (dry run)", title_justify="left", show_header=False)
@@ -291,4 +312,4 @@ def describe(config: SolveConfig, target: str) -> Group:
     table.add_row("tasks, test inputs", f"{len(tasks)}, {sum(len(t.test) for t in tasks)}")
     table.add_row("known to the model", str(sum(solver.row_of(t) is not None for t in tasks)))
     table.add_row("time at most", f"{len(tasks) * config.budget / 60:.1f} min")
-    return Group(table, *(escape(f"left out: {error}") for error in bad))
+    return table

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ConfigDict, ValidationError
 from torch import nn
 
-from arctrm.config import InferenceConfig, TRMConfig
+from arctrm.config import DataConfig, InferenceConfig, TRMConfig
+from arctrm.config.base import StrictModel
 from arctrm.data.task import Task
 from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
 from arctrm.errors import CheckpointError
+from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
 from arctrm.training.pretrain import compute_dtype
 from arctrm.training.stream import view_of
@@ -90,6 +93,10 @@ def load_solver(
 
     """
     if checkpoint is not None and checkpoint.is_file():
+        if checkpoint.with_name(META).is_file():
+            raise CheckpointError(
+                f"{checkpoint}: is one file of a checkpoint; give its folder {checkpoint.parent}"
+            )
         solver = _reference_solver(checkpoint)
     else:
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
@@ -114,36 +121,66 @@ def _cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+class _Trained(StrictModel):
+    """What a checkpoint must say of its training for its embeddings to be used."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    seed: int
+    trm: TRMConfig
+    data: DataConfig
+
+
+class _Notes(StrictModel):
+    model_config = ConfigDict(extra="ignore")
+
+    task_fingerprints: tuple[str, ...] = ()
+
+
 def _own_solver(folder: Path) -> Solver:
     meta = read_meta(folder)
     try:
-        config = TRMConfig.model_validate(meta.config["trm"])
-        data = meta.config["data"]
-        seed, num_aug, identity = meta.config["seed"], data["num_aug"], data["identity_colours"]
-    except (KeyError, TypeError, ValueError) as error:
+        trained = _Trained.model_validate(meta.config)
+        keys = _Notes.model_validate(meta.notes).task_fingerprints or meta.task_ids
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, got = ".".join(map(str, first["loc"])), first["input"]
+        got = "" if isinstance(got, dict) else f" = {got!r}"
         raise CheckpointError(
-            f"{folder}: its configuration is not a TRM's ({str(error).splitlines()[0]}); "
+            f"{folder / META}: {key}{got}: {first['msg']}; "
             "give a checkpoint that `arctrm pretrain` wrote"
         ) from error
-    weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
-    per_view = num_aug if config.task_embedding == "per_view" else 1
-    trm = TRM(config, len(meta.task_ids) * per_view)
-    check_names({n: tuple(t.shape) for n, t in trm.state_dict().items()}, weights, folder)
-    trm.load_state_dict(weights)
-    fingerprints = meta.notes.get("task_fingerprints")
-    keys = fingerprints or meta.task_ids
     if len(keys) != len(meta.task_ids):
         raise CheckpointError(
             f"{folder}: its notes.task_fingerprints name {len(keys)} tasks, its id map "
             f"{len(meta.task_ids)}; use a checkpoint.json as `arctrm pretrain` wrote it"
         )
+    by_content = keys is not meta.task_ids
     rows = {key: row for row, key in enumerate(keys)}
-    if fingerprints:  # two tasks with the same demonstrations: the one of that name comes first
+    if by_content:  # two tasks with the same demonstrations: the one of that name comes first
         names = zip(meta.task_ids, keys, strict=True)
         rows |= {f"{name} {key}": row for row, (name, key) in enumerate(names)}
-    name = "bundled weights" if folder == BUNDLED else str(folder)
-    test_set = data.get("test_set")
-    return Solver(trm, rows, bool(fingerprints), {}, name, seed, identity, num_aug, test_set)
+    return Solver(
+        _load_trm(folder, trained, len(meta.task_ids)),
+        rows,
+        by_content,
+        {},
+        "bundled weights" if folder == BUNDLED else str(folder),
+        trained.seed,
+        trained.data.identity_colours,
+        trained.data.num_aug,
+        trained.data.test_set,
+    )
+
+
+def _load_trm(folder: Path, trained: _Trained, num_tasks: int) -> TRM:
+    weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
+    per_view = trained.data.num_aug if trained.trm.task_embedding == "per_view" else 1
+    with torch.device("meta"):  # compare before anything of the configured size is made
+        trm = TRM(trained.trm, num_tasks * per_view)
+    check_names({n: tuple(t.shape) for n, t in trm.state_dict().items()}, weights, folder)
+    trm.load_state_dict(weights, assign=True)
+    return trm
 
 
 def _reference_solver(path: Path) -> Solver:

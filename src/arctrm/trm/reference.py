@@ -121,4 +121,7 @@ def read_reference_file(path: Path) -> ReferenceTRM:
         isinstance(value, Tensor) for value in state_dict.values()
     ):
         raise CheckpointError(f"{path}: not a state dict of tensors, but {type(state_dict)}")
-    return load_reference(state_dict, infer_config(state_dict))
+    try:
+        return load_reference(state_dict, infer_config(state_dict))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
