@@ -69,11 +69,38 @@ def test_a_user_error_is_one_sentence_on_stderr_and_exit_2(run, arguments, expec
     assert run(*arguments) == (2, "", expected)
 
 
-def test_a_mistake_in_the_command_line_exits_2(run):
-    for arguments in (["nope"], ["eval", "--nope"], ["solve"], ["eval", "--views", "many"]):
-        code, out, err = run(*arguments)
-        assert (code, out) == (2, "")
-        assert "Traceback" not in err
+@pytest.mark.parametrize(
+    ("arguments", "named", "command"),
+    [
+        (["nope"], ["'nope'"], "arctrm"),
+        (["--nope"], ["--nope"], "arctrm"),
+        (["slove"], ["'slove'", "did you mean 'solve'"], "arctrm"),
+        (["data", "shw"], ["'shw'", "did you mean 'show'"], "arctrm data"),
+        (["eval", "--nope"], ["--nope"], "arctrm eval"),
+        (["eval", "more"], ["more"], "arctrm eval"),
+        (["eval", "--views"], ["'--views'"], "arctrm eval"),
+        (["eval", "--views", "many"], ["'--views'", "'many'", "valid integer"], "arctrm eval"),
+        (["data", "show", "x", "--limit", "1.5"], ["'1.5'", "valid integer"], "arctrm data show"),
+        (["data", "build", "--out"], ["'--out'"], "arctrm data build"),
+        (["solve"], ["missing argument"], "arctrm solve"),
+    ],
+)
+def test_a_mistake_in_the_command_line_is_one_sentence_and_exit_2(run, arguments, named, command):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.endswith(f"; see {command} --help\n")
+    assert err.count("\n") == 1
+    assert err.lower().count("did you mean") <= 1
+    for part in named:
+        assert part in err
+
+
+@pytest.mark.parametrize("group", [[], ["data"]])
+def test_a_group_without_a_command_prints_its_help_and_exits_2(run, group):
+    code, out, err = run(*group)
+    assert (code, err) == (2, "")
+    assert "Commands" in out
 
 
 @pytest.mark.parametrize("place", ["before", "after", "variable"])
@@ -128,6 +155,18 @@ def test_an_interrupt_is_one_line_and_exit_130():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_an_interrupt_while_typer_is_imported_is_one_line_and_exit_130(tmp_path):
+    """A real signal, sent by a module that takes Typer's place on the path."""
+    (tmp_path / "typer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "arctrm", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 # -- commands
 
 
@@ -160,6 +199,24 @@ def test_data_show_prints_the_named_tasks(run):
     assert code == 0
     assert "00d62c1b" in out
     assert "007bbfb7" not in out
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_data_show_escapes_what_an_ascii_terminal_cannot_print(variables):
+    done = subprocess.run(
+        [sys.executable, "-m", "arctrm", "data", "show", "training", "00d62c1b"],
+        capture_output=True,
+        env=os.environ | variables,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u2192" in done.stdout
+    assert done.stdout.isascii()
 
 
 def test_data_show_writes_plain_text_with_out(run):

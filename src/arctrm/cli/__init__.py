@@ -2,7 +2,8 @@
 
 Exit codes: 0 done, 1 failure, 2 the user has to change something, 130 interrupted.  A traceback
 appears only with `--debug` or `ARCTRM_DEBUG=1`.  Nothing here or in the option parsing imports
-torch, numpy or pydantic, so that `--help` is instant.
+torch, numpy or pydantic, so that `--help` is instant; Typer itself is imported where Ctrl-C is
+already handled.
 """
 
 import errno
@@ -10,9 +11,10 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
-from arctrm.cli.app import DEBUG_FLAG, DEBUG_VARIABLE, Interrupted, app
+from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, Interrupted
 from arctrm.errors import ArctrmError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -20,18 +22,28 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; `arguments` are those of the process unless given."""
+    _escape_unprintable()
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Taken out before Typer parses, so that the flag works before and after the command's name.
     debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     try:
-        app([word for word in words if word != DEBUG_FLAG], prog_name="arctrm")
+        from arctrm.cli.app import run_app
+
+        code = run_app([word for word in words if word != DEBUG_FLAG])
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         sentence, code = describe_error(error)
         print(sentence, file=sys.stderr)
         raise SystemExit(code) from None
-    raise SystemExit(0)
+    raise SystemExit(code)
+
+
+def _escape_unprintable() -> None:
+    """Let a terminal or file of another encoding than UTF-8 show \\u2580 instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

@@ -1,5 +1,9 @@
-"""The Typer app: which commands exist and what `arctrm --help` says."""
+"""The Typer app: which commands exist, what `arctrm --help` says, and its usage errors in one line.
 
+Typer's own way out (a box of several lines, `sys.exit`) is switched off: `run_app` raises.
+"""
+
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -7,18 +11,13 @@ from typer.core import TyperGroup
 
 from arctrm.cli.data import build, show
 from arctrm.cli.evaluate import evaluate
+from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, CommandLineError, Interrupted
 from arctrm.cli.pretrain import pretrain
 from arctrm.cli.solve import solve
-from arctrm.errors import ArctrmError
 
-DEBUG_FLAG = "--debug"
-DEBUG_VARIABLE = "ARCTRM_DEBUG"
-
-
-class Interrupted(ArctrmError):
-    """Ctrl-C; the message is one that the interrupted command gave, or empty."""
-
-    exit_code = 130
+# Typer has its own copy of click since 0.26 and imports the installed one before: the class is
+# found through the name that both export.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class _Group(TyperGroup):
@@ -40,6 +39,52 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error)) from error
+        except _UsageError as error:
+            if _help_was_printed(error):
+                raise
+            # Typer leaves out where it was when the value of an option is missing.
+            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
+            raise CommandLineError(_usage_sentence(error, command)) from error
+
+
+def run_app(words: Sequence[str]) -> int:
+    """Run the command line `words` and give its exit code.
+
+    Raises:
+        CommandLineError: `words` are not a command line of arctrm.
+        Interrupted: Ctrl-C.
+    """
+    try:
+        code = app(list(words), prog_name="arctrm", standalone_mode=False) or 0
+    except _UsageError as error:
+        if _help_was_printed(error):
+            return CommandLineError.exit_code
+        raise CommandLineError(_usage_sentence(error, "arctrm")) from error
+    if code == Interrupted.exit_code:
+        raise Interrupted
+    return int(code)
+
+
+def _help_was_printed(error: Exception) -> bool:
+    """Whether the error only says that a group was called without a command."""
+    return type(error).__name__ == "NoArgsIsHelpError"
+
+
+def _usage_sentence(error: Any, command: str) -> str:
+    """The sentence for a usage error in `command`, unless the error knows the command better."""
+    text = " ".join(error.format_message().split())
+    if hasattr(error.__cause__, "errors"):
+        # pydantic checked the value, and its message lacks it: add what was got.
+        problem = error.__cause__.errors()[0]
+        allowed = problem["msg"].partition(",")[0]
+        got = f"got {problem['input']!r}, {allowed[:1].lower()}{allowed[1:]}"
+        text = text.replace(problem["msg"], got)
+    # Typer and a recent click may both suggest a command: one suggestion is enough.
+    text = text.partition("? Did you mean")[0].replace(". Did you mean", ", did you mean")
+    text = text.rstrip(".?")
+    if error.ctx is not None:
+        command = error.ctx.command_path
+    return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
 def _new_typer(**options: Any) -> typer.Typer:
