@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -60,7 +61,9 @@ def test_a_good_grid_keeps_its_cells_up_to_30x30():
 BAD_TASKS = {
     "list": ([PAIR], ["is not an ARC task", "a list"]),
     "no train": ({"test": [PAIR]}, ["is not an ARC task", '"test"']),
-    "empty object": ({}, ["is not an ARC task"]),
+    "empty object": ({}, ["is not an ARC task", "got an empty object"]),
+    "escape as key": ({"\x1b[2J": 1}, ['"\\u001b[2J"']),
+    "half a surrogate pair as key": ({"\ud800": 1}, ['"\\ud800"']),
     "train no list": ({"train": PAIR, "test": [PAIR]}, ['"train" must be a list']),
     "no demonstrations": ({"train": [], "test": [PAIR]}, ["at least a demonstration"]),
     "no test": ({"train": [PAIR]}, ["at least a test input"]),
@@ -101,7 +104,28 @@ def test_unknown_keys_are_no_mistake():
 def test_what_is_not_json_is_refused(tmp_path, content):
     path = tmp_path / "0a.json"
     path.write_bytes(content)
-    assert message(load_json, path).startswith(f"{path}: is not JSON")
+    text = message(load_json, path)
+    assert text.startswith(f"{path}: is not JSON")
+    assert "give a readable JSON file, plain (.json) or gzipped (.json.gz)" in text
+
+
+@pytest.mark.parametrize("name", ["0a.json", "0a.json.gz"])
+def test_an_empty_file_is_called_empty(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"" if path.suffix == ".json" else gzip.compress(b"\n"))
+    assert "the file is empty" in message(load_json, path)
+
+
+def test_a_gzip_file_without_gz_in_its_name_should_be_renamed(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_bytes(gzip.compress(b"{}"))
+    assert message(load_json, path).endswith("is not JSON but gzip; rename it to map.json.gz")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    text = message(load_json, tmp_path / "pipe.json")
+    assert "cannot be read (Not a regular file); give a readable JSON file" in text
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"no" + data])
@@ -115,4 +139,6 @@ def test_unreadable_and_vanished_files_are_refused(tmp_path):
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
     for name in ("folder.json", "gone.json", "never.json"):
-        assert "cannot be read" in message(load_json, tmp_path / name)
+        text = message(load_json, tmp_path / name)
+        assert "cannot be read" in text
+        assert "; give a readable JSON file" in text

@@ -1,6 +1,8 @@
 """`data show`: digits without colours, ARC_PALETTE with them, nothing wider than the terminal."""
 
 import json
+import subprocess
+import sys
 from io import StringIO
 
 import numpy as np
@@ -52,6 +54,15 @@ def test_a_pair_of_full_grids_fits_on_80_columns():
     assert sum("5" * 30 in line for line in lines) == 60
     assert sum(line.count("5" * 30) for line in lines) == 120
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("width", [30, 45, 62])
+def test_on_a_narrow_terminal_the_output_is_below_and_not_cropped(width):
+    grid = np.full((30, 30), 5, np.uint8)
+    text = plain(task_table(Task("full", (Pair(grid, grid),), (Pair(grid, None),))), width)
+    assert text.count("5" * 30) == 90
+    assert "↓" in text
+    assert "→" not in text
 
 
 def test_side_by_side_goes_on_below_where_there_is_no_room():
@@ -108,3 +119,29 @@ def test_statistics_of_tasks_without_answers(shown, tmp_path):
     text = shown(str(path), statistics=True)
     assert "odd [name].json" in text
     assert "100.0%" in text
+
+
+NO_ROOM = """
+import resource, sys
+from pathlib import Path
+from arctrm.cli.data import write_printed
+from arctrm.console import console
+from arctrm.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    write_printed(lambda: console().print("1 2 3 " * 100), Path(sys.argv[1]))
+except UserError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+@pytest.mark.parametrize("older", [None, "older"])
+def test_out_without_room_leaves_no_half_written_file(tmp_path, older):
+    path = tmp_path / "tasks.txt"
+    if older is not None:
+        path.write_text(older)
+    command = [sys.executable, "-c", NO_ROOM, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.stderr.startswith(f"refused: {tmp_path}: "), run.stderr
+    assert "choose another --out" in run.stderr
+    assert [file.read_text() for file in tmp_path.iterdir()] == ([older] if older else [])

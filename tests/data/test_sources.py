@@ -115,6 +115,62 @@ def test_solutions_may_be_given(tmp_path):
     assert load_solutions(answers)["a"][0].tolist() == [[9]]
 
 
+def test_given_solutions_also_answer_a_single_task_file_and_a_folder(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    path = write(tmp_path / "tasks" / "a.json", OPEN)
+    answers = tmp_path / "answers.json"
+    write(answers, {"a": [[[9]]]})
+    for source in (path, str(tmp_path / "tasks")):
+        assert load_tasks(source, solutions=answers)[0].test[0].output.tolist() == [[9]]
+
+
+@pytest.mark.parametrize("source", ["evaluation", "arc1:007bbfb7"])
+def test_solutions_are_refused_for_bundled_tasks(tmp_path, source):
+    with pytest.raises(DataError, match=rf"answers.json: {source} is bundled .* leave the"):
+        load_tasks(source, solutions=tmp_path / "answers.json")
+
+
+@pytest.mark.parametrize("name", ["a.json", "."])
+def test_given_solutions_that_answer_nothing_are_refused(tmp_path, name):
+    write(tmp_path / "a.json", OPEN)
+    answers = tmp_path / "solutions.json"
+    with pytest.raises(TaskError, match=r"solutions.json: cannot be read"):
+        load_tasks(str(tmp_path / name), solutions=answers)
+    write(answers, {"other": [[[9]]]})
+    with pytest.raises(DataError, match=r"solutions.json: has no answer for any task of .* like a"):
+        load_tasks(str(tmp_path / name), solutions=answers)
+
+
+def test_solutions_beside_the_challenges_that_answer_nothing_do_not_matter(tmp_path):
+    path = write(tmp_path / "challenges.json", {"a": OPEN})
+    write(tmp_path / "solutions.json", {"other": [[[9]]]})
+    assert not load_tasks(path)[0].has_answers
+
+
+@pytest.mark.parametrize("task_id", ["", "\ud800", "\x1b[2J", "a\nb"])
+def test_ids_that_cannot_be_printed_are_refused(tmp_path, task_id):
+    with pytest.raises(TaskError, match=r"printable.* rename that task") as caught:
+        load_tasks(write(tmp_path / "map.json", {"a": TASK, task_id: TASK}))
+    assert str(caught.value).isprintable()
+    write(tmp_path / "solutions.json", {task_id: [GRID]})
+    with pytest.raises(TaskError, match=r"printable.* rename that task"):
+        load_solutions(tmp_path / "solutions.json")
+
+
+def test_an_entry_of_a_map_that_is_no_task_is_named(tmp_path):
+    path = write(tmp_path / "map.json", {"a": TASK, "version": 3})
+    with pytest.raises(TaskError, match=r"map.json: version: is not an ARC task.*got a number"):
+        load_tasks(path)
+    errors = []
+    assert ids(load_tasks(path, on_error=errors.append)) == ["a"]
+    assert len(errors) == 1
+
+
+def test_an_empty_source_is_refused():
+    with pytest.raises(DataError, match=r"no source was given; name one of training,"):
+        load_tasks("")
+
+
 def test_a_kaggle_folder_gives_each_task_once_and_with_its_answer(tmp_path):
     write(tmp_path / "arc_test_challenges.json", {"a": OPEN})
     write(tmp_path / "arc_evaluation_challenges.json", {"a": OPEN, "b": OPEN})

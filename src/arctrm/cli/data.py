@@ -133,7 +133,8 @@ def write_printed(run: Callable[[], None], path: Path) -> None:
     from rich.text import Text
 
     from arctrm.console import console
+    from arctrm.training.files import write_text_atomically
 
     with console().capture() as captured:
         run()
-    path.write_text(Text.from_ansi(captured.get()).plain + "\n", encoding="utf-8")
+    write_text_atomically(path, Text.from_ansi(captured.get()).plain + "\n")

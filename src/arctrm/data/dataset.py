@@ -274,7 +274,10 @@ def write_base_set(base: BaseSet, path: Path) -> None:
                 f"{path}: no room for the data set of {base.num_bytes / 1e6:.1f} MB "
                 f"({error.strerror}); free some disk space or choose another folder"
             ) from error
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be written: {error.strerror or error}; "
+            "choose another --out (or data.path)"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -14,6 +14,8 @@ import numpy as np
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Pair, Task
 from arctrm.errors import TaskError
 
+_GZIP = b"\x1f\x8b"
+_WANTED = "give a readable JSON file, plain (.json) or gzipped (.json.gz)"
 _KINDS = {
     dict: "an object",
     list: "a list",
@@ -32,15 +34,32 @@ def load_json(path: Path) -> Any:
         TaskError: the file cannot be read, is not valid gzip, or is not JSON.
 
     """
+    data = _read(path)
+    if data.startswith(_GZIP) and path.suffix != ".gz":
+        name = path.name.removesuffix(".json")
+        raise TaskError(f"{path}: is not JSON but gzip; rename it to {name}.json.gz")
     try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        if not text.strip():
+            raise TaskError(f"{path}: is not JSON: the file is empty; {_WANTED}")
+        return json.loads(text)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(f"{path}: is not a complete gzip file ({error})") from error
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be read ({error.strerror})") from error
+        raise TaskError(
+            f"{path}: is not a complete gzip file ({error}); compress or download it again"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: is not JSON ({error})") from error
+        raise TaskError(f"{path}: is not JSON ({error}); {_WANTED}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # Reading a named pipe would wait for a writer that may never come.
+        if path.exists() and not path.is_file():
+            reason = "Is a directory" if path.is_dir() else "Not a regular file"
+            raise TaskError(f"{path}: cannot be read ({reason}); {_WANTED}")
+        return path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be read ({error.strerror}); {_WANTED}") from error
 
 
 def parse_task(obj: Any, task_id: str, where: str) -> Task:
@@ -138,8 +157,10 @@ def _not_rows(obj: Any) -> str:
 
 def _describe(obj: Any) -> str:
     if isinstance(obj, dict):
-        keys = ", ".join(f'"{_clip(key)}"' for key in list(obj)[:3])
-        return f"an object with {keys}{', ...' if len(obj) > 3 else ''}" if obj else "an empty one"
+        if not obj:
+            return "an empty object"
+        keys = ", ".join(json.dumps(_clip(key)) for key in list(obj)[:3])
+        return f"an object with {keys}{', ...' if len(obj) > 3 else ''}"
     return _kind(obj)
 
 

@@ -6,9 +6,11 @@ fit on 80 columns that way, cells are one character.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,7 @@ from arctrm.data.task import Grid, Pair, Task
 MAX_WIDE = 16
 """Grids up to this width get wide cells: two of them side by side fit on 80 columns."""
 
+_UNBOUNDED = 1000
 _DARK_COLOURS = {0, 1, 2, 6, 9}
 _CELLS = [
     Style(color="white" if colour in _DARK_COLOURS else "black", bgcolor=shade)
@@ -53,13 +56,35 @@ def side_by_side(renderables: Iterable[RenderableType]) -> RenderableType:
 
 
 def pair_row(pair: Pair, title: str, wide: bool | None = None) -> RenderableType:
-    """Input -> output of one pair; the input alone where the output is not known."""
+    """Input -> output of one pair; the input alone where the output is not known.
+
+    The output goes below where both do not fit side by side: a cropped grid would look whole.
+    """
+    shown = grid_panel(pair.input, title, wide)
+    if pair.output is None:
+        return shown
+    output = grid_panel(pair.output, "output", wide)
     row = Table.grid(padding=(0, 1))
-    parts: list[RenderableType] = [grid_panel(pair.input, title, wide)]
-    if pair.output is not None:
-        parts += [Text("\n→"), grid_panel(pair.output, "output", wide)]
-    row.add_row(*parts)
-    return row
+    row.add_row(shown, Text("\n→"), output)
+    return _RowOrStack(row, Group(shown, Text("↓"), output))
+
+
+@dataclass(frozen=True)
+class _RowOrStack:
+    """`row` where the console is wide enough for all of it, else `stack`."""
+
+    row: RenderableType
+    stack: RenderableType
+
+    def _chosen(self, console: Console, options: ConsoleOptions) -> RenderableType:
+        needed = Measurement.get(console, options.update(max_width=_UNBOUNDED), self.row).maximum
+        return self.row if needed <= options.max_width else self.stack
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._chosen(console, options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._chosen(console, options))
 
 
 def task_table(task: Task, predictions: Sequence[Sequence[Grid]] | None = None) -> RenderableType:

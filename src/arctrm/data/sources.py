@@ -17,6 +17,8 @@ from arctrm.data.task import Grid, Pair, Task
 from arctrm.errors import DataError, TaskError, UserError
 
 OnError = Callable[[UserError], None]
+Solutions = dict[str, list[Grid]]
+"""Task id -> one output grid per test input."""
 
 _FILES = {"arc1": "arcagi_aa922be.json", "arc2": "arcagi2_f3283f7.json"}
 _NAMES = {"arc1": "ARC-AGI-1", "arc2": "ARC-AGI-2"}
@@ -44,31 +46,51 @@ def load_tasks(
         max_tasks: keep only the first tasks by id.
         on_error: called with the error of each bad task of a folder or map, which is then left
             out; without it the first bad task ends the loading.
-        solutions: the Kaggle solutions file; by default the one beside a `*challenges*` file.
+        solutions: the Kaggle solutions file of a path; by default the one beside a
+            `*challenges*` file. One that was given must answer at least one of the tasks.
 
     Raises:
         TaskError, DataError: nothing usable there; one sentence says what is wrong.
 
     """
+    if not source:
+        raise DataError(
+            f"no source was given; name one of {', '.join(BUNDLED)}, arc1:<id>, arc2:<id>, "
+            "a file or a folder"
+        )
+    if solutions is not None and _is_bundled(source):
+        raise DataError(
+            f"{solutions}: {source} is bundled together with its answers; leave the solutions out"
+        )
     if source in BUNDLED:
         bundled, split = BUNDLED[source]
         tasks = list(_from_map(_bundled(bundled)[split], source, None))
-    elif source.partition(":")[0] in _FILES:
+    elif _is_bundled(source):
         tasks = [_bundled_task(*source.split(":", 1))]
     else:
-        tasks = _from_path(Path(source), on_error, solutions)
+        given = None if solutions is None else load_solutions(solutions)
+        tasks = _from_path(Path(source), on_error, given)
+        if given is not None and not any(task.id in given for task in tasks):
+            raise DataError(
+                f"{solutions}: has no answer for any task of {source}; give the solutions file of "
+                f"these tasks, whose ids are like {min(task.id for task in tasks)}"
+            )
     return sorted(tasks, key=lambda task: task.id)[:max_tasks]
 
 
 def subset_label(source: str) -> str:
     """The short name of a source: the bundled name, or the file's stem without .json and .gz."""
-    if source in BUNDLED or source.partition(":")[0] in _FILES:
+    if _is_bundled(source):
         return source
     return _stem(Path(source).resolve())
 
 
-def load_solutions(path: Path) -> dict[str, list[Grid]]:
-    """Read a Kaggle solutions file: task id -> one output grid per test input.
+def _is_bundled(source: str) -> bool:
+    return source in BUNDLED or source.partition(":")[0] in _FILES
+
+
+def load_solutions(path: Path) -> Solutions:
+    """Read a Kaggle solutions file.
 
     Raises:
         TaskError: not such a file.
@@ -78,7 +100,7 @@ def load_solutions(path: Path) -> dict[str, list[Grid]]:
     if not isinstance(obj, dict) or not all(isinstance(grids, list) for grids in obj.values()):
         raise TaskError(f"{path}: is not a solutions file: expected task id -> list of grids")
     return {
-        task_id: [
+        _checked_id(task_id, str(path)): [
             parse_grid(grid, f"{path}: {task_id}: output[{index}]")
             for index, grid in enumerate(grids)
         ]
@@ -105,7 +127,7 @@ def _bundled_task(name: str, task_id: str) -> Task:
     )
 
 
-def _from_path(path: Path, on_error: OnError | None, solutions: Path | None) -> list[Task]:
+def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) -> list[Task]:
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if _is_task_file(file)]
         if not files:
@@ -120,11 +142,11 @@ def _from_path(path: Path, on_error: OnError | None, solutions: Path | None) -> 
     tasks: dict[str, Task] = {}
     for file in files:
         with _reporting(on_error if path.is_dir() else None):
-            for task in _from_file(file, on_error, solutions):
+            for task in _from_file(file, on_error, given):
                 with _reporting(on_error):
                     tasks[task.id] = _merged(tasks.get(task.id), task, file)
     if not tasks:
-        raise DataError(f"{path}: has no usable task")
+        raise DataError(f"{path}: has no usable task; at least one must be valid")
     return list(tasks.values())
 
 
@@ -139,40 +161,54 @@ def _reporting(on_error: OnError | None) -> Iterator[None]:
         on_error(error)
 
 
-def _from_file(path: Path, on_error: OnError | None, solutions: Path | None) -> Iterator[Task]:
+def _from_file(path: Path, on_error: OnError | None, given: Solutions | None) -> Iterator[Task]:
     obj = load_json(path)
     if _is_map(obj):
-        answers = _answers(path, solutions)
+        answers = _answers_beside(path) if given is None else given
         for task in _from_map(obj, str(path), on_error):
             with _reporting(on_error):
                 yield _with_answers(task, answers.get(task.id), path)
     else:
-        yield parse_task(obj, _stem(path), str(path))
+        task = parse_task(obj, _checked_id(_stem(path), str(path.parent)), str(path))
+        yield _with_answers(task, (given or {}).get(task.id), path)
 
 
 def _is_map(obj: Any) -> bool:
     """Whether a JSON value maps ids to tasks (or to lists of pairs) rather than being a task."""
     if not isinstance(obj, dict) or not obj or "train" in obj or "test" in obj:
         return False
-    return all(isinstance(value, dict | list) for value in obj.values())
+    values = obj.values()
+    if all(isinstance(value, dict | list) for value in values):
+        return True
+    # One bad entry among tasks: still a map, so that the mistake is reported under its id.
+    return any(isinstance(value, dict) and "train" in value for value in values)
 
 
 def _from_map(obj: dict[str, Any], where: str, on_error: OnError | None) -> Iterator[Task]:
     """The tasks of a map id -> task, or id -> list of pairs (which become demonstrations)."""
     for task_id, item in obj.items():
         with _reporting(on_error):
-            place = f"{where}: {task_id}"
+            place = f"{where}: {_checked_id(task_id, where)}"
             if isinstance(item, list):
                 yield Task(task_id, parse_pairs(item, place))
             else:
                 yield parse_task(item, task_id, place)
 
 
-def _answers(path: Path, solutions: Path | None) -> dict[str, list[Grid]]:
+def _checked_id(task_id: str, where: str) -> str:
+    """Ids are printed: an escape sequence or half a surrogate pair must not reach the terminal."""
+    if task_id and task_id.isprintable():
+        return task_id
+    raise TaskError(
+        f"{where}: a task id must be one or more printable characters, got {ascii(task_id)[:40]}; "
+        "rename that task"
+    )
+
+
+def _answers_beside(path: Path) -> Solutions:
+    """The solutions file next to a challenges file; it need not fit, because nobody named it."""
     beside = path.with_name(path.name.replace("challenges", "solutions"))
-    if solutions is None and beside != path and beside.exists():
-        solutions = beside
-    return load_solutions(solutions) if solutions is not None else {}
+    return load_solutions(beside) if beside != path and beside.exists() else {}
 
 
 def _with_answers(task: Task, answers: list[Grid] | None, path: Path) -> Task:
