@@ -13,7 +13,14 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import IDENTITY, View
 from arctrm.errors import ResourceError
-from arctrm.solving.candidates import answer, answer_batch, by_key, pack, task_queries
+from arctrm.solving.candidates import (
+    answer,
+    answer_batch,
+    by_key,
+    pack,
+    run_batch,
+    task_queries,
+)
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.stream import COLOURS, DIHEDRAL, HEIGHT, LENGTH, PAIR, WIDTH, PairStream
@@ -318,3 +325,18 @@ def test_the_model_reads_a_query_as_it_was_trained_to(solver, trained):
         assert np.array_equal(cells.numpy(), codes)
         compared += 1
     assert compared > 10
+
+
+def test_static_shapes_give_the_same_answers(trained):
+    """What a GPU computes, with dummy rows and tokens, and what a CPU computes without them."""
+    inference = InferenceConfig(dtype="float32", steps=3, tokens_per_batch=4096)
+    solver = load_solver(trained.run, inference, torch.device("cpu"))
+    tasks = [task.without_answers() for task in (*trained.known, *trained.others)]
+    queries = [query for task in tasks for query in task_queries(solver, task, 3, 0)]
+    for batch in pack(queries, 4096, solver.trm.config.num_prefix_slots):
+        with torch.no_grad():
+            exact, q_exact, lengths = run_batch(solver, batch, inference, static=False)
+            static, q_static, _ = run_batch(solver, batch, inference, static=True)
+        np.testing.assert_array_equal(static[: sum(lengths)], exact)
+        np.testing.assert_allclose(q_static, q_exact, atol=1e-5)
+        assert len(static) > len(exact)

@@ -140,7 +140,7 @@ def answer_batch(
 ) -> list[tuple[Key, Candidate]]:
     """Candidates of one packed batch; a grid that cannot be decoded is None."""
     try:
-        codes, q_halt, lengths = _run(solver, batch, inference)
+        codes, q_halt, lengths = run_batch(solver, batch, inference, solver.trm.H_init.is_cuda)
     except torch.OutOfMemoryError as error:
         tokens = batch_tokens(solver, inference)
         raise ResourceError(
@@ -157,15 +157,19 @@ def answer_batch(
     return found
 
 
-def _run(
-    solver: Solver, batch: Sequence[Query], inference: InferenceConfig
+def run_batch(
+    solver: Solver, batch: Sequence[Query], inference: InferenceConfig, static: bool
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Predicted codes [T], halting logits [R] and row lengths of one batch."""
+    """Predicted codes [T], halting logits [R] and row lengths of one batch.
+
+    `static`: shapes that depend on the configuration only, so that one compiled graph serves every
+    batch; the room that is not used holds dummies.
+    """
     trm, device = solver.trm, solver.trm.H_init.device
     slots = trm.config.num_prefix_slots
     lengths = [slots + query.codes.size for query in batch]
     num_tokens, num_rows = sum(lengths), len(batch)
-    if device.type == "cuda":  # static shapes: one compiled graph serves every batch
+    if static:
         bound = batch_tokens(solver, inference)
         num_tokens, num_rows = max(bound, num_tokens), max(bound // TOKENS_PER_ROW, num_rows)
     columns = _columns(batch, lengths, num_rows).to(device)
