@@ -1,6 +1,7 @@
 """`data show`: digits without colours, ARC_PALETTE with them, nothing wider than the terminal."""
 
 import json
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from arctrm.console import ARC_PALETTE
+from arctrm.cli.data import write_printed
+from arctrm.console import ARC_PALETTE, console
 from arctrm.data import show as data_show
 from arctrm.data.render import grid_panel, grid_text, side_by_side, task_table
 from arctrm.data.sources import load_tasks
@@ -145,3 +147,18 @@ def test_out_without_room_leaves_no_half_written_file(tmp_path, older):
     assert run.stderr.startswith(f"refused: {tmp_path}: "), run.stderr
     assert "choose another --out" in run.stderr
     assert [file.read_text() for file in tmp_path.iterdir()] == ([older] if older else [])
+
+
+def test_out_writes_into_a_pipe_or_through_a_link_and_does_not_replace_it(tmp_path):
+    """The pipe stands for every device: a rename onto /dev/full would succeed as root."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(tmp_path / "file")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        write_printed(lambda: console().print("1 2 3"), path)
+    assert os.read(reader, 100).split() == [b"1", b"2", b"3"]
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text().split() == ["1", "2", "3"]

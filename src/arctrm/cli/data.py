@@ -137,4 +137,8 @@ def write_printed(run: Callable[[], None], path: Path) -> None:
 
     with console().capture() as captured:
         run()
-    write_text_atomically(path, Text.from_ansi(captured.get()).plain + "\n")
+    text = Text.from_ansi(captured.get()).plain + "\n"
+    if path.exists() and not path.is_file():  # renaming onto a device or pipe would destroy it
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text_atomically(path.resolve(), text)  # a link stays a link
