@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from arctrm.config import BuildConfig, EvalConfig, PretrainConfig, SolveConfig
-from arctrm.config.load import load_config, resolved_json, write_resolved
+from arctrm.config.load import load_config
 from arctrm.errors import ConfigError
+from arctrm.training.provenance import run_record, write_run_record
 
 
 @pytest.fixture
@@ -141,13 +142,14 @@ def test_flags_that_were_not_given_change_nothing(toml):
     assert (config.seed, config.out) == (3, Path("x"))
 
 
-def test_resolved_json_holds_every_key_and_validates_again(tmp_path):
+def test_the_run_record_holds_every_key_and_validates_again(tmp_path):
     config = load_config(PretrainConfig, (), ["trm.hidden_size=64"], environ={})
-    write_resolved(config, tmp_path / "config.json")
-    written = (tmp_path / "config.json").read_text()
-    assert written == resolved_json(config)
-    assert json.loads(written)["trm"]["hidden_size"] == 64
-    assert PretrainConfig.model_validate_json(written) == config
+    write_run_record(tmp_path, run_record(config))
+    written = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert written == config.model_dump(mode="json")
+    assert written["trm"]["hidden_size"] == 64
+    assert PretrainConfig.model_validate_json(json.dumps(written)) == config
+    assert load_config(PretrainConfig, environ={}, record=tmp_path / "config.json") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 

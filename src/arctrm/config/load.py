@@ -69,21 +69,6 @@ def load_config(
         raise config_error(error, settings, model_class) from None
 
 
-def resolved_json(config: BaseModel) -> str:
-    """The whole configuration, defaults included, as JSON."""
-    return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-
-
-def write_resolved(config: BaseModel, path: Path) -> None:
-    """Write `resolved_json` to `path`, aside first so that nothing half-written is left."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_text(resolved_json(config), encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _default_layer(model_class: type[BaseModel], prefix: tuple[str, ...] = ()) -> Settings:
     """What the defaults of nested models set beyond those models' own defaults.
 
