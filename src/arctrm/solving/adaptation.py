@@ -66,6 +66,8 @@ class Adapter:
         Stops before a step that would end later, and after `config.max_steps`.
         """
         step = self._micro_step(demonstrations)
+        if self.steps == 0:  # a guess from one slow batch must not forbid the first step
+            self.seconds_per_step = min(self.seconds_per_step, (until - time.monotonic()) / 2)
         last = self.steps + self.config.max_steps
         while self.steps < last and time.monotonic() + self.seconds_per_step < until:
             begin = time.monotonic()
