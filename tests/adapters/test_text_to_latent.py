@@ -73,6 +73,16 @@ def test_different_tokens_give_different_context_and_latents(adapter):
         assert (x[0] - x[1]).norm() > 0.3 * x[0].norm()
 
 
+def test_long_texts_that_share_a_mean_still_differ_by_row_and_slot():
+    """Contexts that start alike for every task are what collapses in training."""
+    torch.manual_seed(0)
+    adapter = TextToLatentAdapter(256, 128, CELLS)
+    hidden = torch.randn(1, 1, 256) + 0.5 * torch.randn(2, 300, 256)
+    one, other = adapter.context(hidden).detach()
+    assert (one - other).norm() > 0.1 * one.norm()
+    assert (one - one.mean(0)).norm() > 0.2 * one.norm()
+
+
 def test_a_row_without_tokens_gives_a_constant(adapter):
     hidden, mask = sequences(4)
     mask[1] = mask[2] = False

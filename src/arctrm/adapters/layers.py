@@ -22,6 +22,10 @@ Z_SCALE = 0.1
 """Adapters start as a whisper beside TRM's own input and latents (deviation 1), but not silent:
 a zero would keep the first gradient from the reader."""
 
+SHARPNESS = 4.0
+"""Deviation of the attention logits at the start. At 1, queries average hundreds of tokens: all
+slots say nearly the same, and nearly the same for every task."""
+
 
 class Null(NamedTuple):
     """The key and value that every row has."""
@@ -105,16 +109,17 @@ class CrossBlock(nn.Module):
         self.query, self.key, self.value, self.out = (linear(width, width) for _ in range(4))
         self.gate_up = linear(width, 2 * width)
         self.down = linear(width, width)
+        self.sharpness = nn.Parameter(torch.full((num_heads, 1), SHARPNESS))
         self.null = nn.Parameter(truncated_normal(2, num_heads, width // num_heads, std=1.0))
 
     def forward(self, x_BQD: Tensor, keys: Tensor, attend: Attend) -> Tensor:
         """The queries [B, Q, D] after reading `keys` [..., D] as `attend` allows."""
         heads = (self.num_heads, -1)
-        q = rms_norm(self.query(rms_norm(x_BQD)).unflatten(-1, heads))
+        q = rms_norm(self.query(rms_norm(x_BQD)).unflatten(-1, heads)) * self.sharpness
         k = rms_norm(self.key(keys).unflatten(-1, heads))
         v = self.value(keys).unflatten(-1, heads)
-        null_key, null_value = self.null.to(q.dtype)
-        read = attend(q, k, v, Null(rms_norm(null_key), null_value))
+        null_key, null_value = self.null.to(k.dtype)
+        read = attend(q.to(k.dtype), k, v, Null(rms_norm(null_key), null_value))
         x_BQD = x_BQD + self.out(read.flatten(-2))
         gate, up = self.gate_up(rms_norm(x_BQD)).chunk(2, dim=-1)
         return x_BQD + self.down(F.silu(gate) * up)
