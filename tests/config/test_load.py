@@ -182,7 +182,7 @@ def test_a_syntax_error_is_named_with_its_line(toml):
     ("text", "expected"),
     [
         ("[trm]\nhiden_size = 64", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
-        ("hidden_size = 64", "unknown key hidden_size; did you mean trm.hidden_size?"),
+        ("hidden_size = 64", "unknown key hidden_size; did you mean trm.hidden_size or reader.hidden_size?"),
         (
             "[solver]\nx = 1",
             "unknown key solver; allowed here: seed, out, data, trm, training, tracking",

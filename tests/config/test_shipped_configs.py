@@ -14,6 +14,7 @@ MODELS = {
     "debug": PretrainConfig,
     "eval": EvalConfig,
     "pretrain": PretrainConfig,
+    "pretrain_reader": PretrainConfig,
     "smoke": PretrainConfig,
     "solve": SolveConfig,
 }

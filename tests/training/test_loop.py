@@ -15,6 +15,7 @@ from arctrm.errors import ResourceError
 from arctrm.training import pretrain
 from arctrm.training.checkpoints import latest_checkpoint, read_meta, read_model
 from arctrm.training.loop import SYNC_EVERY, SharedClock, interruptible, save, train_step
+from arctrm.training.step import MicroStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,7 +162,7 @@ def test_a_checkpoint_holds_weights_and_their_average(job):
 def test_a_signal_saves_and_the_resumed_run_ends_the_same(tiny, tmp_path, monkeypatch, number):
     config = tiny({"training.schedule.max_steps": 12, "training.log_every": 5})
     pretrain.run(config, tmp_path / "whole", False)
-    original, calls = pretrain.MicroStep.__call__, []
+    original, calls = MicroStep.__call__, []
 
     def interrupted(step):
         original(step)
@@ -169,7 +170,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_the_same(tiny, tmp_path, monkey
         if len(calls) == 7:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(pretrain.MicroStep, "__call__", interrupted)
+    monkeypatch.setattr(MicroStep, "__call__", interrupted)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt, match=r"step 7.*--resume"):
         pretrain.run(config, tmp_path / "cut", False)

@@ -19,7 +19,8 @@ from arctrm.data.build import prepare
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.training import pretrain
 from arctrm.training.checkpoints import latest_checkpoint, read_meta, read_model, read_rank
-from arctrm.training.pretrain import build_run, describe, new_model
+from arctrm.training.pretrain import build_run, describe
+from arctrm.training.stages import new_trm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,7 +261,7 @@ def test_per_view_embeddings_need_a_bound_on_the_views(tiny, tmp_path):
 def test_task_embeddings_are_one_per_task_or_one_per_task_and_view(tiny):
     for kind, rows in (("shared", 2), ("per_view", 2 * 8)):
         config = tiny({"trm.task_embedding": kind})
-        model = new_model(config.trm, prepare(config.data))
+        model = new_trm(config.trm, prepare(config.data))
         assert model.puzzle_emb.weights.shape == (rows, 16)
 
 
@@ -275,7 +276,7 @@ def test_the_dry_run_names_pairs_parameters_and_memory(tiny):
     config = tiny()
     base = prepare(config.data)
     text = plain(describe(config))
-    model = new_model(config.trm, base)
+    model = new_trm(config.trm, base)
     trunk = sum(p.numel() for p in model.parameters()) - 2 * 16
     assert f"2, {base.num_pairs}" in text
     assert f"trunk {trunk:,}, task embeddings 32" in text

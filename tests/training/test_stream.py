@@ -74,10 +74,10 @@ def test_rows_are_the_codecs_canvases_of_the_drawn_view(base, layout, translate)
 def test_fixed_colours_are_never_moved(base):
     _, stream, _ = make(base)
     rows = stream.draw(2000)
-    task = stream.pairs[rows[:, s.PAIR], 0]
+    task = stream.source.pairs[rows[:, s.PAIR], 0]
     moved = rows[:, s.COLOURS] != torch.arange(10)
     assert moved.any()
-    assert not (moved & stream.fixed[task]).any()
+    assert not (moved & stream.source.fixed[task]).any()
     assert (rows[:, s.COLOURS].sort(1).values == torch.arange(10)).all()
 
 
@@ -145,7 +145,7 @@ def test_batches_are_well_filled_and_never_overfull(base):
 
 def test_weights_choose_the_subset(base):
     _, stream, _ = make(base, DataConfig(num_aug=50, weights={"training": 0.0}))
-    pairs = stream.pairs[stream.draw(500)[:, s.PAIR], 1]
+    pairs = stream.source.pairs[stream.draw(500)[:, s.PAIR], 1]
     assert (pairs == base.meta.subsets.index("evaluation")).all()
 
 

@@ -2,6 +2,7 @@
 
 from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
+from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
@@ -15,6 +16,7 @@ __all__ = [
     "InferenceConfig",
     "OptimiserConfig",
     "PretrainConfig",
+    "ReaderConfig",
     "ScheduleConfig",
     "ShowConfig",
     "SolveConfig",

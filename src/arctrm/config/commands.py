@@ -1,11 +1,13 @@
 """The whole configuration of each command."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
+from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
@@ -42,19 +44,33 @@ class PretrainConfig(StrictModel):
     """Seed of everything random."""
     out: Path | None = None
     """Run folder."""
+    model: Literal["trm", "reader"] = "trm"
+    """What is trained: TRM, or the tiny reader."""
     data: DataConfig = DataConfig()
     trm: TRMConfig = TRMConfig()
+    reader: ReaderConfig = ReaderConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _a_row_fits(self) -> "PretrainConfig":
+        if self.model == "reader":
+            return self._a_sequence_fits()
         longest = self.trm.num_prefix_slots + MAX_SIDE * MAX_SIDE
         if self.training.tokens_per_batch < longest:
             raise ValueError(
                 f"training.tokens_per_batch = {self.training.tokens_per_batch} holds no full "
                 f"canvas with trm.num_prefix_slots = {self.trm.num_prefix_slots}; use {longest} "
                 "or more"
+            )
+        return self
+
+    def _a_sequence_fits(self) -> "PretrainConfig":
+        longest = self.reader.longest_sequence
+        if self.training.tokens_per_batch < longest:
+            raise ValueError(
+                f"training.tokens_per_batch = {self.training.tokens_per_batch} holds no full "
+                f"sequence of the reader ({longest} tokens); use {longest} or more"
             )
         return self
 

@@ -95,7 +95,10 @@ def _advice(path: tuple[str, ...], model_class: type[BaseModel]) -> str:
     key = ".".join(path)
     table = key.rpartition(".")[0]
     siblings = {known.split(".")[-1]: known for known in keys if known.rpartition(".")[0] == table}
-    everywhere = {known.split(".")[-1]: known for known in keys}
+    everywhere: dict[str, str] = {}
+    for known in keys:  # a name may be in several tables
+        name = known.split(".")[-1]
+        everywhere[name] = f"{everywhere[name]} or {known}" if name in everywhere else known
     for names, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
         if nearest := get_close_matches(path[-1], names, n=1, cutoff=cutoff):
             return f"did you mean {names[nearest[0]]}?"

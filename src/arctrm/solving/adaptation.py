@@ -19,7 +19,7 @@ from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.solving.weights import Solver
 from arctrm.training.optimisers import FlatGradients, Optimisers
-from arctrm.training.pretrain import TOKENS_PER_ROW
+from arctrm.training.stages import TOKENS_PER_ROW
 from arctrm.training.step import MicroStep
 from arctrm.training.stream import PairStream
 from arctrm.trm.model import TRM

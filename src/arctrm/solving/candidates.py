@@ -21,7 +21,7 @@ from arctrm.errors import ResourceError, TaskError
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
-from arctrm.training.pretrain import TOKENS_PER_ROW
+from arctrm.training.stages import TOKENS_PER_ROW
 from arctrm.trm.model import TRM
 from arctrm.trm.packing import longest_row, sequences, token_map
 

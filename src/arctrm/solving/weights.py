@@ -21,8 +21,8 @@ from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
 from arctrm.errors import CheckpointError
 from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
-from arctrm.training.pretrain import compute_dtype
-from arctrm.training.stream import view_of
+from arctrm.training.source import view_of
+from arctrm.training.stages import compute_dtype
 from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
 from arctrm.trm.reference import read_reference_file

@@ -71,7 +71,7 @@ def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in model.named_parameters():
-        if not use_muon or ".layers." not in name:
+        if not use_muon or ".layers." not in name or p.ndim < 2:
             others.append(p)
             continue
         parts = next((n for key, n in FUSED_PARTS.items() if key in name), 1)

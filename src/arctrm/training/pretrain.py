@@ -1,6 +1,6 @@
-"""`arctrm pretrain`: TRM alone, from a configuration to checkpoints.
+"""`arctrm pretrain`: TRM or the tiny reader alone, from a configuration to checkpoints.
 
-The path of the data: sources -> base set -> stream on the device -> supervision steps -> loop.
+The path of the data: sources -> base set -> stream on the device -> training steps -> loop.
 """
 
 import time
@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from arctrm.config import PretrainConfig, TrainingConfig
-from arctrm.config.trm import TRMConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
@@ -33,11 +32,10 @@ from arctrm.training.metrics import Metrics
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.progress import TrainingProgress
 from arctrm.training.provenance import git_revision, run_record, write_run_record
-from arctrm.training.step import GraphedStep, MicroStep
-from arctrm.training.stream import PairStream
+from arctrm.training.stages import new_model, new_stage
+from arctrm.training.step import GraphedStep
 from arctrm.training.tracking import Tracker
-from arctrm.trm.layers import run_level
-from arctrm.trm.model import TRM, count_parameters
+from arctrm.trm.model import count_parameters
 
 MAY_DIFFER_ON_RESUME = (
     "out",
@@ -51,13 +49,10 @@ MAY_DIFFER_ON_RESUME = (
     "training.keep_last",
     "training.log_every",
 )
-TOKENS_PER_ROW = 64
-"""Rows of a packed batch = tokens / this: a bound on the offsets, rarely reached (mean: 195)."""
-RANK_SEED_STEP = 1_000_003
 
 
 def run(config: PretrainConfig, out: Path, resume: bool) -> None:
-    """Train TRM into the run folder `out`, from its latest checkpoint with `resume`.
+    """Train a model into the run folder `out`, from its latest checkpoint with `resume`.
 
     Raises:
         UserError: data, checkpoint or machine do not allow it.
@@ -96,44 +91,20 @@ def build_run(
     config: PretrainConfig, base: BaseSet, out: Path, accelerator: Accelerator, began_at: float
 ) -> Run:
     """Model, stream, steps and optimisers of a fresh run."""
-    training, device = config.training, accelerator.device
-    torch.manual_seed(config.seed)
-    model = new_model(config.trm, base).to(device)
-    model.dtype = compute_dtype(training.dtype, device)
-    if training.compile == "on" or (training.compile == "auto" and device.type == "cuda"):
-        model.level = torch.compile(run_level, dynamic=False)
-    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
-    stream = PairStream(base, config.data, config.trm, config.seed, device)
-    num_rows = training.max_rows or training.tokens_per_batch // TOKENS_PER_ROW
-    halt_max_steps = training.halt_max_steps or config.trm.halt_max_steps
-    steps = [
-        MicroStep(
-            model,
-            stream,
-            stream.new_state(model, training.tokens_per_batch, num_rows),
-            halt_max_steps,
-            1 / training.grad_accum,
-        )
-        for _ in range(training.grad_accum)
-    ]
-    gradients = FlatGradients(list(model.parameters()))
-    carry = {
-        f"{i}.{name}": tensor
-        for i, step in enumerate(steps)
-        for name, tensor in (*step.state._asdict().items(), ("counts", step.counts))
-    }
+    training = config.training
+    stage = new_stage(config, base, accelerator)
     return Run(
         out=out,
         config=training,
         resolved=config.model_dump(mode="json"),
         accelerator=accelerator,
-        model=model,
-        steps=list(steps),
-        metrics=Metrics(accelerator, [step.counts for step in steps]),
-        carry=carry,
-        gradients=gradients,
-        optimisers=Optimisers(model, training.optimiser),
-        ema=EMA(model, training.ema_decay) if training.ema_decay > 0 else None,
+        model=stage.model,
+        steps=list(stage.steps),
+        metrics=Metrics(accelerator, [step.counts for step in stage.steps]),
+        carry=stage.carry(),
+        gradients=FlatGradients(list(stage.model.parameters())),
+        optimisers=Optimisers(stage.model, training.optimiser),
+        ema=EMA(stage.model, training.ema_decay) if training.ema_decay > 0 else None,
         task_ids=base.meta.task_ids,
         fingerprint=base.meta.fingerprint,
         git_revision=git_revision(),
@@ -142,34 +113,15 @@ def build_run(
     )
 
 
-def new_model(config: TRMConfig, base: BaseSet) -> TRM:
-    """An untrained TRM with the task embeddings of a base set."""
-    if config.task_embedding == "shared":
-        return TRM(config, base.num_tasks)
-    if base.meta.num_aug == 0:
-        raise ConfigError(
-            "trm.task_embedding = 'per_view' needs a bound on the views, but data.num_aug = 0 is "
-            "unbounded; set data.num_aug to a positive number or trm.task_embedding = 'shared'"
-        )
-    return TRM(config, base.num_tasks * base.meta.num_aug)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that a configuration's `dtype` names; auto: bfloat16 on a GPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
 def describe(config: PretrainConfig) -> Table:
     """What `pretrain` would run: data, parameters, memory and cost; writes nothing."""
     path = config.data.path
     built = path is not None and (path / "meta.json").is_file()
     base = prepare(config.data if built else config.data.model_copy(update={"path": None}))
     with torch.device("meta"):
-        model = new_model(config.trm, base)
+        model = new_model(config, base)
     sizes = count_parameters(model)
-    cost = estimate(config.trm, config.training, sum(sizes.values()))
+    cost = estimate(model.config, config.training, sum(sizes.values()))
     table = Table(title="pretrain (dry run)", title_justify="left", show_header=False)
     rows = {
         "tasks, pairs": f"{base.num_tasks:,}, {base.num_pairs:,} ({base.num_bytes / 1e6:.1f} MB)",

@@ -4,7 +4,7 @@
 code runs eagerly on a CPU and as one captured CUDA graph on a GPU.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,13 +29,6 @@ COUNTS = (
 """What `MicroStep.counts` sums up, in this order."""
 
 
-class Step(Protocol):
-    """Something that adds one batch's gradient to the parameters."""
-
-    def __call__(self) -> None:
-        """Run it."""
-
-
 class MicroStep:
     """Refill, supervision step, loss, backward, halting; sums counts into `counts` [COUNTS]."""
 
@@ -50,6 +43,10 @@ class MicroStep:
         self.model, self.stream, self.state = model, stream, state
         self.halt_max_steps, self.loss_scale = halt_max_steps, loss_scale
         self.counts = torch.zeros(len(COUNTS), device=stream.device, dtype=torch.float64)
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+        return {**self.state._asdict(), "counts": self.counts}
 
     def __call__(self) -> None:
         """Add the gradient of one packed batch; the carry moves on."""
@@ -116,7 +113,7 @@ class GraphedStep:
     batches count as drawn.
     """
 
-    def __init__(self, step: Step, warmup: int = 3):
+    def __init__(self, step: Callable[[], None], warmup: int = 3):
         self.step = step  # the graph reads and writes its tensors: keep them alive
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,18 +11,16 @@ Legend: T tokens, R rows, D width.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arctrm.config.data import DataConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.canvas import COLOUR, EOS, PAD
-from arctrm.data.dataset import PAIR_COLUMNS, BaseSet
+from arctrm.data.dataset import BaseSet
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS
-from arctrm.data.views import DIHEDRALS
-from arctrm.errors import DataError
 from arctrm.training.losses import IGNORE
+from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.model import TRM, Latents
 from arctrm.trm.packing import TokenMap, longest_row, token_map
 
@@ -30,9 +28,6 @@ from arctrm.trm.packing import TokenMap, longest_row, token_map
 PAIR, EMBEDDING, DIHEDRAL, FLAG, HEIGHT, WIDTH, SHIFT_Y, SHIFT_X, LENGTH, STEPS = range(10)
 COLOURS = slice(10, 10 + NUM_COLOURS)
 NUM_COLUMNS = 10 + NUM_COLOURS
-
-_UNBOUNDED = 2**31 - 1
-_ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 
 
 class StreamState(NamedTuple):
@@ -64,22 +59,13 @@ class Batch(NamedTuple):
 
 
 class PairStream:
-    """Draws rows from a base set on `device`.
-
-    `subset_weights` maps subset labels to the relative weight of one pair of that subset.
-    """
+    """Draws rows from a base set on `device`."""
 
     def __init__(
         self, base: BaseSet, data: DataConfig, trm: TRMConfig, seed: int, device: torch.device
     ):
-        self.data, self.trm, self.seed, self.device = data, trm, seed, device
-        self.num_views = base.meta.num_aug or _UNBOUNDED
-        self.cells = torch.from_numpy(np.array(base.cells)).to(device)
-        self.pairs = torch.from_numpy(np.array(base.pairs)).long().to(device)
-        bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
-        self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
-        self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
-        self.cumulative = torch.from_numpy(_cumulative_weights(base, data)).to(device)
+        self.data, self.trm, self.device = data, trm, device
+        self.source = PairSource(base, data, seed, device)
 
     def new_state(self, model: TRM, num_tokens: int, num_rows: int) -> StreamState:
         """An empty batch: all rows halted, the queue full."""
@@ -95,32 +81,24 @@ class PairStream:
     def draw(self, count: int) -> Tensor:
         """`count` fresh rows: a pair by weight, one of its task's views, a canvas."""
         uniform = torch.rand(count, 10, device=self.device, dtype=torch.float64)
-        pair = torch.searchsorted(self.cumulative, uniform[:, 0].contiguous(), right=True)
-        pair = pair.clamp(max=self.pairs.shape[0] - 1)
-        task = self.pairs[pair, 0]
-        view = (uniform[:, 1] * self.num_views).long()
-        dihedral, colours = view_of(
-            self.seed, task, view, self.fixed[task], self.data.identity_colours
-        )
+        pair = self.source.draw_pairs(uniform[:, 0])
+        task = self.source.pairs[pair, 0]
+        view, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
         rows = torch.zeros(count, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[:, PAIR] = pair
         per_view = self.trm.task_embedding == "per_view"
-        rows[:, EMBEDDING] = task * self.num_views + view if per_view else task
+        rows[:, EMBEDDING] = task * self.source.num_views + view if per_view else task
         rows[:, DIHEDRAL] = dihedral
-        same = torch.arange(NUM_COLOURS, device=self.device)
-        rows[:, FLAG] = (colours == same).all(1)
+        rows[:, FLAG] = same_colours(colours)
         rows[:, COLOURS] = colours
         self._place(rows, uniform[:, 2:])
         return rows
 
     def _place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
-        pair = self.pairs[rows[:, PAIR]]
-        # Slices only: an index list would be copied from the host, which a capture refuses.
-        heights, widths = pair[:, 4::3], pair[:, 5::3]  # of input and output
-        turned = self.dihedrals[rows[:, DIHEDRAL], 0].bool()[:, None]
-        height = torch.where(turned, widths, heights).amax(1)
-        width = torch.where(turned, heights, widths).amax(1)
+        pair = self.source.pairs[rows[:, PAIR]]
+        sizes = [self.source.seen_size(pair[:, g], rows[:, DIHEDRAL]) for g in (INPUT, OUTPUT)]
+        height, width = (torch.maximum(*both) for both in zip(*sizes, strict=True))
         shifted = (uniform[:, 0] < self.data.translate).long()
         enlarged = uniform[:, 1] < self.data.enlarge_canvas
         for need, size, shift, u in (
@@ -175,71 +153,18 @@ class PairStream:
         """Input codes and output labels [T] of a packed batch."""
         real = (tokens.row < rows.shape[0]) & (tokens.slot >= self.trm.num_prefix_slots)
         row = rows[torch.where(real, tokens.row, 0)]
-        pair = self.pairs[row[:, PAIR]]
+        pair = self.source.pairs[row[:, PAIR]]
         y, x = tokens.y - row[:, SHIFT_Y], tokens.x - row[:, SHIFT_X]
-        codes = self._grid_codes(pair[:, 3:6], row, y, x)
-        labels = self._grid_codes(pair[:, 6:9], row, y, x)
+        codes = self._grid_codes(pair[:, INPUT], row, y, x)
+        labels = self._grid_codes(pair[:, OUTPUT], row, y, x)
         codes = torch.where(real, codes, PAD)
         return codes, torch.where(real & (labels != PAD), labels, IGNORE)
 
     def _grid_codes(self, grid: Tensor, row: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Codes [T] of a grid (offset, height, width per token) at (y, x) of its view."""
-        offset, height, width = grid.unbind(1)
-        transpose, flip_rows, flip_columns = self.dihedrals[row[:, DIHEDRAL]].bool().unbind(1)
-        rows_seen = torch.where(transpose, width, height)
-        columns_seen = torch.where(transpose, height, width)
+        rows_seen, columns_seen = self.source.seen_size(grid, row[:, DIHEDRAL])
         in_rows, in_columns = (y >= 0) & (y < rows_seen), (x >= 0) & (x < columns_seen)
         inside = in_rows & in_columns
         border = (in_columns & (y == rows_seen)) | (in_rows & (x == columns_seen))
-        a, b = torch.where(transpose, x, y), torch.where(transpose, y, x)
-        a = torch.where(flip_rows, height - 1 - a, a)
-        b = torch.where(flip_columns, width - 1 - b, b)
-        colour = self.cells[torch.where(inside, offset + a * width + b, 0)].long()
-        colour = row[:, COLOURS].gather(1, colour[:, None])[:, 0]
+        colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
         return torch.where(inside, colour + COLOUR, torch.where(border, EOS, PAD))
-
-
-def view_of(
-    seed: int, task: Tensor, view: Tensor, fixed: Tensor, identity_colours: float
-) -> tuple[Tensor, Tensor]:
-    """Dihedral [n] and colours [n, 10] of view number `view` of each task; 0 is the identity.
-
-    A view is a function of (seed, task row, number), so `num_aug` bounds how many there are.
-    `fixed` [n, 10] marks the colours that may not move.
-    """
-    uniform = hashed_uniform(seed, task, view, NUM_COLOURS + 2)
-    dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
-    keep = (uniform[:, 1] < identity_colours) | (view == 0)
-    fixed = fixed | keep[:, None]
-    order = torch.arange(NUM_COLOURS, device=task.device)
-    # The i-th free colour becomes the free colour that comes i-th in a random order.
-    here = torch.where(fixed, order + NUM_COLOURS, order).argsort(1)
-    there = torch.where(fixed, order + NUM_COLOURS, uniform[:, 2:]).argsort(1)
-    colours = torch.empty_like(here).scatter_(1, here, there)
-    return torch.where(view == 0, 0, dihedral), colours
-
-
-def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
-    """float32 [n, count] in [0, 1): a fixed function of (seed, task, view number)."""
-    column = torch.arange(count, device=task.device)
-    x = (task * _ODD[0] + view * _ODD[1] + seed * 0x632BE5AB)[:, None] + column * _ODD[2]
-    for factor in _ODD:  # xor-shift-multiply rounds; int64 products wrap around
-        x = (x ^ (x >> 29 & 0x7FFFFFFFF)) * factor
-    return (x >> 40 & 0xFFFFFF).float() / 2**24
-
-
-def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs], rising to 1: the weight of a pair is its subset's times its area's."""
-    unknown = set(data.weights) - set(base.meta.subsets)
-    if unknown:
-        raise DataError(
-            f"data.weights names {sorted(unknown)[0]!r}, which is not a subset of the data set; "
-            f"its subsets are {', '.join(base.meta.subsets)}"
-        )
-    by_subset = np.array([data.weights.get(label, 1.0) for label in base.meta.subsets])
-    pairs = np.asarray(base.pairs)
-    areas = pairs[:, 4::3].max(1).astype(float) * pairs[:, 5::3].max(1)
-    weights = by_subset[pairs[:, PAIR_COLUMNS.index("subset")]] * areas**-data.area_power
-    if not weights.sum() > 0:
-        raise DataError("data.weights leaves no pair to draw; give a subset a weight above 0")
-    return weights.cumsum() / weights.sum()

@@ -1,0 +1,67 @@
+"""`[reader]`: the tiny reader, a LLaMA trained from scratch on serialised grids."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from arctrm.config.base import StrictModel
+
+PAIR_TOKENS = 2 * 30 * 31 + 3
+"""Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
+
+
+class ReaderConfig(StrictModel):
+    """Size, positions and sequence form of the tiny reader."""
+
+    hidden_size: int = Field(512, ge=16)
+    """Width D."""
+
+    num_layers: int = Field(10, ge=1)
+    """Decoder layers."""
+
+    num_heads: int = Field(8, ge=1)
+    """Attention heads; hidden_size / num_heads must be a multiple of 8."""
+
+    expansion: float = Field(8 / 3, gt=0)
+    """Inner size of the MLP = expansion x hidden_size, rounded up to a multiple of 64."""
+
+    rope_base: float = Field(100.0, gt=1)
+    """Base of the 3-D rotary positions (column, row, part of the sequence)."""
+
+    sequence: Literal["pair", "task"] = "pair"
+    """pair: one input and its output per sequence; task: other pairs of the task come first."""
+
+    max_pairs: int = Field(6, ge=1)
+    """Pairs in one sequence of the form "task", the last one included."""
+
+    max_tokens: int = Field(4096, ge=PAIR_TOKENS)
+    """Tokens in one sequence of the form "task"; pairs that do not fit are left out."""
+
+    task_embedding: bool = True
+    """Add a learned vector of the task to every token."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ReaderConfig":
+        step = 8 * self.num_heads
+        if self.hidden_size % step:
+            low, high = self.hidden_size // step * step, -(-self.hidden_size // step) * step
+            raise ValueError(
+                f"reader.hidden_size = {self.hidden_size} is not a multiple of 8 x "
+                f"reader.num_heads = {step}; use {f'{low} or ' if low else ''}{high}"
+            )
+        return self
+
+    @property
+    def inner_size(self) -> int:
+        """Inner width of the MLP."""
+        return -(-round(self.expansion * self.hidden_size) // 64) * 64
+
+    @property
+    def pairs_per_sequence(self) -> int:
+        """Pairs that a sequence has room for."""
+        return self.max_pairs if self.sequence == "task" else 1
+
+    @property
+    def longest_sequence(self) -> int:
+        """Bound on the tokens of a sequence."""
+        return self.max_tokens if self.sequence == "task" else PAIR_TOKENS

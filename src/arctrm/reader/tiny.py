@@ -1,0 +1,176 @@
+"""The tiny reader: a `LlamaForCausalLM` from scratch, with 3-D rotary positions and conditioning.
+
+The model is transformers' own; two things are put around it: its rotary module is swapped for one
+that turns with column, row and part, and the vectors of task, dihedral and colour flag are added to
+every token's embedding (mdlARC's economy: one vector per task instead of its demonstrations).
+
+Legend: T tokens of a packed batch, B prompts, S tokens fed now, R rows (pairs), D width.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from arctrm.config.reader import ReaderConfig
+from arctrm.data.views import NUM_DIHEDRALS
+from arctrm.reader.attention import PACKED, Packing
+from arctrm.reader.interface import GridTokens
+from arctrm.reader.tokens import GRID_TOKENS, PAD, SIDE, VOCABULARY
+from arctrm.trm.model import Table
+
+INIT_STD = 0.02
+
+
+class GridRotary(nn.Module):
+    """Cosines and sines of packed positions: 3/8 of the angles turn with the column, 3/8 with the
+    row, 2/8 with the part; takes the place of LLaMA's rotary module.
+    """
+
+    def __init__(self, head_width: int, base: float):
+        super().__init__()
+        part = head_width // 8
+        self.widths = (head_width // 2 - part) // 2, head_width // 2 - part, part
+        self.head_width, self.base = head_width, base
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables [B, S, K] in the dtype of `x` for `position_ids` int64 [B, S]."""
+        num_x, both, num_part = self.widths
+        axes = (position_ids % SIDE, position_ids // SIDE % SIDE, position_ids // SIDE**2)
+        angles = [
+            axis[..., None].float() * self._frequencies(count, x.device)
+            for axis, count in zip(axes, (num_x, both - num_x, num_part), strict=True)
+        ]
+        table = torch.cat(angles, dim=-1).repeat(1, 1, 2)  # LLaMA rotates the two halves of a head
+        return table.cos().to(x.dtype), table.sin().to(x.dtype)
+
+    def _frequencies(self, count: int, device: torch.device) -> Tensor:
+        return self.base ** -(torch.arange(count, device=device, dtype=torch.float32) / count)
+
+
+class TinyReader(nn.Module):
+    """A reader of grids; `num_rows` task embeddings. Follows `reader.interface.GridReader`.
+
+    `dtype` is the arithmetic of the layers; parameters are float32 in training.
+    """
+
+    def __init__(self, config: ReaderConfig, num_rows: int):
+        super().__init__()
+        self.config = config
+        self.dtype = torch.float32
+        width = config.hidden_size
+        self.llama = LlamaForCausalLM(llama_config(config))
+        self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
+        self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
+        self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
+        self.colour_flag_emb = Table(torch.randn(2, width) * INIT_STD)
+
+    @property
+    def grid_tokens(self) -> GridTokens:
+        """The ids that spell a grid."""
+        return GRID_TOKENS
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden states."""
+        return self.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.dihedral_emb.weights.device
+
+    def compile_layers(self) -> None:
+        """torch.compile of every layer, in place (the names of the weights stay)."""
+        for layer in self.llama.model.layers:
+            layer.compile(dynamic=False)
+
+    def condition(self, embedding_row: Tensor, dihedral: Tensor, colour_flag: Tensor) -> Tensor:
+        """The vectors [R, D] that are added to every token of each row."""
+        turn = self.dihedral_emb.weights.index_select(0, dihedral)
+        both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag)
+        if not self.config.task_embedding:
+            return both
+        return both + self.puzzle_emb.weights.index_select(0, embedding_row)
+
+    def hidden(
+        self, tokens_T: Tensor, positions_T: Tensor, condition_TD: Tensor, packing: Packing
+    ) -> Tensor:
+        """Hidden states [T, D] after the final norm, of a packed batch."""
+        llama = self.llama.model
+        with self._arithmetic():
+            # A product with one-hot rows: its gradient is a product too, not a contended scatter.
+            one_hot = F.one_hot(tokens_T, VOCABULARY).to(self.dtype)
+            cells = one_hot @ llama.embed_tokens.weight.to(self.dtype)
+            x = (cells + condition_TD.to(self.dtype))[None]
+            turned = llama.rotary_emb(x, position_ids=positions_T[None])
+            for layer in llama.layers:
+                x = layer(x, position_embeddings=turned, packing=packing)
+            return llama.norm(x)[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits, float32 [..., VOCABULARY], of hidden states."""
+        with self._arithmetic():
+            return self.llama.lm_head(hidden.to(self.llama.lm_head.weight.dtype)).float()
+
+    def new_cache(self, length: int) -> StaticCache:
+        """An empty cache for `length` tokens, padding included."""
+        return StaticCache(config=self.llama.config, max_cache_len=length)
+
+    def output_positions(self, start_B: Tensor, count: int, y_B: Tensor, x_B: Tensor) -> Tensor:
+        """Packed positions of output tokens; `count` does not matter, row and column do."""
+        return start_B + y_B * SIDE + x_B
+
+    def logits(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        condition_B3: Tensor,
+        attention_mask: Tensor,
+        cache: StaticCache,
+    ) -> Tensor:
+        """Next-token logits, float32 [B, S, VOCABULARY]; the tokens are appended to the cache."""
+        condition = self.condition(*condition_B3.unbind(1))[:, None]
+        embedded = self.llama.model.embed_tokens(tokens_BS) + condition
+        with self._arithmetic():
+            out = self.llama.model(
+                inputs_embeds=embedded.to(self._stream_dtype()),
+                attention_mask=attention_mask,
+                position_ids=positions_BS,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return self.head(out.last_hidden_state)
+
+    def _stream_dtype(self) -> torch.dtype:
+        """Of the residual stream: that of the weights."""
+        return self.llama.lm_head.weight.dtype
+
+    def _arithmetic(self) -> AbstractContextManager:
+        """Autocast while the weights are wider than `dtype` (its cache would outlive a capture)."""
+        if self._stream_dtype() == self.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+
+
+def llama_config(config: ReaderConfig) -> LlamaConfig:
+    """The LLaMA that a tiny reader is built on."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.inner_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=config.longest_sequence,
+        tie_word_embeddings=False,
+        use_cache=False,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=INIT_STD,
+        attn_implementation=PACKED,  # type: ignore[call-arg]
+    )

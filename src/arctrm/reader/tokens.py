@@ -1,0 +1,79 @@
+"""How the tiny reader sees pairs: 16 tokens, one per cell, and where each token stands.
+
+    START, input cells, SEPARATOR, output cells, END; in both grids ROW_END comes after every row
+
+The position of a token is (part, row, column) packed into one number, so that it passes through
+every interface that knows one position per token; `reader.tiny` unpacks it into three rotary axes.
+Pair i of a sequence has the parts 4i (start), 4i + 1 (input), 4i + 2 (separator), 4i + 3 (output).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from arctrm.data.task import NUM_COLOURS, Grid, Pair
+from arctrm.reader.interface import GridTokens, Prompt
+
+ROW_END = NUM_COLOURS
+START, SEPARATOR, END, PAD, PREFIX = range(NUM_COLOURS + 1, NUM_COLOURS + 6)
+VOCABULARY = 16
+GRID_TOKENS = GridTokens(tuple(range(NUM_COLOURS)), ROW_END, END)
+
+START_PART, INPUT_PART, SEPARATOR_PART, OUTPUT_PART = range(4)
+PARTS_PER_PAIR = 4
+SIDE = 32
+"""Room for rows and columns 0..30 in a packed position."""
+
+
+def pack_position(part: int, y: int = 0, x: int = 0) -> int:
+    """One number for (part, row, column)."""
+    return (part * SIDE + y) * SIDE + x
+
+
+def grid_length(height: int, width: int) -> int:
+    """Tokens of a grid: its cells and one row end for each row."""
+    return height * (width + 1)
+
+
+def pair_length(pair: Pair) -> int:
+    """Tokens of a pair: both grids, start, separator and end (an absent output counts nothing)."""
+    output = 0 if pair.output is None else grid_length(*pair.output.shape)
+    return 3 + grid_length(*pair.input.shape) + output
+
+
+def grid_tokens(grid: Grid, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and packed positions, int64 [height x (width + 1)]."""
+    height, width = grid.shape
+    tokens = np.full((height, width + 1), ROW_END, dtype=np.int64)
+    tokens[:, :width] = grid
+    y, x = np.mgrid[:height, : width + 1]
+    return tokens.ravel(), ((part * SIDE + y) * SIDE + x).ravel()
+
+
+def pair_tokens(pair: Pair, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions of pair number `index`; without an output, up to the separator."""
+    first = index * PARTS_PER_PAIR
+    cells, places = grid_tokens(pair.input, first + INPUT_PART)
+    tokens = [_one(START), cells, _one(SEPARATOR)]
+    mark = pack_position(first + SEPARATOR_PART)
+    positions = [_one(pack_position(first)), places, _one(mark)]
+    if pair.output is not None:
+        part = first + OUTPUT_PART
+        cells, places = grid_tokens(pair.output, part)
+        tokens += [cells, _one(END)]
+        positions += [places, _one(pack_position(part, pair.output.shape[0]))]
+    return np.concatenate(tokens), np.concatenate(positions)
+
+
+def prompt(
+    pairs: Sequence[Pair], query: Grid, condition: tuple[int, int, int] = (0, 0, 0)
+) -> Prompt:
+    """The prompt that asks for the output of `query` after complete `pairs` (none: pair form)."""
+    parts = [pair_tokens(pair, index) for index, pair in enumerate((*pairs, Pair(query)))]
+    tokens, positions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    start = pack_position(len(pairs) * PARTS_PER_PAIR + OUTPUT_PART)
+    return Prompt(tokens, positions, start, condition)
+
+
+def _one(value: int) -> np.ndarray:
+    return np.array([value], dtype=np.int64)

@@ -1,0 +1,181 @@
+"""The reader's training rows: drawn, serialised and packed on the device, without a host sync.
+
+A sequence is one pair, or (form "task") other pairs of the same task before it, all under one view.
+Sequences wait in a queue that keeps its order, so that a long one which does not fit now comes
+first next time. Shapes are static: a captured CUDA graph can replay the whole thing.
+
+Legend: T tokens, N sequences, K pairs in a sequence, R = N x K rows (pairs).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arctrm.config.reader import ReaderConfig
+from arctrm.data.task import NUM_COLOURS
+from arctrm.reader.attention import Packing, new_packing
+from arctrm.reader.tokens import (
+    END,
+    INPUT_PART,
+    OUTPUT_PART,
+    PAD,
+    PARTS_PER_PAIR,
+    ROW_END,
+    SEPARATOR,
+    SEPARATOR_PART,
+    SIDE,
+    START,
+    START_PART,
+)
+from arctrm.training.losses import IGNORE
+from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
+
+# Columns of a row: which pair, seen how, where in its sequence; length 0: no pair.
+PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH = range(6)
+COLOURS = slice(6, 6 + NUM_COLOURS)
+NUM_COLUMNS = 6 + NUM_COLOURS
+
+CONTEXT_WINDOW = 16
+"""Other pairs of a task among which those that come first are drawn."""
+
+
+class ReaderBatch(NamedTuple):
+    """What one training step of the reader computes on."""
+
+    rows: Tensor
+    """int64 [R, columns]."""
+    tokens: Tensor
+    """int64 [T]."""
+    positions: Tensor
+    """int64 [T]: packed positions."""
+    labels: Tensor
+    """int64 [T]: the next token where it belongs to an output, else IGNORE."""
+    row: Tensor
+    """int64 [T]: row of the token; R or more: no row."""
+    packing: Packing
+
+
+class ReaderStream:
+    """Packs sequences of `source`'s pairs; `dtype` is the arithmetic of the layers."""
+
+    def __init__(self, source: PairSource, config: ReaderConfig, dtype: torch.dtype):
+        self.source, self.config, self.dtype = source, config, dtype
+        self.num_pairs = config.pairs_per_sequence
+        order = source.pairs[:, 0].argsort(stable=True)
+        counts = torch.bincount(source.pairs[:, 0], minlength=source.fixed.shape[0])
+        self.by_task, self.task_count = order, counts
+        self.task_begin = counts.cumsum(0) - counts
+        self.device = source.device
+
+    def draw(self, count: int) -> Tensor:
+        """`count` fresh sequences, int64 [count, K, columns]; the pair drawn by weight is last."""
+        uniform = torch.rand(count, 3, device=self.device, dtype=torch.float64)
+        last = self.source.draw_pairs(uniform[:, 0])
+        task = self.source.pairs[last, 0]
+        _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
+        pairs = torch.cat((self._others(last, task, uniform[:, 2]), last[:, None]), dim=1)
+        rows = torch.zeros(count, self.num_pairs, NUM_COLUMNS, dtype=torch.long, device=self.device)
+        rows[..., PAIR] = pairs.clamp(min=0)
+        rows[..., TASK] = task[:, None]
+        rows[..., DIHEDRAL] = dihedral[:, None]
+        rows[..., FLAG] = same_colours(colours)[:, None]
+        rows[..., COLOURS] = colours[:, None]
+        lengths = self._lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)
+        rows[..., LENGTH] = self._fitting(lengths)
+        rows[..., INDEX] = (rows[..., LENGTH] > 0).cumsum(1) - 1
+        return rows
+
+    def _others(self, last: Tensor, task: Tensor, uniform: Tensor) -> Tensor:
+        """Up to K - 1 distinct other pairs of each task, int64 [n, K - 1]; -1 where there is none.
+
+        Of a task with many pairs they come from a random window of CONTEXT_WINDOW.
+        """
+        count, begin = self.task_count[task][:, None], self.task_begin[task][:, None]
+        window = torch.arange(CONTEXT_WINDOW, device=self.device)
+        place = (window + (uniform[:, None] * count).long()) % count
+        pairs = self.by_task[begin + place]
+        absent = (window >= count) | (pairs == last[:, None])
+        keys = torch.rand(pairs.shape, device=self.device) + 2 * absent
+        keys, order = keys.sort(1)
+        chosen = torch.where(keys < 2, pairs.gather(1, order), -1)
+        return chosen[:, : self.num_pairs - 1]
+
+    def _lengths(self, rows: Tensor) -> Tensor:
+        """Tokens [R] of complete pairs."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        total = torch.full_like(rows[:, PAIR], 3)
+        for grid in (INPUT, OUTPUT):
+            height, width = self.source.seen_size(pair[:, grid], rows[:, DIHEDRAL])
+            total = total + height * (width + 1)
+        return total
+
+    def _fitting(self, lengths_NK: Tensor) -> Tensor:
+        """Lengths with 0 for the pairs that would make a sequence longer than allowed."""
+        from_the_end = lengths_NK.flip(1).cumsum(1).flip(1)
+        return torch.where(from_the_end <= self.config.longest_sequence, lengths_NK, 0)
+
+    def next_batch(self, queue_NKC: Tensor, num_tokens: int) -> ReaderBatch:
+        """Take as many sequences as fit from the queue, in order, and refill it in place."""
+        num_sequences = queue_NKC.shape[0]
+        fits = queue_NKC[..., LENGTH].sum(1).cumsum(0) <= num_tokens
+        rows = torch.where(fits[:, None, None], queue_NKC, 0).flatten(0, 1)
+        waiting = torch.cat((queue_NKC, self.draw(num_sequences)))
+        index = torch.arange(num_sequences, device=self.device) + fits.sum()
+        queue_NKC.copy_(waiting[index])
+        return self._pack(rows, num_sequences, num_tokens)
+
+    def _pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> ReaderBatch:
+        longest = self.config.longest_sequence
+        lengths = rows[:, LENGTH]
+        starts = torch.arange(-(-num_tokens // longest), device=self.device) * longest
+        unused = (num_tokens - lengths.sum() - starts).clamp(0, longest)
+        ends = torch.cat((lengths, unused)).cumsum(0)
+        token = torch.arange(num_tokens, device=self.device)
+        row = torch.searchsorted(ends, token, right=True)
+        begins = torch.cat((ends.new_zeros(1), ends))
+        real = row < rows.shape[0]
+        tokens, positions, outputs = self._tokens(rows[row * real], token - begins[row])
+        following = torch.cat((tokens[1:], tokens[:1]))
+        labels = torch.where(real & outputs, following, IGNORE)
+        firsts = begins[: rows.shape[0]].view(num_sequences, -1)[:, 0]
+        offsets = torch.cat((firsts, begins[rows.shape[0] :])).to(torch.int32)
+        return ReaderBatch(
+            rows,
+            torch.where(real, tokens, PAD),
+            torch.where(real, positions, 0),
+            labels,
+            row,
+            new_packing(offsets, longest, self.dtype),
+        )
+
+    def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
+        token's row [T, columns].
+        """
+        pair = self.source.pairs[row[:, PAIR]]
+        in_height, in_width = self.source.seen_size(pair[:, INPUT], row[:, DIHEDRAL])
+        out_height, out_width = self.source.seen_size(pair[:, OUTPUT], row[:, DIHEDRAL])
+        separator = 1 + in_height * (in_width + 1)
+        end = separator + 1 + out_height * (out_width + 1)
+        after = slot > separator
+        width = torch.where(after, out_width, in_width)
+        place = (slot - torch.where(after, separator + 1, 1)).clamp(min=0)
+        y = torch.div(place, width + 1, rounding_mode="floor")
+        x = place % (width + 1)
+        # START and SEPARATOR stand at (0, 0) of parts of their own, END below the last row.
+        marks = (slot == 0) | (slot == separator)
+        y, x = torch.where(marks, 0, y), torch.where(marks, 0, x)
+        inside = ~marks & (x < width) & (slot < end)
+        grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
+        colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
+        tokens = torch.where(inside, colour, ROW_END)
+        part = torch.where(after, OUTPUT_PART, INPUT_PART)
+        for at, token, mark_part in (
+            (slot == 0, START, START_PART),
+            (slot == separator, SEPARATOR, SEPARATOR_PART),
+            (slot == end, END, OUTPUT_PART),
+        ):
+            tokens, part = torch.where(at, token, tokens), torch.where(at, mark_part, part)
+        part = part + row[:, INDEX] * PARTS_PER_PAIR
+        return tokens, (part * SIDE + y) * SIDE + x, (slot >= separator) & (slot < end)

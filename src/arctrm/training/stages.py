@@ -1,0 +1,132 @@
+"""What is trained: each stage is a model and the steps that add its gradients.
+
+A stage is all that differs between training TRM and training the tiny reader; data set, loop,
+optimisers, checkpoints and metrics are the same.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from arctrm.config import PretrainConfig, TrainingConfig
+from arctrm.config.trm import TRMConfig
+from arctrm.data.dataset import BaseSet
+from arctrm.errors import ConfigError
+from arctrm.reader.tiny import TinyReader
+from arctrm.training.reader_step import ReaderStep
+from arctrm.training.reader_stream import ReaderStream
+from arctrm.training.source import PairSource
+from arctrm.training.step import MicroStep
+from arctrm.training.stream import PairStream
+from arctrm.trm.layers import run_level
+from arctrm.trm.model import TRM
+
+TOKENS_PER_ROW = 64
+"""Rows of a packed batch = tokens / this: a bound on the offsets, rarely reached (mean: 195)."""
+RANK_SEED_STEP = 1_000_003
+
+
+class Step(Protocol):
+    """Something that adds one batch's gradient to the parameters."""
+
+    counts: Tensor
+    """float64 [COUNTS]: sums since they were last set to zero."""
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+
+    def __call__(self) -> None:
+        """Run it."""
+
+
+class Stage(NamedTuple):
+    """A model and its training steps (one per batch of an optimiser step)."""
+
+    model: TRM | TinyReader
+    steps: list[Step]
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name."""
+        return {
+            f"{i}.{name}": tensor
+            for i, step in enumerate(self.steps)
+            for name, tensor in step.carry().items()
+        }
+
+
+def new_stage(config: PretrainConfig, base: BaseSet, accelerator: Accelerator) -> Stage:
+    """The untrained model of `config.model` and its steps, on this process's device."""
+    training, device = config.training, accelerator.device
+    torch.manual_seed(config.seed)
+    model = new_model(config, base).to(device)
+    model.dtype = compute_dtype(training.dtype, device)
+    compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
+    if isinstance(model, TRM):
+        if compiled:
+            model.level = torch.compile(run_level, dynamic=False)
+        steps = _trm_steps(model, config, base)
+    else:
+        if compiled:
+            model.compile_layers()
+        steps = _reader_steps(model, config, base)
+    return Stage(model, steps)
+
+
+def new_model(config: PretrainConfig, base: BaseSet) -> TRM | TinyReader:
+    """The untrained model that `config.model` names, with the task embeddings of a base set."""
+    if config.model == "reader":
+        return TinyReader(config.reader, base.num_tasks)
+    return new_trm(config.trm, base)
+
+
+def new_trm(config: TRMConfig, base: BaseSet) -> TRM:
+    """An untrained TRM with the task embeddings of a base set."""
+    if config.task_embedding == "shared":
+        return TRM(config, base.num_tasks)
+    if base.meta.num_aug == 0:
+        raise ConfigError(
+            "trm.task_embedding = 'per_view' needs a bound on the views, but data.num_aug = 0 is "
+            "unbounded; set data.num_aug to a positive number or trm.task_embedding = 'shared'"
+        )
+    return TRM(config, base.num_tasks * base.meta.num_aug)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic that a configuration's `dtype` names; auto: bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
+    training = config.training
+    stream = PairStream(base, config.data, config.trm, config.seed, model.H_init.device)
+    halt_max_steps = training.halt_max_steps or config.trm.halt_max_steps
+    return [
+        MicroStep(
+            model,
+            stream,
+            stream.new_state(model, training.tokens_per_batch, _num_rows(training)),
+            halt_max_steps,
+            1 / training.grad_accum,
+        )
+        for _ in range(training.grad_accum)
+    ]
+
+
+def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> list[Step]:
+    training = config.training
+    source = PairSource(base, config.data, config.seed, model.device)
+    stream = ReaderStream(source, config.reader, model.dtype)
+    num_sequences = max(1, _num_rows(training) // config.reader.pairs_per_sequence)
+    return [
+        ReaderStep(model, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum)
+        for _ in range(training.grad_accum)
+    ]
+
+
+def _num_rows(training: TrainingConfig) -> int:
+    return training.max_rows or training.tokens_per_batch // TOKENS_PER_ROW
