@@ -1,0 +1,239 @@
+"""The planner's promises: who is asked again, with what, which attempt is kept, what is counted."""
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.data.task import Pair
+from arctrm.errors import ConfigError
+from arctrm.planner import ARCPlanner, GridVerifier, Verdict, batch_metrics
+from arctrm.planner.feedback import HEADING
+
+PROBLEMS = ["first", "second problem", "3"]
+
+
+def scripted(plan):
+    """A batch verifier: `plan[row]` gives the verdict of each attempt; its calls are kept."""
+    calls = []
+    made = dict.fromkeys(plan, 0)
+
+    def verify(z_init, texts, rows):
+        calls.append((z_init, list(texts), list(rows)))
+        said = []
+        for row in rows:
+            said.append(plan[row][made[row]])
+            made[row] += 1
+        return said
+
+    verify.calls = calls
+    return verify
+
+
+def wrong(score, feedback="wrong", **more):
+    return Verdict(False, score, feedback, **more)
+
+
+RIGHT = Verdict(True, 1.0, "all right")
+
+
+def test_a_row_that_is_right_is_not_sent_again(reader):
+    plan = {0: [wrong(0.1)] * 3, 1: [RIGHT], 2: [wrong(0.2), RIGHT]}
+    verify = scripted(plan)
+    results = ARCPlanner(reader, max_attempts=3).solve_batch(PROBLEMS, verify)
+    assert [rows for _, _, rows in verify.calls] == [[0, 1, 2], [0, 2], [0]]
+    starts = [[prompt.split("\n")[0] for prompt in call] for call in reader.prompts]
+    assert starts == [PROBLEMS, ["first", "3"], ["first"]]
+    assert [r.total_attempts for r in results] == [3, 1, 2]
+    assert [r.success for r in results] == [False, True, True]
+
+
+def test_it_stops_when_every_row_is_right(reader):
+    ARCPlanner(reader, max_attempts=16).solve_batch(
+        PROBLEMS, scripted({row: [RIGHT] for row in range(3)})
+    )
+    assert len(reader.prompts) == 1
+
+
+def test_each_row_gets_its_own_latest_feedback_and_reads_it(reader):
+    plan = {row: [wrong(0, f"fault {row}.{n}") for n in range(3)] for row in range(3)}
+    results = ARCPlanner(reader, max_attempts=3).solve_batch(PROBLEMS, scripted(plan))
+    assert reader.prompts[0] == PROBLEMS
+    for n in (1, 2):
+        expected = [f"{p}\n\n{HEADING}\nfault {row}.{n - 1}" for row, p in enumerate(PROBLEMS)]
+        assert reader.prompts[n] == expected
+    assert [r.final_feedback for r in results] == [f"fault {row}.2" for row in range(3)]
+    one, two, three = results[0].reasoning_history
+    assert not torch.equal(one.z_init, two.z_init)
+    assert not torch.equal(two.z_init, three.z_init)
+
+
+def test_without_feedback_every_attempt_reads_the_same(reader):
+    """The control of the test above: it is the feedback that changes what is read."""
+    plan = {row: [wrong(0, "")] * 2 for row in range(3)}
+    for result in ARCPlanner(reader, max_attempts=2).solve_batch(PROBLEMS, scripted(plan)):
+        one, two = result.reasoning_history
+        assert torch.equal(one.z_init, two.z_init)
+        assert one.text == two.text
+
+
+def test_the_latent_prefix_reaches_the_next_attempt_of_its_row(reader):
+    prefixes = torch.randn(3, 2, 16)
+    plan = {row: [wrong(0, "", latent_prefix=prefixes[row]), wrong(0, "")] for row in range(3)}
+    results = ARCPlanner(reader, max_attempts=2).solve_batch(PROBLEMS, scripted(plan))
+    assert reader.prefixes[0] is None
+    assert torch.equal(reader.prefixes[1], prefixes)
+    for result in results:
+        one, two = result.reasoning_history
+        assert not torch.equal(one.z_init, two.z_init)
+
+
+def test_a_prefix_counts_for_one_attempt(reader):
+    plan = {0: [wrong(0, latent_prefix=torch.randn(16)), wrong(0), wrong(0)]}
+    ARCPlanner(reader, max_attempts=3).solve_batch(["a"], scripted(plan))
+    assert [None if p is None else p.shape for p in reader.prefixes] == [None, (1, 1, 16), None]
+
+
+def test_rows_with_unequal_prefixes_are_read_apart_and_put_back_in_order(reader, make_reader):
+    prefixes = [torch.randn(2, 16), None, torch.randn(16), torch.randn(2, 16)]
+    problems = ["a", "b", "c", "d"]
+    plan = {row: [wrong(0, "", latent_prefix=p), wrong(0, "")] for row, p in enumerate(prefixes)}
+    results = ARCPlanner(reader, max_attempts=2).solve_batch(problems, scripted(plan))
+    assert reader.prompts[1:] == [["a", "d"], ["b"], ["c"]]
+    for row, prefix in enumerate(prefixes):
+        alone = scripted({0: [wrong(0, "", latent_prefix=prefix), wrong(0, "")]})
+        (single,) = ARCPlanner(make_reader(), max_attempts=2).solve_batch([problems[row]], alone)
+        got = results[row].reasoning_history[1]
+        assert torch.equal(got.z_init, single.reasoning_history[1].z_init)
+        assert got.text == single.reasoning_history[1].text
+
+
+def test_the_best_attempt_is_kept_and_of_equals_the_earlier(reader):
+    plan = {
+        0: [wrong(0.2), wrong(0.9), wrong(0.5)],
+        1: [wrong(0.4), wrong(0.4), wrong(0.1)],
+        2: [wrong(0.9), wrong(0.3), Verdict(True, 0.5, "")],
+    }
+    results = ARCPlanner(reader, max_attempts=3).solve_batch(PROBLEMS, scripted(plan))
+    assert [r.best.number for r in results] == [2, 1, 3]
+
+
+def test_the_verifier_gets_each_rows_own_latent_and_text(reader, make_reader):
+    verify = scripted({row: [wrong(0)] for row in range(3)})
+    results = ARCPlanner(reader, max_attempts=1).solve_batch(PROBLEMS, verify)
+    ((z_init, texts, _),) = verify.calls
+    for row, problem in enumerate(PROBLEMS):
+        alone, (text,) = make_reader().generate_latent([problem])
+        torch.testing.assert_close(z_init[row], alone[0])
+        assert texts[row] == text == results[row].reasoning_history[0].text
+
+
+def test_the_history_is_complete(reader):
+    plan = {0: [wrong(0.25, "one"), wrong(0.5, "two"), RIGHT]}
+    (result,) = ARCPlanner(reader, max_attempts=5).solve_batch(["a"], scripted(plan))
+    rows = [dict(attempt) for attempt in result.reasoning_history]
+    assert [row["number"] for row in rows] == [1, 2, 3]
+    assert [row["score"] for row in rows] == [0.25, 0.5, 1]
+    assert [row["feedback"] for row in rows] == ["one", "two", "all right"]
+    assert all(len(row["text"]) == row["num_tokens"] == 4 for row in rows)
+
+
+def test_one_problem_is_a_batch_of_one(reader, make_reader):
+    said = [wrong(0.3, "again", latent_prefix=torch.ones(2, 16)), wrong(0.2), RIGHT]
+    seen = []
+
+    def verify(z_init, text):
+        seen.append((z_init, text))
+        return said[len(seen) - 1]
+
+    single = ARCPlanner(reader).multi_attempt_solve("problem", verify)
+    (batch,) = ARCPlanner(make_reader()).solve_batch(["problem"], scripted({0: said}))
+    assert [dict(a) for a in single.reasoning_history] == [dict(a) for a in batch.reasoning_history]
+    assert single.metrics == batch.metrics
+    assert seen[0][0].shape == (16,)
+    assert isinstance(seen[0][1], str)
+
+
+def test_results_are_read_by_attribute_and_by_name(reader):
+    result = ARCPlanner(reader).multi_attempt_solve("a", lambda z_init, text: (True, "fine"))
+    for name in ("success", "total_attempts", "reasoning_history", "final_feedback", "metrics"):
+        assert result[name] == getattr(result, name)
+        assert name in dict(result)
+    assert result.success is True
+    assert result["final_feedback"] == "fine"
+    with pytest.raises(KeyError, match="answer"):
+        result["answer"]
+
+
+def test_a_success_and_feedback_tuple_is_a_verdict(reader):
+    said = iter([(False, "the corner"), (True, "done")])
+    result = ARCPlanner(reader).multi_attempt_solve("a", lambda z_init, text: next(said))
+    assert [(a.score, a.success) for a in result.reasoning_history] == [(0, False), (1, True)]
+    assert "the corner" in reader.prompts[1][0]
+
+
+@pytest.mark.parametrize("said", [None, True, (True,), "right"])
+def test_another_verdict_is_refused(reader, said):
+    with pytest.raises(ValueError, match="Verdict or a"):
+        ARCPlanner(reader).multi_attempt_solve("a", lambda z_init, text: said)
+
+
+@pytest.mark.parametrize("max_attempts", [0, -1])
+def test_no_attempts_are_refused(reader, max_attempts):
+    with pytest.raises(ConfigError, match=f"max_attempts = {max_attempts}"):
+        ARCPlanner(reader, max_attempts=max_attempts)
+
+
+def test_no_problem_is_no_result(reader):
+    assert ARCPlanner(reader).solve_batch([], scripted({})) == []
+    assert reader.prompts == []
+
+
+def test_the_reader_is_told_how_much_to_write(reader):
+    ARCPlanner(reader, 1, max_length=2).multi_attempt_solve("a", lambda z_init, text: (True, ""))
+    assert reader.max_lengths == [2]
+
+
+def test_metrics_average_over_samples_and_count_new_tokens(reader):
+    plan = {
+        0: [wrong(0.5, metrics={"exact_match": 1.0}), wrong(0.1, metrics={"exact_match": 0.0})],
+        1: [Verdict(True, 1.0, "", metrics={"exact_match": 0.0})],
+        2: [wrong(0.0, "a much longer feedback"), RIGHT],
+    }
+    results = ARCPlanner(reader, max_attempts=2).solve_batch(PROBLEMS, scripted(plan))
+    assert batch_metrics(results) == {
+        "avg_attempts": pytest.approx(5 / 3),
+        "success_rate": pytest.approx(2 / 3),
+        "best_score": pytest.approx(2.5 / 3),
+        "avg_reasoning_length": 4,  # the reader writes four letters, whatever the prompt's length
+        "exact_match": 0.5,  # of the kept attempts, where known
+    }
+    assert batch_metrics([]) == {}
+
+
+def test_a_reader_that_tells_no_length_has_none_counted(make_reader):
+    reader = make_reader(tells_lengths=False)
+    result = ARCPlanner(reader).multi_attempt_solve("a", lambda z_init, text: (True, ""))
+    assert result.reasoning_history[0].num_tokens is None
+    assert "avg_reasoning_length" not in result.metrics
+
+
+def test_the_loop_closes_over_the_grid_verifier(reader):
+    """Probes decoded from the reader's latent; feedback in its own words comes back to it."""
+    truths = [np.array([[1, 0], [0, 1]], dtype=np.uint8), np.array([[1, 1, 1]], dtype=np.uint8)]
+    verifier = GridVerifier([[3]], [Pair(truth, truth) for truth in truths])
+
+    def decode(z_init):
+        bits = (z_init > 0).long()
+        return [bits[:4].view(2, 2), bits[4:7].view(1, 3)]
+
+    def verify(z_init, text):
+        return verifier.verify(decode(z_init), latent_prefix=z_init)
+
+    result = ARCPlanner(reader, max_attempts=6).multi_attempt_solve("problem", verify)
+    scores = [a.score for a in result.reasoning_history]
+    assert len(set(scores)) > 1
+    assert result.best.score == max(scores)
+    assert result.best.number == scores.index(max(scores)) + 1
+    for attempt, prompt in zip(result.reasoning_history, reader.prompts[1:], strict=False):
+        assert attempt.feedback in prompt[0]
+    assert result.metrics["exact_match"] == 0

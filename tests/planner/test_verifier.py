@@ -1,0 +1,201 @@
+"""The verifier judges by held-out demonstrations; the answer, if known, feeds metrics alone."""
+
+import dataclasses
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.data.task import Pair
+from arctrm.errors import TaskError
+from arctrm.planner import GridVerifier, feedback_text, probe, prompt_with_feedback
+from arctrm.planner.feedback import HEADING
+
+INPUT = np.zeros((2, 2), dtype=np.uint8)
+OUTPUTS = [
+    np.array([[1, 2], [3, 4]], dtype=np.uint8),
+    np.array([[5, 5, 5]], dtype=np.uint8),
+    np.array([[0]], dtype=np.uint8),
+]
+DEMONSTRATIONS = [Pair(INPUT, output) for output in OUTPUTS]
+NO_GRIDS = [None, [], [[]], np.zeros((0, 0)), [[1, 2], [3]], [[11]], [[0.5]], "text", [[0] * 31]]
+
+
+def judge(probes, demonstrations=DEMONSTRATIONS, target=None, prediction=None, **options):
+    return GridVerifier(target, demonstrations, **options).verify(probes, prediction)
+
+
+def test_all_probes_exact_is_success_with_a_full_score():
+    verdict = judge(OUTPUTS)
+    assert verdict.success
+    assert verdict.score == 1
+    assert verdict.feedback == "3 of 3 held-out demonstrations right"
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_one_wrong_cell_in_any_probe_is_no_success(wrong):
+    probes = [grid.copy() for grid in OUTPUTS]
+    probes[wrong][0, 0] = 9
+    verdict = judge(probes)
+    assert not verdict.success
+    assert [p.exact for p in verdict.probes] == [i != wrong for i in range(3)]
+
+
+@pytest.mark.parametrize("demonstrations", [None, []])
+def test_without_probes_there_is_no_success(demonstrations):
+    verdict = judge([], demonstrations, target=OUTPUTS[0], prediction=OUTPUTS[0])
+    assert (verdict.success, verdict.score, verdict.feedback) == (False, 0, "")
+    assert verdict.metrics["exact_match"] == 1
+
+
+@pytest.mark.parametrize("nothing", NO_GRIDS, ids=str)
+def test_what_is_no_grid_is_wrong(nothing):
+    verdict = judge([nothing, OUTPUTS[1], OUTPUTS[2]], target=OUTPUTS[0], prediction=nothing)
+    assert not verdict.success
+    assert verdict.probes[0].predicted is None
+    assert verdict.probes[0].score == 0
+    assert verdict.prediction is None
+    assert verdict.metrics["exact_match"] == verdict.metrics["shape_match"] == 0
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]], np.zeros((0, 0))], ids=str)
+def test_an_empty_truth_or_target_is_refused_and_not_equal_to_an_empty_grid(nothing):
+    with pytest.raises(TaskError, match=r"demonstrations\[0\]"):
+        GridVerifier(demonstrations=[(INPUT, nothing)])
+    if nothing is not None:
+        with pytest.raises(TaskError, match="target_grid"):
+            GridVerifier(nothing)
+
+
+def test_two_targets_give_the_same_verdict_but_other_metrics():
+    probes, prediction = [OUTPUTS[0], [[5, 6, 5]], None], [[7, 7]]
+    verdicts = [judge(probes, target=t, prediction=prediction) for t in (None, [[7, 7]], [[1]])]
+    for verdict in verdicts[1:]:
+        for field in dataclasses.fields(verdict):
+            if field.name not in ("metrics", "probes", "prediction"):
+                assert getattr(verdict, field.name) == getattr(verdicts[0], field.name)
+        scores = [[p.score for p in v.probes] for v in (verdict, verdicts[0])]
+        assert scores[0] == scores[1]
+    shared = verdicts[0].metrics
+    assert all(shared.items() <= verdict.metrics.items() for verdict in verdicts[1:])
+    assert [v.metrics.get("exact_match") for v in verdicts] == [None, 1, 0]
+
+
+def test_the_prediction_for_the_query_changes_no_verdict():
+    one, other = judge(OUTPUTS, prediction=[[1]]), judge(OUTPUTS, prediction=[[2]])
+    assert (one.feedback, one.score, one.success) == (other.feedback, other.score, other.success)
+
+
+def test_what_a_probes_row_is_told_knows_neither_its_output_nor_later_predictions():
+    """Predictions after demonstration i were made with its output in sight."""
+    probes = [[[1, 2], [3, 9]], [[5, 5, 6]], [[1]]]
+    told = judge(probes).probe_feedback
+    assert told[0] == ""
+    assert "(1,1) 9/4" in told[1]
+    for i in range(3):
+        changed = [*DEMONSTRATIONS[:i], Pair(INPUT, np.array([[8, 8]])), *DEMONSTRATIONS[i + 1 :]]
+        later = [*probes[: i + 1], *([[7]] for _ in probes[i + 1 :])]
+        assert judge(later, changed).probe_feedback[i] == told[i]
+
+
+def test_more_right_scores_more():
+    truth = OUTPUTS[0]
+    worse_to_better = [
+        None,
+        [[9]],
+        [[9, 9], [9, 9]],
+        [[1, 9], [9, 9]],
+        [[1, 2], [3, 9]],
+        [[4, 2], [3, 1]],
+        truth,
+    ]
+    scores = [probe(grid, truth).score for grid in worse_to_better]
+    assert scores[0] == 0
+    assert scores[-1] == 1
+    assert scores[1] == 0  # wrong size, wrong colours
+    assert all(a < b for a, b in pairwise(scores[1:]))
+
+
+def test_metrics_are_shares():
+    verdict = judge(
+        [OUTPUTS[0], [[5, 6, 5]], None], target=[[1, 1], [1, 1]], prediction=[[1, 2], [1, 1]]
+    )
+    assert verdict.metrics == {
+        "probe_exact": 1 / 3,
+        "probe_shape": 2 / 3,
+        "probe_palette": 1 / 3,
+        "probe_cells": pytest.approx((1 + 2 / 3) / 3),
+        "exact_match": 0,
+        "shape_match": 1,
+        "cell_accuracy": 0.75,
+    }
+
+
+def test_demonstrations_come_as_pairs_tuples_or_json():
+    told = [
+        judge([[[1]]], [form]).feedback
+        for form in (
+            Pair(INPUT, OUTPUTS[1]),
+            (INPUT, OUTPUTS[1]),
+            {"input": INPUT.tolist(), "output": OUTPUTS[1].tolist()},
+        )
+    ]
+    assert told[0] == told[1] == told[2]
+
+
+def test_grids_come_as_tensors_too():
+    assert judge([torch.from_numpy(grid) for grid in OUTPUTS]).success
+
+
+def test_a_probe_too_few_is_an_error_and_not_a_success():
+    with pytest.raises(ValueError, match="2 probes for 3 demonstrations"):
+        judge(OUTPUTS[:2])
+
+
+def test_results_cannot_be_changed():
+    verdict = judge(OUTPUTS)
+    for frozen, name in ((verdict, "success"), (verdict.probes[0], "exact")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, False)
+
+
+def test_the_feedback_says_size_palette_and_cells():
+    probes = [[[1, 9], [3, 0]], [[5], [7]], None]
+    assert judge(probes).feedback.splitlines() == [
+        "0 of 3 held-out demonstrations right",
+        "demonstration 1: 2 of 4 cells wrong: (0,1) 9/2 (1,1) 0/4; colours missing 2 4, extra 0 9",
+        "demonstration 2: size 2x1, should be 1x3; colours extra 7",
+        "demonstration 3: no grid, should be 1x1",
+    ]
+
+
+@pytest.mark.parametrize("max_cells", [0, 1, 2, 7, 16, 1000])
+def test_at_most_the_stated_number_of_cells_is_named(max_cells):
+    rng = np.random.default_rng(0)
+    truths = [np.zeros((size, size), dtype=np.uint8) for size in (30, 2, 9)]
+    results = [probe(rng.integers(1, 10, t.shape), t) for t in truths]
+    text = feedback_text(results, max_cells)
+    wrong = sum(t.size for t in truths)
+    assert text.count("/0") == min(max_cells, wrong)
+    if max_cells == 7:
+        assert [line.count("/0") for line in text.splitlines()] == [0, 3, 2, 2]
+
+
+def test_a_small_probes_unused_share_goes_to_the_others():
+    truths = [np.zeros((5, 5), dtype=np.uint8), np.zeros((1, 1), dtype=np.uint8)]
+    lines = feedback_text([probe(t + 1, t) for t in truths], 10).splitlines()
+    assert [line.count("/0") for line in lines] == [0, 9, 1]
+
+
+def test_the_same_results_give_the_same_text():
+    results = [probe([[1, 2], [3, 9]], OUTPUTS[0]), probe(None, OUTPUTS[1])]
+    assert feedback_text(results) == feedback_text(list(results))
+    assert feedback_text([]) == ""
+
+
+def test_feedback_comes_after_the_unchanged_problem():
+    prompt = prompt_with_feedback("problem", "3 wrong")
+    assert prompt.startswith("problem\n")
+    assert prompt.endswith(f"{HEADING}\n3 wrong")
+    assert prompt_with_feedback("problem", "") == "problem"
