@@ -77,6 +77,13 @@ def test_tokens_of_no_row_are_not_read(adapter):
     assert_same(got, adapter(z_H, z_L))
 
 
+def test_a_mask_cannot_bring_back_tokens_of_no_row(adapter):
+    z_H, z_L, _ = latents(1)
+    row = torch.tensor([0, 0, 0, 1, 1, 9, 9])
+    got = adapter.packed(z_H[0], z_L[0], row, 1, torch.ones(7, dtype=torch.bool))
+    assert_same(got, adapter(z_H[:, :3], z_L[:, :3]))
+
+
 def test_a_row_alone_says_what_it_says_among_sixteen(adapter):
     z_H, z_L, mask = latents(16)
     together = adapter(z_H, z_L, mask)
@@ -101,8 +108,10 @@ def test_a_row_without_cells_gives_a_constant(adapter):
     assert not torch.allclose(prefix[1], prefix[0])
 
 
-def test_large_latents_overflow_nothing(adapter):
+def test_attention_to_a_single_cell_does_not_overflow(adapter):
     z_H, z_L, mask = latents()
+    with torch.no_grad():
+        adapter.block.sharpness.fill_(1000.0)
     assert adapter(z_H * 1e6, z_L * 1e6, mask).isfinite().all()
 
 
