@@ -182,10 +182,13 @@ def test_a_syntax_error_is_named_with_its_line(toml):
     ("text", "expected"),
     [
         ("[trm]\nhiden_size = 64", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
-        ("hidden_size = 64", "unknown key hidden_size; did you mean trm.hidden_size or reader.hidden_size?"),
+        (
+            "hidden_size = 64",
+            "unknown key hidden_size; did you mean trm.hidden_size or reader.hidden_size?",
+        ),
         (
             "[solver]\nx = 1",
-            "unknown key solver; allowed here: seed, out, data, trm, training, tracking",
+            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, tracking",
         ),
         (
             "[tracking]\nx = 1",
@@ -268,10 +271,13 @@ def test_fields_that_contradict_name_every_layer_they_came_from(toml):
     [
         ("ARCTRM_SEDE", "unknown key sede; did you mean seed?"),
         ("ARCTRM_TRM__HIDEN_SIZE", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
-        ("ARCTRM_TRM_HIDDEN_SIZE", "unknown key trm_hidden_size; did you mean trm.hidden_size?"),
+        (
+            "ARCTRM_TRM_HIDDEN_SIZE",
+            "unknown key trm_hidden_size; did you mean trm.hidden_size or reader.hidden_size?",
+        ),
         (
             "ARCTRM_SOLVER__X",
-            "unknown key solver; allowed here: seed, out, data, trm, training, tracking",
+            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, tracking",
         ),
         ("ARCTRM_SEED__X", 'seed = {"x": 1}, allowed is a whole number; the default is 0'),
     ],

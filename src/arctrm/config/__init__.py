@@ -2,6 +2,7 @@
 
 from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
+from arctrm.config.decoding import DecodingConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
@@ -11,6 +12,7 @@ __all__ = [
     "AdaptationConfig",
     "BuildConfig",
     "DataConfig",
+    "DecodingConfig",
     "EvalConfig",
     "EvaluationConfig",
     "InferenceConfig",

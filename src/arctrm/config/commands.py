@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
+from arctrm.config.decoding import DecodingConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
@@ -86,6 +87,7 @@ class EvalConfig(StrictModel):
     """Checkpoint folder or file; the bundled weights when absent."""
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
+    reader: DecodingConfig = DecodingConfig()
 
 
 class SolveConfig(StrictModel):

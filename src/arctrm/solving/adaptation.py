@@ -46,7 +46,7 @@ class Adapter:
         self.known = row is not None
         trm = _copy_with_one_embedding(solver.trm, solver.mean_row if row is None else row)
         self.solver = replace(
-            solver, trm=trm, rows={task.id: 0}, by_content=False, views={}, name="adapted"
+            solver, model=trm, rows={task.id: 0}, by_content=False, views={}, name="adapted"
         )
         self.gradients = FlatGradients(list(trm.parameters()))
         self.optimisers = Optimisers(

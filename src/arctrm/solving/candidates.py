@@ -59,17 +59,22 @@ def task_queries(solver: Solver, task: Task, num_views: int, seed: int) -> list[
     A task that the model was not trained on gets the mean embedding; a per-view model then has no
     view to offer and gives no query.
     """
-    rng = np.random.default_rng([seed, *task.id.encode()])
-    own = solver.views_of(task, num_views)
-    if own is None:
-        row = solver.row_of(task)
-        views = distinct_views(fixed_colours(task), num_views, rng, solver.identity_colours)
-        own = [(view, solver.mean_row if row is None else row) for view in views]
     return [
         _query(solver.trm, task, index, view, row)
-        for view, row in own
+        for view, row in task_views(solver, task, num_views, seed)
         for index in range(len(task.test))
     ]
+
+
+def task_views(solver: Solver, task: Task, num_views: int, seed: int) -> list[tuple[View, int]]:
+    """Views to ask under, the identity first, each with its task embedding row."""
+    own = solver.views_of(task, num_views)
+    if own is not None:
+        return own
+    rng = np.random.default_rng([seed, *task.id.encode()])
+    row = solver.row_of(task)
+    views = distinct_views(fixed_colours(task), num_views, rng, solver.identity_colours)
+    return [(view, solver.mean_row if row is None else row) for view in views]
 
 
 def _query(trm: TRM, task: Task, index: int, view: View, row: int) -> Query:

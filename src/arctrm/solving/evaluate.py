@@ -5,6 +5,7 @@ Answers are set aside before any model sees a task; only `arctrm.solving.scoring
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,16 +21,10 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError
 from arctrm.solving import scoring
-from arctrm.solving.candidates import (
-    Key,
-    Query,
-    answer,
-    by_key,
-    require_test_inputs,
-    task_queries,
-)
+from arctrm.solving.candidates import Key, answer, by_key, require_test_inputs, task_queries
+from arctrm.solving.reading import judge, read, task_readings
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.vote import Candidate, Ranked, attempts, vote
+from arctrm.solving.vote import Candidate, Ranked, attempts, by_experts, vote
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
@@ -55,11 +50,11 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
         _open_folder(out, config)  # now, not after hours of answering
     begin = time.monotonic()
     found = answer_all(solver, tasks, config, accelerator)
+    ranked = rank_all(solver, tasks, found, config, accelerator)
     seconds = time.monotonic() - begin
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
-    ranked = rank(tasks, found, config.seed)
     content = submission(
         {
             task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
@@ -104,19 +99,59 @@ def answer_all(
     solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator
 ) -> dict[Key, list[Candidate]]:
     """Candidates of every test input, the views split over the processes."""
-    inference = config.inference
-    queries = [
-        query
-        for task in tasks
-        for query in task_queries(solver, task, inference.views, config.seed)
-    ]
+    views, seed, found = config.inference.views, config.seed, []
     if accelerator.is_main_process:
         _say_what_is_unusual(solver, tasks, config)
-    with accelerator.split_between_processes(queries) as mine:
-        found = _with_progress(solver, mine, config, accelerator.is_main_process)
-    if accelerator.num_processes > 1:
-        found = gather_object(found)
+    if solver.has_trm:
+        queries = [q for task in tasks for q in task_queries(solver, task, views, seed)]
+        asked: Work = lambda own, told: answer(solver, own, config.inference, told)
+        found += _spread("answering", asked, queries, accelerator)
+    if solver.reader is not None:
+        readings = [r for task in tasks for r in task_readings(solver, task, views, seed)]
+        asked = lambda own, told: read(solver, own, config.reader, told)
+        found += _spread("reading", asked, readings, accelerator)
     return by_key(found)
+
+
+Work = Callable[[list, Callable[[int], None]], list]
+"""(items, told how many are done) -> results."""
+
+
+def _spread(what: str, work: Work, items: list, accelerator: Accelerator) -> list:
+    """Results of all items, split over the processes, with a progress bar on the main one."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not accelerator.is_main_process
+    with (
+        accelerator.split_between_processes(items) as mine,
+        Progress(*columns, console=progress_console(), disable=hidden) as progress,
+    ):
+        bar = progress.add_task("", total=len(mine))
+        found = work(mine, lambda done: progress.advance(bar, done))
+    return gather_object(found) if accelerator.num_processes > 1 else found
+
+
+def rank_all(
+    solver: Solver,
+    tasks: list[Task],
+    found: dict[Key, list[Candidate]],
+    config: EvalConfig,
+    accelerator: Accelerator,
+) -> dict[Key, list[Ranked]]:
+    """Each test input's grids, best first: by votes, or by the reader's log-probability."""
+    ranked = rank(tasks, found, config.seed)
+    decoding = config.reader
+    if solver.reader is None or decoding.rank == "votes":
+        return ranked
+    grids = {
+        key: [r.grid for r in own[: decoding.scored_candidates]] for key, own in ranked.items()
+    }
+    views = decoding.scoring_views
+    readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
+    asked: Work = lambda own, told: judge(solver, own, grids, decoding, told)
+    scores: dict[Key, list[list[float]]] = {}
+    for key, own in _spread("scoring", asked, readings, accelerator):
+        scores.setdefault(key, []).append(own)
+    return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
 
 
 def _say_what_is_unusual(solver: Solver, tasks: list[Task], config: EvalConfig) -> None:
@@ -129,15 +164,6 @@ def _say_what_is_unusual(solver: Solver, tasks: list[Task], config: EvalConfig) 
             f"the checkpoint kept the test pairs of {solver.test_set} out of training, not those "
             f"of {config.evaluation.test_set}: {known} tasks may be scored on pairs it has seen"
         )
-
-
-def _with_progress(
-    solver: Solver, queries: list[Query], config: EvalConfig, is_main: bool
-) -> list[tuple[Key, Candidate]]:
-    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=progress_console(), disable=not is_main) as progress:
-        bar = progress.add_task("", total=len(queries))
-        return answer(solver, queries, config.inference, lambda done: progress.advance(bar, done))
 
 
 def rank(
@@ -172,18 +198,18 @@ def _report(
     content = {
         "checkpoint": solver.name,
         "views": config.inference.views,
-        "steps": config.inference.steps or solver.trm.config.halt_max_steps,
+        "steps": _steps(solver, config),
+        "reader": config.reader.model_dump() if solver.reader is not None else None,
         "blank_task_embedding": config.inference.blank_task_embedding,
         "seed": config.seed,
-        "device": str(solver.trm.H_init.device),
+        "device": str(solver.device),
         "seconds_per_task": gpu_seconds,
         **scoring.scores_dict(scores),
     }
     write_text_atomically(out / "scores.json", json.dumps(content, indent=1) + "\n")
     console().print(scoring.task_table(scores))
     console().print(scoring.scores_table(scores))
-    on_gpu = torch.device(solver.trm.H_init.device).type == "cuda"
-    kind = "GPU" if on_gpu else "CPU"
+    kind = "GPU" if solver.device.type == "cuda" else "CPU"
     note(f"{kind}-seconds per task: {gpu_seconds:.2f}; written to {escape(str(out))}")
     return scores
 
@@ -198,7 +224,15 @@ def describe(config: EvalConfig) -> Table:
     table.add_row("tasks, test inputs", f"{len(tasks)}, {inputs}")
     table.add_row("in the id map", str(sum(solver.row_of(task) is not None for task in tasks)))
     table.add_row("answers known", str(sum(a is not None for g in known.values() for a in g)))
-    views, steps = config.inference.views, config.inference.steps
+    views, steps = config.inference.views, _steps(solver, config)
     table.add_row("queries", f"{inputs * views:,} ({views} views)")
-    table.add_row("supervision steps", str(steps or solver.trm.config.halt_max_steps))
+    if steps is not None:
+        table.add_row("supervision steps", str(steps))
     return table
+
+
+def _steps(solver: Solver, config: EvalConfig) -> int | None:
+    """Supervision steps of TRM, where there is one."""
+    if not solver.has_trm:
+        return None
+    return config.inference.steps or solver.trm.config.halt_max_steps

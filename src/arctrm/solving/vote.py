@@ -7,7 +7,7 @@ the order in which views were answered nor the batch they sat in can change who 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 
 import numpy as np
@@ -38,6 +38,8 @@ class Ranked:
     """Mean of their confidences."""
     sources: tuple[str, ...]
     """Who proposed it, sorted."""
+    reader_score: float | None = None
+    """The reader's log-probability of it (nats), mean over views; None if not scored."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
             groups[_key(candidate.grid)].append(candidate)
     ranked = [_ranked(group) for group in groups.values()]
     return sorted(ranked, key=lambda r: (-r.votes, -r.mean_q, _tie_break(r.grid, seed)))
+
+
+def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> list[Ranked]:
+    """The first of `ranked` reordered by the reader: `scores` has one list per view, one
+    log-probability per grid. What was not scored keeps its order behind them.
+    """
+    means = [fsum(views) / len(views) for views in zip(*scores, strict=True)]
+    scored = [replace(entry, reader_score=mean) for entry, mean in zip(ranked, means, strict=False)]
+    order = sorted(range(len(scored)), key=lambda i: -means[i])  # stable: votes decide ties
+    return [scored[i] for i in order] + list(ranked[len(scored) :])
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a TRM that answers: bundled weights, run folders, reference files.
+"""From a checkpoint on disk to a model that answers: bundled weights, run folders, reference files.
 
 A `Solver` knows which tasks its embeddings belong to. Tasks are recognised by the content of their
 demonstrations where the checkpoint recorded it, so that a renamed file is still known and another
@@ -9,16 +9,18 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ConfigDict, ValidationError
 from torch import nn
 
-from arctrm.config import DataConfig, InferenceConfig, TRMConfig
+from arctrm.config import DataConfig, InferenceConfig, ReaderConfig, TRMConfig
 from arctrm.config.base import StrictModel
 from arctrm.data.task import Task
 from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
 from arctrm.errors import CheckpointError
+from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
 from arctrm.training.source import view_of
@@ -34,9 +36,9 @@ SEPARATOR = "|||"
 
 @dataclass(frozen=True)
 class Solver:
-    """A TRM with its id map."""
+    """A model with its id map."""
 
-    trm: TRM
+    model: TRM | TinyReader
     """Its last task embedding is the mean of the trained ones: where an unseen task starts."""
     rows: dict[str, int]
     """Task key (content fingerprint, also with the id before it; else id) -> embedding row."""
@@ -51,6 +53,27 @@ class Solver:
     test_set: str | None = None
     """The subset whose test pairs were kept out of training."""
 
+    @property
+    def has_trm(self) -> bool:
+        """Whether there is a TRM to answer with."""
+        return not isinstance(self.model, TinyReader)
+
+    @property
+    def trm(self) -> TRM:
+        """The TRM, where there is one."""
+        assert not isinstance(self.model, TinyReader)
+        return self.model
+
+    @property
+    def reader(self) -> TinyReader | None:
+        """The reader, where there is one."""
+        return self.model if isinstance(self.model, TinyReader) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.puzzle_emb.weights.device
+
     def row_of(self, task: Task) -> int | None:
         """Embedding row of a task that the model was trained on, else None."""
         if not self.by_content:
@@ -61,13 +84,13 @@ class Solver:
     @property
     def mean_row(self) -> int:
         """Embedding row of the mean."""
-        return self.trm.puzzle_emb.weights.shape[0] - 1
+        return self.model.puzzle_emb.weights.shape[0] - 1
 
     def views_of(self, task: Task, count: int) -> list[tuple[View, int]] | None:
         """Views with their rows, for models with one embedding per view; None for the others."""
         if self.views:
             return self.views.get(task.id, [])[:count]
-        if self.trm.config.task_embedding == "shared":
+        if not self.has_trm or self.trm.config.task_embedding == "shared":
             return None
         row = self.row_of(task)
         if row is None:
@@ -100,11 +123,13 @@ def load_solver(
         solver = _reference_solver(checkpoint)
     else:
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
-    _append_mean(solver.trm)
-    trm = solver.trm.to(device).eval().requires_grad_(False)
-    trm.dtype = _inference_dtype(inference.dtype, device)
-    if inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
-        trm.level = torch.compile(run_level, dynamic=False)
+    _append_mean(solver.model)
+    model = solver.model.to(device).eval().requires_grad_(False)
+    model.dtype = _inference_dtype(inference.dtype, device)
+    if isinstance(model, TinyReader):
+        model.to(model.dtype)
+    elif inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
+        model.level = torch.compile(run_level, dynamic=False)
     return solver
 
 
@@ -127,7 +152,9 @@ class _Trained(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
     seed: int
+    model: Literal["trm", "reader"] = "trm"
     trm: TRMConfig
+    reader: ReaderConfig = ReaderConfig()
     data: DataConfig
 
 
@@ -161,7 +188,7 @@ def _own_solver(folder: Path) -> Solver:
         names = zip(meta.task_ids, keys, strict=True)
         rows |= {f"{name} {key}": row for row, (name, key) in enumerate(names)}
     return Solver(
-        _load_trm(folder, trained, len(meta.task_ids)),
+        _load_model(folder, trained, len(meta.task_ids)),
         rows,
         by_content,
         {},
@@ -173,14 +200,18 @@ def _own_solver(folder: Path) -> Solver:
     )
 
 
-def _load_trm(folder: Path, trained: _Trained, num_tasks: int) -> TRM:
+def _load_model(folder: Path, trained: _Trained, num_tasks: int) -> TRM | TinyReader:
     weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
     per_view = trained.data.num_aug if trained.trm.task_embedding == "per_view" else 1
     with torch.device("meta"):  # compare before anything of the configured size is made
-        trm = TRM(trained.trm, num_tasks * per_view)
-    check_names({n: tuple(t.shape) for n, t in trm.state_dict().items()}, weights, folder)
-    trm.load_state_dict(weights, assign=True)
-    return trm
+        model: TRM | TinyReader
+        if trained.model == "reader":
+            model = TinyReader(trained.reader, num_tasks)
+        else:
+            model = TRM(trained.trm, num_tasks * per_view)
+    check_names({n: tuple(t.shape) for n, t in model.state_dict().items()}, weights, folder)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def _reference_solver(path: Path) -> Solver:
@@ -226,6 +257,6 @@ def _reference_view(augmentation: list[str], where: Path) -> View:
     return View(int(match[1]), colours)
 
 
-def _append_mean(trm: TRM) -> None:
-    trained = trm.puzzle_emb.weights.detach()
-    trm.puzzle_emb.weights = nn.Parameter(torch.cat((trained, trained.mean(0, keepdim=True))))
+def _append_mean(model: TRM | TinyReader) -> None:
+    trained = model.puzzle_emb.weights.detach()
+    model.puzzle_emb.weights = nn.Parameter(torch.cat((trained, trained.mean(0, keepdim=True))))

@@ -1,0 +1,27 @@
+"""`[reader]` of eval, solve and baseline: how a reader decodes grids and scores candidates."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from arctrm.config.base import StrictModel
+
+
+class DecodingConfig(StrictModel):
+    """Decoding and scoring with a reader."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Prompts decoded side by side; by default 512 on a GPU and 16 on a CPU."""
+
+    min_probability: float = Field(0.0, ge=0, lt=1)
+    """Propose every grid at least this likely beside the greedy one; 0 = the greedy one alone."""
+
+    rank: Literal["votes", "experts"] = "votes"
+    """votes: by the share of views that propose a grid; experts: by the reader's log-probability
+    of it, summed over views."""
+
+    scored_candidates: int = Field(8, ge=1)
+    """Grids of each test input, the best by votes, that are scored."""
+
+    scoring_views: int = Field(8, ge=1)
+    """Views under which a candidate is scored."""

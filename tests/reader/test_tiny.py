@@ -1,0 +1,143 @@
+"""The tiny reader: one model whether packed for training or cached for decoding."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from arctrm.config import ReaderConfig
+from arctrm.data.task import Pair
+from arctrm.reader.attention import new_packing
+from arctrm.reader.interface import left_padded
+from arctrm.reader.tiny import GridRotary, TinyReader, llama_config
+from arctrm.reader.tokens import (
+    END,
+    OUTPUT_PART,
+    ROW_END,
+    SEPARATOR,
+    SIDE,
+    START,
+    pack_position,
+    pair_length,
+    pair_tokens,
+    prompt,
+)
+
+CONFIG = ReaderConfig(hidden_size=32, num_layers=2, num_heads=2)
+
+
+@pytest.fixture
+def reader():
+    torch.manual_seed(0)
+    return TinyReader(CONFIG, 3)
+
+
+def grids(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 10, size, dtype=np.uint8) for size in sizes]
+
+
+def packed_logits(reader, sequences, conditions):
+    """Logits of each sequence (tokens, positions), all packed on one axis."""
+    lengths = [len(tokens) for tokens, _ in sequences]
+    tokens, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*sequences, strict=True))
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    condition = reader.condition(*torch.tensor(conditions).unbind(1))
+    of_token = condition.repeat_interleave(torch.tensor(lengths), 0)
+    packing = new_packing(offsets, max(lengths), torch.float32)
+    return reader.head(reader.hidden(tokens, positions, of_token, packing)).split(lengths)
+
+
+def test_a_pair_is_start_input_separator_output_end_with_row_ends():
+    pair = Pair(np.array([[1, 2], [3, 4]], np.uint8), np.array([[5]], np.uint8))
+    tokens, positions = pair_tokens(pair, 1)
+    expected = [START, 1, 2, ROW_END, 3, 4, ROW_END, SEPARATOR, 5, ROW_END, END]
+    assert tokens.tolist() == expected
+    assert len(tokens) == pair_length(pair)
+    parts, y, x = positions // SIDE**2, positions // SIDE % SIDE, positions % SIDE
+    assert parts.tolist() == [4, 5, 5, 5, 5, 5, 5, 6, 7, 7, 7]
+    assert y.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1]
+    assert x.tolist() == [0, 0, 1, 2, 0, 1, 2, 0, 0, 1, 0]
+
+
+def test_a_prompt_is_the_pair_up_to_the_separator_and_says_where_the_output_begins():
+    query, output = grids((3, 4), (2, 2))
+    whole, places = pair_tokens(Pair(query, output), 0)
+    asked = prompt((), query)
+    assert asked.tokens.tolist() == whole[: len(asked.tokens)].tolist()
+    assert asked.tokens[-1] == SEPARATOR
+    assert asked.output_start == pack_position(OUTPUT_PART) == places[len(asked.tokens)]
+
+
+def test_packed_and_cached_logits_are_the_same(reader):
+    pairs = [Pair(*grids((3, 4), (2, 5))), Pair(*grids((6, 2), (7, 7), seed=1))]
+    conditions = [(0, 3, 1), (2, 5, 0)]
+    packed = packed_logits(reader, [pair_tokens(pair, 0) for pair in pairs], conditions)
+    prompts = [prompt((), p.input, c) for p, c in zip(pairs, conditions, strict=True)]
+    tokens, positions, mask = left_padded(prompts)
+    cache = reader.new_cache(tokens.shape[1] + 60)
+    logits = reader.logits(tokens, positions, torch.tensor(conditions), mask, cache)
+    y = torch.zeros(2, dtype=torch.long)
+    start = torch.tensor([p.output_start for p in prompts])
+    for row, asked in enumerate(prompts):
+        torch.testing.assert_close(
+            logits[row, -len(asked.tokens) :], packed[row][: len(asked.tokens)], atol=1e-5, rtol=0
+        )
+    for count in range(5):  # the first row of both outputs
+        x = torch.full_like(y, count)
+        now = torch.tensor([int(pair.output[0, count]) for pair in pairs])[:, None]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        places = reader.output_positions(start, count, y, x)[:, None]
+        logits = reader.logits(now, places, torch.tensor(conditions), mask, cache)
+        for row, asked in enumerate(prompts):
+            expected = packed[row][len(asked.tokens) + count]
+            torch.testing.assert_close(logits[row, 0], expected, atol=1e-5, rtol=0)
+
+
+def test_the_packed_layers_are_those_of_a_plain_llama(reader):
+    """Same weights in a LlamaForCausalLM with our rotary module: same logits."""
+    pair = Pair(*grids((3, 3), (3, 3)))
+    tokens, positions = (torch.from_numpy(x) for x in pair_tokens(pair, 0))
+    plain = LlamaForCausalLM(llama_config(CONFIG))
+    plain.load_state_dict(reader.llama.state_dict())
+    plain.model.rotary_emb = GridRotary(16, CONFIG.rope_base)
+    plain.set_attn_implementation("eager")
+    condition = reader.condition(*torch.tensor([(1, 2, 0)]).unbind(1))
+    embedded = plain.model.embed_tokens(tokens)[None] + condition
+    mask = torch.ones(1, len(tokens), dtype=torch.long)
+    out = plain(inputs_embeds=embedded, position_ids=positions[None], attention_mask=mask)
+    [packed] = packed_logits(reader, [(tokens.numpy(), positions.numpy())], [(1, 2, 0)])
+    torch.testing.assert_close(packed, out.logits[0], atol=1e-5, rtol=0)
+
+
+def test_a_token_sees_nothing_after_it_and_nothing_of_other_sequences(reader):
+    first, second = (pair_tokens(Pair(*grids((3, 3), (2, 2), seed=s)), 0) for s in (0, 1))
+    conditions = [(0, 0, 0), (1, 1, 1)]
+    before = packed_logits(reader, [first, second], conditions)
+    changed = first[0].copy()
+    changed[-4] = (changed[-4] + 1) % 10
+    after = packed_logits(reader, [(changed, first[1]), second], conditions)
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[0][:-4], after[0][:-4])
+    assert not torch.equal(before[0][-4:], after[0][-4:])
+
+
+def test_column_row_and_part_turn_angles_of_their_own():
+    rotary = GridRotary(32, 100.0)
+    origin, right, down, later = (pack_position(*p) for p in ((0,), (0, 0, 1), (0, 1), (1,)))
+    cos, _ = rotary(torch.zeros(1), torch.tensor([[origin, right, down, later]]))
+    changed = (cos[0, 1:] != cos[0, :1])[:, :16]
+    assert changed.sum(1).tolist() == [6, 6, 4]
+    assert changed.sum(0).tolist() == [1] * 16
+
+
+def test_task_dihedral_and_colour_flag_each_change_the_answer(reader):
+    sequence = pair_tokens(Pair(*grids((3, 3), (3, 3))), 0)
+    [base] = packed_logits(reader, [sequence], [(0, 0, 0)])
+    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        [logits] = packed_logits(reader, [sequence], [other])
+        assert not torch.allclose(base, logits)
+    without = TinyReader(ReaderConfig(**{**CONFIG.model_dump(), "task_embedding": False}), 3)
+    rows = torch.tensor([0, 1])
+    condition = without.condition(rows, torch.zeros_like(rows), torch.zeros_like(rows))
+    assert torch.equal(condition[0], condition[1])
