@@ -10,8 +10,8 @@ HIDDEN = 16
 class Output:
     """Unpacks as (z_init, texts)."""
 
-    def __init__(self, z_init, texts, num_tokens):
-        self.z_init, self.texts, self.num_tokens = z_init, texts, num_tokens
+    def __init__(self, z_init, texts, new_tokens):
+        self.z_init, self.texts, self.new_tokens = z_init, texts, new_tokens
 
     def __iter__(self):
         return iter((self.z_init, self.texts))

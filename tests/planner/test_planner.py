@@ -134,7 +134,7 @@ def test_the_history_is_complete(reader):
     assert [row["number"] for row in rows] == [1, 2, 3]
     assert [row["score"] for row in rows] == [0.25, 0.5, 1]
     assert [row["feedback"] for row in rows] == ["one", "two", "all right"]
-    assert all(len(row["text"]) == row["num_tokens"] == 4 for row in rows)
+    assert all(len(row["text"]) == row["new_tokens"] == 4 for row in rows)
 
 
 def test_one_problem_is_a_batch_of_one(reader, make_reader):
@@ -213,7 +213,7 @@ def test_metrics_average_over_samples_and_count_new_tokens(reader):
 def test_a_reader_that_tells_no_length_has_none_counted(make_reader):
     reader = make_reader(tells_lengths=False)
     result = ARCPlanner(reader).multi_attempt_solve("a", lambda z_init, text: (True, ""))
-    assert result.reasoning_history[0].num_tokens is None
+    assert result.reasoning_history[0].new_tokens is None
     assert "avg_reasoning_length" not in result.metrics
 
 

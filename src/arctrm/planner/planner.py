@@ -36,7 +36,7 @@ class LatentGenerator(Protocol):
     ) -> Any:
         """Something that unpacks as (z_init [b, H], new texts).
 
-        Its `num_tokens`, if it has one, tells the number of new tokens of each text.
+        Its `new_tokens`, if it has them, are the numbers of new tokens in each text.
         """
 
 
@@ -59,13 +59,13 @@ class _ReadByName:
 class Attempt(_ReadByName):
     """One round of reader and verifier."""
 
-    names = ("number", "text", "score", "success", "feedback", "num_tokens")
+    names = ("number", "text", "score", "success", "feedback", "new_tokens")
 
     number: int
     """From 1."""
     text: str
     """New text of the reader."""
-    num_tokens: int | None
+    new_tokens: int | None
     """New tokens in it; None if the reader does not tell."""
     verdict: Verdict
     """What the verifier said."""
@@ -124,7 +124,7 @@ class PlannerResult(_ReadByName):
         avg_reasoning_length is the mean number of new tokens per attempt, left out if the reader
         does not tell.
         """
-        lengths = [a.num_tokens for a in self.reasoning_history if a.num_tokens is not None]
+        lengths = [a.new_tokens for a in self.reasoning_history if a.new_tokens is not None]
         own = {
             "avg_attempts": float(self.total_attempts),
             "success_rate": float(self.success),
@@ -210,7 +210,7 @@ class ARCPlanner:
                 prompts, latent_prefix=prefix, max_length=self.max_length
             )
             z_init, texts = output
-            lengths = getattr(output, "num_tokens", None)
+            lengths = getattr(output, "new_tokens", None)
             lengths = [None] * len(texts) if lengths is None else [int(n) for n in lengths]
             read |= zip(rows, zip(z_init, texts, lengths, strict=True), strict=True)
         return [read[row] for row in running]

@@ -35,7 +35,7 @@ def shortened(text: str, max_length: int) -> str:
 
 
 def _cells(attempt: Attempt, kept: bool, max_text: int) -> Sequence[Text]:
-    tokens = "-" if attempt.num_tokens is None else f"{attempt.num_tokens:,}"
+    tokens = "-" if attempt.new_tokens is None else f"{attempt.new_tokens:,}"
     return [
         Text(f"{attempt.number}{' *' if kept else ''}"),
         Text(f"{attempt.score:.2f}"),
