@@ -166,7 +166,7 @@ def test_a_prefix_may_be_one_vector_several_or_several_per_text(folder):
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ((WIDTH + 1,), r"latent_prefix has the shape \[33\], allowed are .* with D = 32, the width"),
+        ((WIDTH + 1,), r"latent_prefix has the shape \[33\], allowed .* with D = 32, the width"),
         ((), r"latent_prefix has the shape \[\]"),
         ((1, 1, 1, WIDTH), r"latent_prefix has the shape \[1, 1, 1, 32\]"),
         ((3, 2, WIDTH), r"latent_prefix is for 3 texts, and 2 were given"),
