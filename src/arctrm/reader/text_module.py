@@ -28,7 +28,10 @@ class TextReader(Protocol):
     """What is asked of a reader besides reading grids: to tokenise, embed and run text."""
 
     name: str
-    model: nn.Module
+
+    @property
+    def model(self) -> nn.Module:
+        """Holds the weights."""
 
     @property
     def hidden_size(self) -> int:
