@@ -77,7 +77,7 @@ def oracle_for(tasks, num_views, layout="compact"):
             truth.append(canvas.encode(query.view.apply(output), *query.codes.shape))
             queries.append(replace(query, row=len(queries)))
             answers.append(output)
-    return replace(asker, trm=Oracle(truth, layout)), queries, answers
+    return replace(asker, model=Oracle(truth, layout)), queries, answers
 
 
 def same(a, b):

@@ -34,6 +34,9 @@ class TRMConfig(StrictModel):
     num_prefix_slots: int = Field(8, ge=3)
     """Slots TRM attends to beside the canvas: task embedding, dihedral code, colour flag, rest."""
 
+    num_context_slots: int = Field(0, ge=0)
+    """Slots beside those, filled by what a reader says of the task (zero without a reader)."""
+
     rope_base: float = Field(100.0, gt=1)
     """Base of the rotary positions (the reference uses 10000)."""
 
@@ -77,6 +80,11 @@ class TRMConfig(StrictModel):
                 "set trm.condition_cells = false or trm.layout = 'compact'"
             )
         return self
+
+    @property
+    def num_slots(self) -> int:
+        """All slots before the cells of a row."""
+        return self.num_prefix_slots + self.num_context_slots
 
     @property
     def inner_size(self) -> int:

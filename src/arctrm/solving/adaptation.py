@@ -107,7 +107,7 @@ class Adapter:
 
 def _row_tokens(trm: TRM, pair: Pair) -> int:
     height, width = pair_canvas(pair)
-    return trm.config.num_prefix_slots + height * width
+    return trm.config.num_slots + height * width
 
 
 def held_out(task: Task, seed: int) -> int | None:

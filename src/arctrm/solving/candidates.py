@@ -97,7 +97,7 @@ def batches(
     solver: Solver, queries: Sequence[Query], inference: InferenceConfig
 ) -> Iterator[list[Query]]:
     """The queries in packed batches, in order."""
-    slots = solver.trm.config.num_prefix_slots
+    slots = solver.trm.config.num_slots
     return pack(queries, batch_tokens(solver, inference), slots)
 
 
@@ -154,7 +154,7 @@ def answer_batch(
         ) from error
     found, begin = [], 0
     for query, q, length in zip(batch, q_halt, lengths, strict=True):
-        cells = codes[begin + solver.trm.config.num_prefix_slots : begin + length]
+        cells = codes[begin + solver.trm.config.num_slots : begin + length]
         begin += length
         grid = canvas.decode(cells.reshape(query.codes.shape))
         grid = None if grid is None else query.view.inverse(grid)
@@ -171,7 +171,7 @@ def run_batch(
     batch; the room that is not used holds dummies.
     """
     trm, device = solver.trm, solver.trm.H_init.device
-    slots = trm.config.num_prefix_slots
+    slots = trm.config.num_slots
     lengths = [slots + query.codes.size for query in batch]
     num_tokens, num_rows = sum(lengths), len(batch)
     if static:

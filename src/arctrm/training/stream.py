@@ -109,7 +109,7 @@ class PairStream:
             tight = (need + rows[:, shift] + 1).clamp(max=MAX_SIDE)
             extra = (u[:, 1] * u[:, 2] * (MAX_SIDE + 1 - tight)).long() * enlarged
             rows[:, size] = tight + extra if self.trm.layout == "compact" else MAX_SIDE
-        rows[:, LENGTH] = self.trm.num_prefix_slots + rows[:, HEIGHT] * rows[:, WIDTH]
+        rows[:, LENGTH] = self.trm.num_slots + rows[:, HEIGHT] * rows[:, WIDTH]
 
     def next_batch(self, state: StreamState, model: TRM) -> Batch:
         """Keep the unfinished rows, fill up from the queue; updates rows and queue in place."""
@@ -133,7 +133,7 @@ class PairStream:
         return Batch(rows, tokens, codes, labels, latents)
 
     def _tokens(self, rows: Tensor, num_tokens: int) -> TokenMap:
-        slots = self.trm.num_prefix_slots
+        slots = self.trm.num_slots
         return token_map(rows[:, LENGTH], rows[:, WIDTH], num_tokens, longest_row(self.trm), slots)
 
     def _carry(
@@ -151,7 +151,7 @@ class PairStream:
 
     def _cells(self, rows: Tensor, tokens: TokenMap) -> tuple[Tensor, Tensor]:
         """Input codes and output labels [T] of a packed batch."""
-        real = (tokens.row < rows.shape[0]) & (tokens.slot >= self.trm.num_prefix_slots)
+        real = (tokens.row < rows.shape[0]) & (tokens.slot >= self.trm.num_slots)
         row = rows[torch.where(real, tokens.row, 0)]
         pair = self.source.pairs[row[:, PAIR]]
         y, x = tokens.y - row[:, SHIFT_Y], tokens.x - row[:, SHIFT_X]

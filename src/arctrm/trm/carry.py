@@ -56,7 +56,7 @@ class ReferenceTRM(nn.Module):
     def initial_carry(self, batch: dict[str, Tensor]) -> Carry:
         """All rows halted, so that the first call fills them from its batch."""
         rows, device = batch["inputs"].shape[0], batch["inputs"].device
-        tokens = rows * (NUM_CELLS + self.trm.config.num_prefix_slots)
+        tokens = rows * (NUM_CELLS + self.trm.config.num_slots)
         return Carry(
             self.trm.initial_latents(tokens),
             torch.zeros(rows, dtype=torch.int32, device=device),
@@ -73,7 +73,7 @@ class ReferenceTRM(nn.Module):
         }
         steps = torch.where(fresh, 0, carry.steps) + 1
         latents, prediction = self._step(self._reset(fresh, carry.latents), data)
-        rows, slots = fresh.shape[0], self.trm.config.num_prefix_slots
+        rows, slots = fresh.shape[0], self.trm.config.num_slots
         logits = prediction.logits.unflatten(0, (rows, -1))[:, slots:]
         halted = self._halted(prediction.q_halt, steps)
         outputs = {"logits": logits, "q_halt_logits": prediction.q_halt}
@@ -92,7 +92,7 @@ class ReferenceTRM(nn.Module):
 
     def _step(self, latents: Latents, data: dict[str, Tensor]):
         rows, device = data["inputs"].shape[0], data["inputs"].device
-        slots = self.trm.config.num_prefix_slots
+        slots = self.trm.config.num_slots
         length = slots + NUM_CELLS
         place = torch.arange(length, device=device).repeat(rows)
         row = torch.arange(rows, device=device)

@@ -100,9 +100,17 @@ class TRM(nn.Module):
         )
 
     def prefix(
-        self, embedding_row: Tensor, dihedral: Tensor, colour_flag: Tensor, blank: bool = False
+        self,
+        embedding_row: Tensor,
+        dihedral: Tensor,
+        colour_flag: Tensor,
+        blank: bool = False,
+        context: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prefix slots [R, P, D] and the vector [R, D] that conditions every cell.
+
+        `context` [R, C, D] is what a reader says of the task, in the units of the other slots;
+        its slots are zero without it.
 
         Slot 0 is the task embedding; in the compact layout slots 1 and 2 hold the dihedral code
         and the flag "colours as in the task", the rest are learned. `blank` is the ablation that
@@ -113,14 +121,20 @@ class TRM(nn.Module):
             task = torch.zeros_like(task)
         rows, slots = task.shape[0], self.config.num_prefix_slots
         if self.config.layout == "reference":
-            return F.pad(task[:, None], (0, 0, 0, slots - 1)), torch.zeros_like(task)
+            padded = F.pad(task[:, None], (0, 0, 0, slots - 1))
+            return self._with_context(padded, context), torch.zeros_like(task)
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         flag = self.colour_flag_emb.weights.index_select(0, colour_flag)
         if self.config.task_embedding == "per_view":
             turn, flag = torch.zeros_like(turn), torch.zeros_like(flag)
         learned = self.slots.weights.expand(rows, -1, -1)
         prefix = torch.cat((torch.stack((task, turn, flag), dim=1), learned), dim=1)
-        return prefix, (task + turn + flag) * float(self.config.condition_cells)
+        return self._with_context(prefix, context), (task + turn + flag) * float(self.config.condition_cells)
+
+    def _with_context(self, slots_RPD: Tensor, context: Tensor | None) -> Tensor:
+        if context is None:
+            return F.pad(slots_RPD, (0, 0, 0, self.config.num_context_slots))
+        return torch.cat((slots_RPD, context.to(slots_RPD.dtype)), dim=1)
 
     def embed(
         self, codes_T: Tensor, row_T: Tensor, first_token: Tensor, prefix: Tensor, condition: Tensor
@@ -130,7 +144,7 @@ class TRM(nn.Module):
         `row_T` is the row of each token (tokens of no row point past the end), `first_token` [R]
         the place of each row's slot 0 (T or more: the row is not there).
         """
-        num_tokens, num_slots = codes_T.shape[0], self.config.num_prefix_slots
+        num_tokens, num_slots = codes_T.shape[0], self.config.num_slots
         # A product with one-hot rows: its gradient is a product too, not a contended scatter.
         one_hot = F.one_hot(codes_T.long(), VOCABULARY).to(self.dtype)
         cells = one_hot @ self.embed_tokens.embedding_weight.to(self.dtype)

@@ -36,7 +36,7 @@ class TokenMap(NamedTuple):
 
 def longest_row(config: TRMConfig) -> int:
     """Tokens of a row with a full 30x30 canvas."""
-    return config.num_prefix_slots + MAX_SIDE * MAX_SIDE
+    return config.num_slots + MAX_SIDE * MAX_SIDE
 
 
 def token_map(
