@@ -149,6 +149,12 @@ def test_every_tokenizer_is_loaded_as_it_was_saved(tokenizer, tmp_path):
     assert prompt.output_start == len(prompt.tokens)
 
 
+def test_a_prompt_leaves_room_for_the_largest_grid_unless_bounded(folder):
+    assert load(folder()).max_prompt_tokens == 1024 // 2  # 931 tokens would leave almost nothing
+    assert load(folder(max_position_embeddings=4096)).max_prompt_tokens == 4096 - 931
+    assert load(folder(), max_tokens=100).max_prompt_tokens == 100
+
+
 def test_a_frozen_reader_has_nothing_to_train_and_stays_in_evaluation_mode(folder):
     reader = load(folder())
     assert reader.trainable_parameters() == {}

@@ -1,13 +1,18 @@
 """Latents and new text: what plain transformers gives, alone and in batches, with gradient."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hub_models import ARCHITECTURES, WIDTH, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arctrm.config.reader_hub import HubReaderConfig
+from arctrm.data.task import Pair, Task
 from arctrm.errors import ConfigError
 from arctrm.reader.hub_loading import load_hub_reader
+from arctrm.reader.prompts import chat_prompt
 from arctrm.reader.text_module import LatentOutput, TextReasoningModule
 
 TEXTS = [
@@ -231,6 +236,19 @@ def test_different_problems_give_different_latents(folder):
     module = TextReasoningModule(str(folder()))
     z_init = module.generate_latent(["input\n01\n", "input\n10\n"], max_length=0).z_init
     assert not torch.allclose(z_init[0], z_init[1])
+
+
+def test_a_chat_prompt_is_continued_as_its_template_made_it(tmp_path):
+    module = TextReasoningModule(str(save_model(tmp_path, chat=True)))
+    task = Task("t", (Pair(np.eye(2, dtype=np.uint8), np.eye(3, dtype=np.uint8)),), ())
+    task = replace(task, test=(Pair(np.zeros((1, 2), np.uint8)),))
+    built = chat_prompt(module.reader, task, 0, 1000)
+    out = module.continue_prompts([built.prompt], max_length=5)
+    assert out.prompt_tokens == [len(built.prompt.tokens)]
+    model, tokenizer = plain(tmp_path)
+    ids = torch.tensor(built.prompt.tokens)[None]
+    new = model.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0)[0, ids.shape[1] :]
+    assert out.text == [tokenizer.decode(new, skip_special_tokens=True)]
 
 
 def test_a_loaded_reader_can_be_given(folder):

@@ -24,11 +24,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from arctrm.config.reader_hub import HubReaderConfig
+from arctrm.data.task import MAX_SIDE
 from arctrm.errors import ConfigError
 from arctrm.reader.interface import GridTokens, Prompt
 from arctrm.reader.probing import probe
 from arctrm.reader.prompts import new_spelling, text_tokens
 from arctrm.trm.strict import check_names
+
+LARGEST_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1
+"""Tokens of a 30x30 grid, row ends and the end included."""
 
 
 class HubReader:
@@ -64,6 +68,12 @@ class HubReader:
         """Tokens that the model can hold: prompt, prefix and new ones together."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None) or 2**31
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Bound on a prompt: the configured one, else what leaves room for the largest grid."""
+        room = max(self.max_tokens - LARGEST_OUTPUT, self.max_tokens // 2)
+        return min(self.config.max_tokens or room, self.max_tokens)
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

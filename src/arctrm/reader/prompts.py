@@ -15,6 +15,7 @@ import numpy as np
 from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import IDENTITY, View
 from arctrm.errors import ConfigError
+from arctrm.reader.grammar import encode_grid
 from arctrm.reader.interface import GridTokens, Prompt
 from arctrm.reader.probing import merges_digits
 
@@ -84,10 +85,7 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
 
 def spell_grid(tokens: GridTokens, grid: Grid) -> np.ndarray:
     """Ids of a grid, int64 [height x (width + 1) + 1]: rows, row ends, the end."""
-    height, width = grid.shape
-    ids = np.full((height, width + 1), tokens.row_end, dtype=np.int64)
-    ids[:, :width] = np.array(tokens.colours, dtype=np.int64)[grid]
-    return np.append(ids.ravel(), tokens.end)
+    return encode_grid(grid, tokens)[0]
 
 
 def task_prompt(

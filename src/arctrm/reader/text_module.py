@@ -8,98 +8,20 @@ more over all tokens with one, and `hidden_states` is the differentiable way for
 Legend: B texts, S tokens, P prefix vectors, N new tokens, D width of the reader.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from arctrm.config.reader_hub import HubReaderConfig
 from arctrm.config.sentences import Setting, Settings, config_error
 from arctrm.errors import ConfigError
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.interface import Prompt, left_padded
-
-
-class TextReader(Protocol):
-    """What is asked of a reader besides reading grids: to tokenise, embed and run text."""
-
-    name: str
-
-    @property
-    def model(self) -> nn.Module:
-        """Holds the weights."""
-
-    @property
-    def hidden_size(self) -> int:
-        """Width D of the hidden states."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that the model can hold: prompt, prefix and new ones together."""
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """The ids that end a text."""
-
-    def new_cache(self, length: int) -> StaticCache:
-        """An empty cache for `length` tokens, padding included."""
-
-    def text_prompt(self, text: str) -> Prompt:
-        """A text as tokens; `output_start` is the position of what follows it."""
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of new tokens, without special ones."""
-
-    def positions_after(self, start_B: Tensor, tokens_BN: Tensor, num_prefix: int) -> Tensor:
-        """Positions int64 [B, P + N] of a prefix and the new tokens after it."""
-
-    def embed(self, tokens_BS: Tensor, condition_B3: Tensor) -> Tensor:
-        """Embeddings [B, S, D]."""
-
-    def run(
-        self,
-        inputs: Tensor,
-        positions_BS: Tensor,
-        attention_mask: Tensor,
-        cache: StaticCache | None = None,
-    ) -> Tensor:
-        """Hidden states after the final norm, float32 [B, S, D], of embeddings [B, S, D]."""
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 [..., V]."""
-
-    def train(self, mode: bool = True) -> Any:
-        """Training mode, where the reader is trained."""
-
-
-@dataclass(frozen=True, eq=False)
-class LatentOutput:
-    """What `generate_latent` gives; unpacks as `z_init, text`.
-
-    A list of texts was given: `z_init` is [B, D] and the other fields are lists.
-    """
-
-    z_init: Tensor
-    """float32 [D] or [B, D]: the hidden state of the last token read, see `generate_latent`."""
-    text: str | list[str]
-    """New text only."""
-    prompt_tokens: int | list[int]
-    """Tokens of the problem text."""
-    new_tokens: int | list[int]
-    """Tokens of the new text, without the one that ended it."""
-    prefix_tokens: int = 0
-    """Vectors of the latent prefix."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.z_init, self.text))
+from arctrm.reader.text_interface import LatentOutput, TextReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,16 +110,25 @@ class TextReasoningModule(nn.Module):
             ConfigError: an empty text, a prefix of another width, or more than the model holds.
         """
         texts = [problem_text] if isinstance(problem_text, str) else list(problem_text)
+        out = self.continue_prompts(self._prompts(texts), latent_prefix, max_length)
+        return out.first() if isinstance(problem_text, str) else out
+
+    def continue_prompts(
+        self, prompts: Sequence[Prompt], latent_prefix: Tensor | None = None, max_length: int = 128
+    ) -> LatentOutput:
+        """As `generate_latent`, for prompts that are tokens already (a chat template's, say).
+
+        Raises:
+            ConfigError: as there.
+        """
         if max_length < 0:
             raise ConfigError(f"max_length = {max_length} new tokens, allowed is 0 or more")
-        read = self._read(texts, latent_prefix, max_length)
+        read = self._read(prompts, latent_prefix, max_length)
         z_init, new, lengths = self._generate(read, max_length)
         if torch.is_grad_enabled() and self._is_trained(latent_prefix):
             z_init = self._latent_of(read, new, lengths)
         ids = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
         written = [self.reader.text_of(row) for row in ids]
-        if isinstance(problem_text, str):
-            return LatentOutput(z_init[0], written[0], read.lengths[0], lengths[0], read.num_prefix)
         return LatentOutput(z_init, written, read.lengths, lengths, read.num_prefix)
 
     def hidden_states(
@@ -212,21 +143,25 @@ class TextReasoningModule(nn.Module):
             ConfigError: as `generate_latent`.
         """
         texts = [problem_texts] if isinstance(problem_texts, str) else list(problem_texts)
-        read = self._read(texts, latent_prefix, 0)
+        read = self._read(self._prompts(texts), latent_prefix, 0)
         return self.reader.run(read.embedded, read.positions, read.mask), read.mask.bool()
 
-    def _read(self, texts: list[str], latent_prefix: Tensor | None, max_length: int) -> _Read:
-        """Tokenise and embed texts, the prefix behind them."""
+    def _prompts(self, texts: Sequence[str]) -> list[Prompt]:
         if not texts:
             raise ConfigError("problem_text is an empty list; give at least one text")
-        prompts = [self.reader.text_prompt(text) for text in texts]
+        return [self.reader.text_prompt(text) for text in texts]
+
+    def _read(
+        self, prompts: Sequence[Prompt], latent_prefix: Tensor | None, max_length: int
+    ) -> _Read:
+        """Embed prompts, the prefix behind them."""
         tokens, positions, mask = (part.to(self.device) for part in left_padded(prompts))
         start = torch.tensor([p.output_start for p in prompts], device=self.device)
         condition = torch.tensor([p.condition for p in prompts], device=self.device)
         embedded = self.reader.embed(tokens, condition)
         num_prefix = 0
         if latent_prefix is not None:
-            prefix = self._prefix(latent_prefix, len(texts)).to(embedded)
+            prefix = self._prefix(latent_prefix, len(prompts)).to(embedded)
             num_prefix = prefix.shape[1]
             after = self.reader.positions_after(start, tokens[:, :0], num_prefix)
             embedded = torch.cat([embedded, prefix], 1)
