@@ -53,7 +53,7 @@ class PlainReader:
             config.sliding_window = 6
         self.model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
-            self.model.lm_head.weight.mul_(2)
+            self.model.lm_head.weight.mul_(1.2)
         self.bias = torch.zeros(VOCABULARY)
         self.bias[[*TOKENS.colours[3:]]] -= rare
         self.bias[TOKENS.end] += rare / 4
