@@ -21,6 +21,7 @@ from arctrm.reader.tokens import (
     OUTPUT_PART,
     PAD,
     PARTS_PER_PAIR,
+    PREFIX,
     ROW_END,
     SEPARATOR,
     SEPARATOR_PART,
@@ -31,13 +32,14 @@ from arctrm.reader.tokens import (
 from arctrm.training.losses import IGNORE
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 
-# Columns of a row: which pair, seen how, where in its sequence; length 0: no pair.
-PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH = range(6)
-COLOURS = slice(6, 6 + NUM_COLOURS)
-NUM_COLUMNS = 6 + NUM_COLOURS
+# Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
+# SOFT is no pair but a soft prefix.
+PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT = range(7)
+COLOURS = slice(7, 7 + NUM_COLOURS)
+NUM_COLUMNS = 7 + NUM_COLOURS
 
 CONTEXT_WINDOW = 16
-"""Other pairs of a task among which those that come first are drawn."""
+"""Pairs of a task, at least, among which those that come first are drawn."""
 
 
 class ReaderBatch(NamedTuple):
@@ -62,10 +64,11 @@ class ReaderStream:
     def __init__(self, source: PairSource, config: ReaderConfig, dtype: torch.dtype):
         self.source, self.config, self.dtype = source, config, dtype
         self.num_pairs = config.pairs_per_sequence
+        self.window = max(CONTEXT_WINDOW, self.num_pairs)
         order = source.pairs[:, 0].argsort(stable=True)
-        counts = torch.bincount(source.pairs[:, 0], minlength=source.fixed.shape[0])
-        self.by_task, self.task_count = order, counts
-        self.task_begin = counts.cumsum(0) - counts
+        self.by_task = order[source.drawable[order]]
+        counts = torch.bincount(source.pairs[self.by_task, 0], minlength=source.fixed.shape[0])
+        self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
 
     def draw(self, count: int) -> Tensor:
@@ -74,34 +77,37 @@ class ReaderStream:
         last = self.source.draw_pairs(uniform[:, 0])
         task = self.source.pairs[last, 0]
         _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
-        pairs = torch.cat((self._others(last, task, uniform[:, 2]), last[:, None]), dim=1)
-        rows = torch.zeros(count, self.num_pairs, NUM_COLUMNS, dtype=torch.long, device=self.device)
+        others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
+        return self.sequences(torch.cat((others, last[:, None]), dim=1), task, dihedral, colours)
+
+    def sequences(self, pairs: Tensor, task: Tensor, dihedral: Tensor, colours: Tensor) -> Tensor:
+        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence."""
+        rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
         rows[..., TASK] = task[:, None]
         rows[..., DIHEDRAL] = dihedral[:, None]
         rows[..., FLAG] = same_colours(colours)[:, None]
         rows[..., COLOURS] = colours[:, None]
-        lengths = self._lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)
+        lengths = self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)
         rows[..., LENGTH] = self._fitting(lengths)
         rows[..., INDEX] = (rows[..., LENGTH] > 0).cumsum(1) - 1
         return rows
 
-    def _others(self, last: Tensor, task: Tensor, uniform: Tensor) -> Tensor:
-        """Up to K - 1 distinct other pairs of each task, int64 [n, K - 1]; -1 where there is none.
+    def others(self, last: Tensor, task: Tensor, uniform: Tensor) -> Tensor:
+        """Distinct other pairs of each task in random order, int64 [n, CONTEXT_WINDOW]; -1 behind.
 
-        Of a task with many pairs they come from a random window of CONTEXT_WINDOW.
+        Of a task with many pairs they come from a random window; none has the weight zero.
         """
         count, begin = self.task_count[task][:, None], self.task_begin[task][:, None]
-        window = torch.arange(CONTEXT_WINDOW, device=self.device)
+        window = torch.arange(self.window, device=self.device)
         place = (window + (uniform[:, None] * count).long()) % count
         pairs = self.by_task[begin + place]
         absent = (window >= count) | (pairs == last[:, None])
         keys = torch.rand(pairs.shape, device=self.device) + 2 * absent
         keys, order = keys.sort(1)
-        chosen = torch.where(keys < 2, pairs.gather(1, order), -1)
-        return chosen[:, : self.num_pairs - 1]
+        return torch.where(keys < 2, pairs.gather(1, order), -1)
 
-    def _lengths(self, rows: Tensor) -> Tensor:
+    def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
         pair = self.source.pairs[rows[:, PAIR]]
         total = torch.full_like(rows[:, PAIR], 3)
@@ -123,9 +129,13 @@ class ReaderStream:
         waiting = torch.cat((queue_NKC, self.draw(num_sequences)))
         index = torch.arange(num_sequences, device=self.device) + fits.sum()
         queue_NKC.copy_(waiting[index])
-        return self._pack(rows, num_sequences, num_tokens)
+        return self.pack(rows, num_sequences, num_tokens)
 
-    def _pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> ReaderBatch:
+    def pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> ReaderBatch:
+        """Lay rows [R, columns] of `num_sequences` sequences on an axis of `num_tokens`.
+
+        A row whose length is less than its pair's ends early.
+        """
         longest = self.config.longest_sequence
         lengths = rows[:, LENGTH]
         starts = torch.arange(-(-num_tokens // longest), device=self.device) * longest
@@ -177,5 +187,9 @@ class ReaderStream:
             (slot == end, END, OUTPUT_PART),
         ):
             tokens, part = torch.where(at, token, tokens), torch.where(at, mark_part, part)
+        soft = row[:, SOFT].bool()
+        tokens, part = torch.where(soft, PREFIX, tokens), torch.where(soft, START_PART, part)
+        y, x = torch.where(soft, 0, y), torch.where(soft, slot, x)
         part = part + row[:, INDEX] * PARTS_PER_PAIR
-        return tokens, (part * SIDE + y) * SIDE + x, (slot >= separator) & (slot < end)
+        is_output = (slot >= separator) & (slot < end) & ~soft
+        return tokens, (part * SIDE + y) * SIDE + x, is_output

@@ -33,7 +33,9 @@ class PairSource:
         bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
         self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
         self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
-        self.cumulative = torch.from_numpy(_cumulative_weights(base, data)).to(device)
+        weights = _weights(base, data)
+        self.drawable = torch.from_numpy(weights > 0).to(device)
+        self.cumulative = torch.from_numpy(weights.cumsum() / weights.sum()).to(device)
 
     def draw_pairs(self, uniform: Tensor) -> Tensor:
         """Rows int64 [n] of `pairs` by weight, from float64 [n] in [0, 1)."""
@@ -102,8 +104,8 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
     return (x >> 40 & 0xFFFFFF).float() / 2**24
 
 
-def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs], rising to 1: the weight of a pair is its subset's times its area's."""
+def _weights(base: BaseSet, data: DataConfig) -> np.ndarray:
+    """float64 [num_pairs]: the weight of a pair is its subset's times its area's."""
     unknown = set(data.weights) - set(base.meta.subsets)
     if unknown:
         raise DataError(
@@ -116,4 +118,4 @@ def _cumulative_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
     weights = by_subset[pairs[:, PAIR_COLUMNS.index("subset")]] * areas**-data.area_power
     if not weights.sum() > 0:
         raise DataError("data.weights leaves no pair to draw; give a subset a weight above 0")
-    return weights.cumsum() / weights.sum()
+    return weights

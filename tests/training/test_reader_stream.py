@@ -1,0 +1,284 @@
+"""The reader's packed rows are the numpy codec's pairs under the drawn view; only outputs are
+labelled; sequences are packed in order and none is preferred.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.config import DataConfig, ReaderConfig
+from arctrm.config.reader import PAIR_TOKENS
+from arctrm.data.dataset import base_set_from_tasks
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Pair, Task
+from arctrm.data.views import View
+from arctrm.reader.tokens import END, PAD, SEPARATOR, pair_length, pair_tokens
+from arctrm.training import reader_stream as s
+from arctrm.training.losses import IGNORE
+from arctrm.training.source import PairSource
+
+CPU = torch.device("cpu")
+TOKENS, SEQUENCES = 4096, 64
+FORMS = ("pair", "task")
+
+
+@pytest.fixture(scope="module")
+def base():
+    tasks = {name: load_tasks(name, max_tasks=12) for name in ("training", "evaluation")}
+    return base_set_from_tasks(tasks, "evaluation", 50)
+
+
+def make(base, form, data=None, seed=0, **reader):
+    config = ReaderConfig(hidden_size=16, num_heads=2, num_layers=1, sequence=form, **reader)
+    torch.manual_seed(seed)
+    source = PairSource(base, data or DataConfig(num_aug=50), seed, CPU)
+    return s.ReaderStream(source, config, torch.float32)
+
+
+def batches(stream, count, num_tokens=TOKENS, num_sequences=SEQUENCES):
+    queue = stream.draw(num_sequences)
+    for _ in range(count):
+        yield stream.next_batch(queue, num_tokens)
+
+
+def sequences(batch, stream):
+    """(rows [K, columns], slice of the token axis) of each sequence that is there."""
+    rows = batch.rows.view(-1, stream.num_pairs, s.NUM_COLUMNS)
+    for index, own in enumerate(rows):
+        begin, end = batch.packing.offsets[index : index + 2].tolist()
+        if end > begin:
+            yield own, slice(begin, end)
+
+
+def as_seen(base, row):
+    view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
+    assert view.identity_colours == bool(row[s.FLAG])
+    pair = base.pair(int(row[s.PAIR]))
+    return Pair(view.apply(pair.input), view.apply(pair.output))
+
+
+def lengths(rows_NKC):
+    """Tokens of each sequence."""
+    return rows_NKC[..., s.LENGTH].sum(1)
+
+
+# -- what a sequence is
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_and_positions_are_the_codecs_of_the_drawn_view(base, form):
+    stream = make(base, form)
+    seen = several = 0
+    for batch in batches(stream, 12):
+        for rows, where in sequences(batch, stream):
+            present = [row for row in rows if row[s.LENGTH]]
+            pairs = [as_seen(base, row) for row in present]
+            parts = [pair_tokens(pair, index) for index, pair in enumerate(pairs)]
+            tokens, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
+            np.testing.assert_array_equal(batch.tokens[where].numpy(), tokens)
+            np.testing.assert_array_equal(batch.positions[where].numpy(), positions)
+            assert [int(row[s.LENGTH]) for row in present] == [pair_length(p) for p in pairs]
+            seen, several = seen + 1, several + (len(pairs) > 1)
+    assert seen > 12
+    assert (several > 6) == (form == "task")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_labels_are_the_next_token_of_outputs_and_of_nothing_else(base, form):
+    """From each separator to the last row end of its output; never across pairs."""
+    stream = make(base, form)
+    for batch in batches(stream, 3):
+        expected = torch.full_like(batch.labels, IGNORE)
+        for _, where in sequences(batch, stream):
+            output = False
+            for place in range(where.start, where.stop):
+                token = int(batch.tokens[place])
+                output = (output or token == SEPARATOR) and token != END
+                if output:
+                    expected[place] = batch.tokens[place + 1]
+        assert torch.equal(batch.labels, expected)
+        assert (batch.labels != IGNORE).any()
+
+
+def test_every_token_knows_its_row_and_unused_room_belongs_to_none(base):
+    stream = make(base, "task")
+    batch = next(batches(stream, 1))
+    ends = batch.rows[:, s.LENGTH].cumsum(0)
+    used = int(ends[-1])
+    for index, (end, length) in enumerate(zip(ends, batch.rows[:, s.LENGTH], strict=True)):
+        assert (batch.row[end - length : end] == index).all()
+    assert 0 < used < TOKENS
+    assert (batch.row[used:] >= len(batch.rows)).all()
+    assert (batch.tokens[used:] == PAD).all()
+    assert (batch.positions[used:] == 0).all()
+    assert (batch.labels[used:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_offsets_cover_every_token_in_pieces_no_longer_than_a_sequence(base, form):
+    stream = make(base, form)
+    for num_tokens in (TOKENS, 9000):
+        for batch in batches(stream, 2, num_tokens, 8):
+            offsets = batch.packing.offsets
+            assert offsets.dtype == torch.int32
+            assert (offsets[0], offsets[-1]) == (0, num_tokens)
+            assert offsets.diff().min() >= 0
+            assert offsets.diff().max() <= batch.packing.max_len == stream.config.longest_sequence
+            assert sum(batch.packing.lengths) == num_tokens
+
+
+# -- pairs that come first
+
+
+def test_context_pairs_are_others_of_the_same_task_under_the_same_view(base):
+    stream = make(base, "task")
+    rows = stream.draw(600)
+    firsts = 0
+    for own in rows:
+        present = own[own[:, s.LENGTH] > 0]
+        pairs = present[:, s.PAIR].tolist()
+        assert own[-1, s.LENGTH] > 0
+        assert len(set(pairs)) == len(pairs) <= stream.config.max_pairs
+        assert {int(stream.source.pairs[pair, 0]) for pair in pairs} == {int(own[-1, s.TASK])}
+        assert present[:, s.INDEX].tolist() == list(range(len(pairs)))
+        for column in (s.TASK, s.DIHEDRAL, s.FLAG, s.COLOURS):
+            assert (own[:, column] == own[-1, column]).all()
+        firsts += len(pairs) - 1
+    assert firsts > 1000
+
+
+def test_all_other_pairs_come_first_where_there_is_room_in_any_order(base):
+    stream = make(base, "task", max_pairs=20, max_tokens=40000)
+    rows = stream.draw(800)
+    orders = {}
+    for own in rows:
+        pairs = own[own[:, s.LENGTH] > 0, s.PAIR].tolist()
+        task = int(own[-1, s.TASK])
+        everything = (stream.source.pairs[:, 0] == task).nonzero()[:, 0].tolist()
+        assert sorted(pairs) == everything
+        orders.setdefault(task, set()).add(tuple(pairs))
+    assert all(len(found) > 1 for found in orders.values())
+
+
+def test_the_number_of_pairs_is_bounded(base):
+    rows = make(base, "task", max_pairs=3).draw(300)
+    assert rows.shape[1] == 3
+    assert ((rows[..., s.LENGTH] > 0).sum(1) <= 3).all()
+    alone = make(base, "task", max_pairs=1).draw(50)
+    assert ((alone[..., s.LENGTH] > 0).sum(1) == 1).all()
+
+
+def big_task(id_, count, side, seed=0):
+    rng = np.random.default_rng(seed)
+    grids = rng.integers(0, 10, (count, 2, side, side), dtype=np.uint8)
+    return Task(id_, tuple(Pair(a, b) for a, b in grids))
+
+
+def test_a_sequence_is_never_longer_than_allowed_and_always_has_its_last_pair():
+    base = base_set_from_tasks({"a": [big_task("large", 8, 30), big_task("small", 8, 5)]}, None, 0)
+    for max_tokens in (PAIR_TOKENS, 2 * PAIR_TOKENS, 2 * PAIR_TOKENS + 63, 4096):
+        stream = make(base, "task", max_tokens=max_tokens, max_pairs=8)
+        rows = stream.draw(200)
+        assert lengths(rows).max() <= max_tokens
+        assert (rows[:, -1, s.LENGTH] > 0).all()
+        large = rows[:, -1, s.TASK] == 0
+        assert (lengths(rows)[large] == max_tokens // PAIR_TOKENS * PAIR_TOKENS).all()
+        assert (lengths(rows)[~large] == 8 * 63).all()
+
+
+def test_a_pair_that_is_alone_in_its_task_stands_alone():
+    base = base_set_from_tasks({"a": [big_task("one", 1, 4)]}, None, 0)
+    stream = make(base, "task")
+    rows = stream.draw(20)
+    assert (rows[:, -1, s.LENGTH] == 3 + 2 * 4 * 5).all()
+    assert (rows[:, :-1, s.LENGTH] == 0).all()
+    assert (rows[:, -1, s.INDEX] == 0).all()
+
+
+def test_context_comes_from_all_of_a_large_task():
+    base = base_set_from_tasks({"a": [big_task("large", 60, 3), big_task("small", 2, 3)]}, None, 0)
+    stream = make(base, "task", max_pairs=6, max_tokens=4096)
+    rows = stream.draw(4000)
+    many = rows[rows[:, -1, s.TASK] == 0]
+    pairs = many[:, :, s.PAIR]
+    assert (many[:, :, s.LENGTH] > 0).all()
+    assert (pairs.sort(1).values.diff(dim=1) > 0).all()
+    share = torch.bincount(pairs[:, :-1].flatten(), minlength=62)[:60] / pairs[:, :-1].numel()
+    assert (share * 60 - 1).abs().max() < 0.35
+
+
+# -- how sequences are chosen
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_choose_the_subset(base, form):
+    stream = make(base, form, DataConfig(num_aug=50, weights={"training": 0.0}))
+    rows = stream.draw(300)
+    subset = stream.source.pairs[rows[rows[..., s.LENGTH] > 0][:, s.PAIR], 1]
+    assert (subset == base.meta.subsets.index("evaluation")).all()
+
+
+def test_a_pair_of_weight_zero_is_no_context_either():
+    """Another source may bring more pairs of the same task."""
+    first, more = big_task("same", 3, 4), big_task("same", 40, 4, seed=1)
+    base = base_set_from_tasks({"training": [first], "re_arc": [more]}, None, 0)
+    stream = make(base, "task", DataConfig(num_aug=50, weights={"re_arc": 0.0}))
+    rows = stream.draw(200)
+    pairs = rows[rows[..., s.LENGTH] > 0][:, s.PAIR]
+    assert (stream.source.pairs[pairs, 1] == 0).all()
+    assert ((rows[..., s.LENGTH] > 0).sum(1) == 3).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_sequences_are_packed_as_often_as_drawn(base, form):
+    stream = make(base, form)
+    drawn = lengths(stream.draw(10000)).float()
+    packed = torch.cat(
+        [lengths(b.rows.view(-1, stream.num_pairs, s.NUM_COLUMNS)) for b in batches(stream, 400)]
+    ).float()
+    packed = packed[packed > 0]
+    assert packed.mean() == pytest.approx(drawn.mean().item(), rel=0.06)
+    long = drawn.quantile(0.9)
+    assert (packed >= long).float().mean() == pytest.approx(0.1, abs=0.03)
+
+
+def test_sequences_come_in_the_order_of_the_queue(base):
+    """What did not fit comes first next time; nothing is lost and nothing comes twice."""
+    stream = make(base, "task")
+    queue = stream.draw(SEQUENCES)
+    for _ in range(10):
+        before = queue.clone()
+        batch = stream.next_batch(queue, TOKENS)
+        rows = batch.rows.view_as(queue)
+        taken = int((lengths(rows) > 0).sum())
+        assert 0 < taken < SEQUENCES
+        assert torch.equal(rows[:taken], before[:taken])
+        assert (rows[taken:] == 0).all()
+        assert torch.equal(queue[: SEQUENCES - taken], before[taken:])
+        assert int(lengths(before)[: taken + 1].sum()) > TOKENS >= int(lengths(rows).sum())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_are_well_filled_and_never_overfull(base, form):
+    stream = make(base, form)
+    used = [int(batch.rows[:, s.LENGTH].sum()) for batch in batches(stream, 40, 3 * TOKENS, 128)]
+    assert max(used) <= 3 * TOKENS
+    assert min(used) > 3 * TOKENS - stream.config.longest_sequence
+    assert np.mean(used) > 0.85 * 3 * TOKENS
+
+
+def test_the_smallest_allowed_batch_holds_every_sequence():
+    base = base_set_from_tasks({"a": [big_task("large", 4, 30)]}, None, 0)
+    for form, longest in (("pair", PAIR_TOKENS), ("task", 2 * PAIR_TOKENS)):
+        stream = make(base, form, max_tokens=longest)
+        for batch in batches(stream, 3, longest, 2):
+            assert int(batch.rows[:, s.LENGTH].sum()) == longest
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_seed_decides_what_is_drawn(base, form):
+    first, same, other = (
+        next(batches(make(base, form, seed=seed), 1)).tokens for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
