@@ -68,7 +68,7 @@ class PlainReader:
     def output_positions(self, start_B, count, y_B, x_B):
         return start_B + count
 
-    def logits(self, tokens_BS, positions_BS, condition_B3, attention_mask, cache):
+    def logits(self, tokens_BS, positions_BS, condition_B3, attention_mask, cache, keep=0):
         self.calls.append(tuple(tokens_BS.shape))
         assert attention_mask.dtype == torch.long
         task = self.task_embedding(condition_B3[:, 0])[:, None]
@@ -79,7 +79,7 @@ class PlainReader:
             past_key_values=cache,
             use_cache=True,
         ).logits
-        return logits.float() + self.bias
+        return logits[:, -keep:].float() + self.bias
 
     @torch.no_grad()
     def plain_logits(self, prompt: Prompt, tokens) -> np.ndarray:

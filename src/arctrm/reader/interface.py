@@ -74,10 +74,12 @@ class GridReader(Protocol):
         condition_B3: Tensor,
         attention_mask: Tensor,
         cache: StaticCache,
+        keep: int = 0,
     ) -> Tensor:
-        """Next-token logits, float32 [B, S, V]; the tokens are appended to the cache.
+        """Next-token logits, float32 [B, S, V], or of the last `keep` tokens only [B, keep, V].
 
-        `attention_mask` int64 [B, tokens in the cache after this call]: 0 on padding.
+        The tokens are appended to the cache. `attention_mask` int64 [B, tokens in the cache after
+        this call]: 0 on padding.
         """
 
 

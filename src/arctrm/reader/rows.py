@@ -49,9 +49,14 @@ class Rows:
         """Append tokens; logits float32 [R, keep, 12] of the grid tokens after the last `keep`."""
         self.seen += tokens_RS.shape[1]
         logits = self.reader.logits(
-            tokens_RS, positions_RS, self.condition_R3, self.mask_RK[:, : self.seen], self.cache
+            tokens_RS,
+            positions_RS,
+            self.condition_R3,
+            self.mask_RK[:, : self.seen],
+            self.cache,
+            keep,
         )
-        return logits[:, -keep:].index_select(2, self.grid_ids)
+        return logits.index_select(2, self.grid_ids)
 
     def feed_choices(self, choice_R: Tensor, count: int, y_R: Tensor, x_R: Tensor) -> Tensor:
         """Append output token number `count` of every row; logits [R, 12] of the next one."""

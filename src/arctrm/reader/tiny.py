@@ -131,8 +131,9 @@ class TinyReader(nn.Module):
         condition_B3: Tensor,
         attention_mask: Tensor,
         cache: StaticCache,
+        keep: int = 0,
     ) -> Tensor:
-        """Next-token logits, float32 [B, S, VOCABULARY]; the tokens are appended to the cache."""
+        """Next-token logits, float32 [B, S or `keep`, 16]; the tokens are appended to the cache."""
         condition = self.condition(*condition_B3.unbind(1))[:, None]
         embedded = self.llama.model.embed_tokens(tokens_BS) + condition
         with self._arithmetic():
@@ -143,7 +144,7 @@ class TinyReader(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-        return self.head(out.last_hidden_state)
+        return self.head(out.last_hidden_state[:, -keep:])
 
     def _stream_dtype(self) -> torch.dtype:
         """Of the residual stream: that of the weights."""
