@@ -5,12 +5,13 @@ import pytest
 import tomli
 
 import arctrm
-from arctrm.config import EvalConfig, PretrainConfig, SolveConfig
+from arctrm.config import BaselineConfig, EvalConfig, PretrainConfig, SolveConfig
 from arctrm.config.load import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BUNDLED = Path(arctrm.__file__).parent / "bundled"
 MODELS = {
+    "baseline": BaselineConfig,
     "debug": PretrainConfig,
     "eval": EvalConfig,
     "pretrain": PretrainConfig,
@@ -39,8 +40,8 @@ def test_every_key_of_a_shipped_config_has_a_comment(name):
             assert "#" in line or lines[number - 1].startswith("#"), line
 
 
-@pytest.mark.parametrize("name", ["eval", "solve"])
-def test_the_configs_of_eval_and_solve_say_what_the_defaults_are(name):
+@pytest.mark.parametrize("name", ["baseline", "eval", "solve"])
+def test_the_configs_of_baseline_eval_and_solve_say_what_the_defaults_are(name):
     """Their values are the defaults, so that reading them tells what runs without a file."""
     assert load_config(MODELS[name], [CONFIGS / f"{name}.toml"], environ={}) == MODELS[name]()
 

@@ -1,5 +1,6 @@
 """Configuration: pydantic models, TOML files, overrides."""
 
+from arctrm.config.baseline import BaselineConfig
 from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
@@ -10,6 +11,7 @@ from arctrm.config.trm import TRMConfig
 
 __all__ = [
     "AdaptationConfig",
+    "BaselineConfig",
     "BuildConfig",
     "DataConfig",
     "DecodingConfig",

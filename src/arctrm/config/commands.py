@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
+from arctrm.config.baseline import BaselineConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
 from arctrm.config.reader import ReaderConfig
@@ -112,6 +113,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "data show": ShowConfig,
     "pretrain": PretrainConfig,
     "eval": EvalConfig,
+    "baseline": BaselineConfig,
     "solve": SolveConfig,
 }
 """Command -> model of its configuration."""

@@ -33,6 +33,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 ENV_PREFIX = "ARCTRM_"
 NOT_CONFIG = {"ARCTRM_DEBUG"}
+FLAGS = {"hub.name": "--model", "evaluation.test_set": "--subset"}
+"""Flags that are not named like their key."""
 
 
 def load_config(
@@ -169,7 +171,8 @@ def _flag_layer(extra: Mapping[str, Any]) -> Settings:
     for key, value in extra.items():
         if value is not None:
             path = tuple(key.split("."))
-            layer[path] = Setting(value, "--" + path[-1].replace("_", "-"))
+            flag = FLAGS.get(key, "--" + path[-1].replace("_", "-"))
+            layer[path] = Setting(value, flag)
     return layer
 
 
