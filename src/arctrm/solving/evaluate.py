@@ -15,16 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from arctrm.config import EvalConfig
+from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.console import console, note, progress_console
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError
 from arctrm.solving import scoring
 from arctrm.solving.candidates import Key, answer, by_key, require_test_inputs, task_queries
-from arctrm.solving.reading import judge, read, task_readings
+from arctrm.solving.reading import judge, read, reranked, task_readings, to_judge
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.vote import Candidate, Ranked, attempts, by_experts, vote
+from arctrm.solving.vote import Candidate, Ranked, attempts, vote
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
@@ -77,7 +77,7 @@ def _open_folder(out: Path, config: EvalConfig) -> None:
     write_run_record(out, run_record(config))
 
 
-def load(config: EvalConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
+def load(config: EvalConfig | BaselineConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
     """Tasks without answers, and the answers apart."""
     chosen = config.evaluation
     solutions = Path(chosen.solutions) if chosen.solutions else None
@@ -101,14 +101,15 @@ def answer_all(
     """Candidates of every test input, the views split over the processes."""
     views, seed, found = config.inference.views, config.seed, []
     if accelerator.is_main_process:
-        _say_what_is_unusual(solver, tasks, config)
+        say_what_is_unusual(solver, tasks, config)
     if solver.has_trm:
         queries = [q for task in tasks for q in task_queries(solver, task, views, seed)]
         asked: Work = lambda own, told: answer(solver, own, config.inference, told)
         found += _spread("answering", asked, queries, accelerator)
     if solver.reader is not None:
         readings = [r for task in tasks for r in task_readings(solver, task, views, seed)]
-        asked = lambda own, told: read(solver, own, config.reader, told)
+        reader = solver.reader
+        asked = lambda own, told: read(reader, own, config.reader, told)
         found += _spread("reading", asked, readings, accelerator)
     return by_key(found)
 
@@ -139,22 +140,19 @@ def rank_all(
 ) -> dict[Key, list[Ranked]]:
     """Each test input's grids, best first: by votes, or by the reader's log-probability."""
     ranked = rank(tasks, found, config.seed)
-    decoding = config.reader
-    if solver.reader is None or decoding.rank == "votes":
+    reader, decoding = solver.reader, config.reader
+    if reader is None or decoding.rank == "votes":
         return ranked
-    grids = {
-        key: [r.grid for r in own[: decoding.scored_candidates]] for key, own in ranked.items()
-    }
-    views = decoding.scoring_views
+    grids, views = to_judge(ranked, decoding), decoding.scoring_views
     readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
-    asked: Work = lambda own, told: judge(solver, own, grids, decoding, told)
-    scores: dict[Key, list[list[float]]] = {}
-    for key, own in _spread("scoring", asked, readings, accelerator):
-        scores.setdefault(key, []).append(own)
-    return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
+    asked: Work = lambda own, told: judge(reader, own, grids, decoding, told)
+    return reranked(ranked, _spread("scoring", asked, readings, accelerator))
 
 
-def _say_what_is_unusual(solver: Solver, tasks: list[Task], config: EvalConfig) -> None:
+def say_what_is_unusual(
+    solver: Solver, tasks: list[Task], config: EvalConfig | BaselineConfig
+) -> None:
+    """Note tasks that the checkpoint does not know, and those it may know too well."""
     known = sum(solver.row_of(task) is not None for task in tasks)
     if known < len(tasks):
         how = "not answered" if solver.views else "answered from the mean embedding"

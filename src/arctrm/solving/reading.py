@@ -12,19 +12,19 @@ import numpy as np
 from arctrm.config.decoding import DecodingConfig
 from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import DIHEDRALS, View
-from arctrm.reader.decoding import decode
-from arctrm.reader.interface import Prompt
+from arctrm.reader.decoding import Decoded, decode
+from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.scoring import score
 from arctrm.reader.search import threshold_search
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import grid_length, pair_length, prompt
 from arctrm.solving.candidates import Key, task_views
 from arctrm.solving.canvas_rules import query_canvas
-from arctrm.solving.vote import Candidate
+from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
 
-CPU_BATCH, GPU_BATCH = 16, 512
-"""Prompts decoded side by side."""
+CPU_BATCH, GPU_BATCH, HUB_BATCH = 16, 512, 8
+"""Prompts decoded side by side: by the tiny reader, and by a hub model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +55,18 @@ def _reading(
     reader: TinyReader, task: Task, index: int, view: View, row: int, rng: np.random.Generator
 ) -> Reading:
     query = task.test[index].input
-    height, width = query_canvas(task, query)  # with the border, which bounds the row ends too
-    if DIHEDRALS[view.dihedral][0]:
-        height, width = width, height
-    room = grid_length(height, width) + 1
+    room = output_room(task, query, view)
     pairs = _context(reader, task, view, room, query, rng)
     condition = (row, view.dihedral, int(view.identity_colours))
     return Reading((task.id, index), view, prompt(pairs, view.apply(query), condition), query, room)
+
+
+def output_room(task: Task, query: Grid, view: View) -> int:
+    """Output tokens that spell every plausible output of `query`, as the view shows it."""
+    height, width = query_canvas(task, query)  # with the border, which bounds the row ends too
+    if DIHEDRALS[view.dihedral][0]:
+        height, width = width, height
+    return grid_length(height, width) + 1
 
 
 def _context(
@@ -84,72 +89,98 @@ def _context(
 
 
 def read(
-    solver: Solver,
+    reader: GridReader,
     readings: Sequence[Reading],
     decoding: DecodingConfig,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[Key, Candidate]]:
-    """What the reader proposes for each reading: greedily, or all grids above a probability.
-
-    A grid without an end, and one that repeats the input, is None: malformed. q is the
-    log-probability (nats).
+    """What the reader proposes for each reading, turned back; q is the log-probability (nats).
 
     Raises:
         ResourceError: out of memory; says which key to lower.
     """
-    assert solver.reader is not None
+    found = propose(reader, readings, decoding, advance)
+    return [
+        (reading.key, Candidate(turned_back(reading, one.grid), one.log_probability, "reader"))
+        for reading, several in zip(readings, found, strict=True)
+        for one in several
+    ]
+
+
+def propose(
+    reader: GridReader,
+    readings: Sequence[Reading],
+    decoding: DecodingConfig,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[list[Decoded]]:
+    """The grids of each reading, as its view shows them: greedy, or all above a probability.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+    """
     prompts = [reading.prompt for reading in readings]
     bounds = [reading.max_output_tokens for reading in readings]
-    size = batch_size(solver, decoding)
+    size = batch_size(reader, decoding)
     if decoding.min_probability:
-        found = threshold_search(
-            solver.reader,
+        return threshold_search(
+            reader,
             prompts,
             decoding.min_probability,
             batch_size=size,
             max_output_tokens=bounds,
             advance=advance,
         )
-    else:
-        greedy = decode(
-            solver.reader, prompts, batch_size=size, max_output_tokens=bounds, advance=advance
-        )
-        found = [[one] for one in greedy]
-    return [
-        (reading.key, Candidate(_turned_back(reading, one.grid), one.log_probability, "reader"))
-        for reading, several in zip(readings, found, strict=True)
-        for one in several
-    ]
+    greedy = decode(reader, prompts, batch_size=size, max_output_tokens=bounds, advance=advance)
+    return [[one] for one in greedy]
 
 
-def _turned_back(reading: Reading, grid: Grid | None) -> Grid | None:
+def turned_back(reading: Reading, grid: Grid | None) -> Grid | None:
+    """The grid in the task's own colours and orientation.
+
+    None (malformed) for a grid without an end, and for one that only repeats the input.
+    """
     if grid is None:
         return None
     original = reading.view.inverse(grid)
     return None if np.array_equal(original, reading.query) else original
 
 
+def to_judge(ranked: dict[Key, list[Ranked]], decoding: DecodingConfig) -> dict[Key, list[Grid]]:
+    """The grids of each test input that are worth scoring: the best by vote."""
+    return {key: [r.grid for r in own[: decoding.scored_candidates]] for key, own in ranked.items()}
+
+
 def judge(
-    solver: Solver,
+    reader: GridReader,
     readings: Sequence[Reading],
     grids: dict[Key, list[Grid]],
     decoding: DecodingConfig,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[Key, list[float]]]:
     """Log-probability of the candidate `grids` of each reading's test input, under its view."""
-    assert solver.reader is not None
     shown = [[r.view.apply(grid) for grid in grids.get(r.key, [])] for r in readings]
     scores = score(
-        solver.reader,
+        reader,
         [reading.prompt for reading in readings],
         shown,
-        batch_size=batch_size(solver, decoding),
+        batch_size=batch_size(reader, decoding),
         advance=advance,
     )
     return [(reading.key, own) for reading, own in zip(readings, scores, strict=True)]
 
 
-def batch_size(solver: Solver, decoding: DecodingConfig) -> int:
+def reranked(
+    ranked: dict[Key, list[Ranked]], judged: Sequence[tuple[Key, list[float]]]
+) -> dict[Key, list[Ranked]]:
+    """The rankings after the reader has judged them, under one view or several."""
+    scores: dict[Key, list[list[float]]] = {}
+    for key, own in judged:
+        scores.setdefault(key, []).append(own)
+    return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
+
+
+def batch_size(reader: GridReader, decoding: DecodingConfig) -> int:
     """Prompts in one batch."""
-    default = GPU_BATCH if solver.device.type == "cuda" else CPU_BATCH
-    return decoding.batch_size or default
+    if not isinstance(reader, TinyReader):
+        return decoding.batch_size or HUB_BATCH
+    return decoding.batch_size or (GPU_BATCH if reader.device.type == "cuda" else CPU_BATCH)
