@@ -1,25 +1,33 @@
 """`arctrm pretrain` on real tasks: killed, interrupted and resumed runs end the same; refusals."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
-from rich.console import Console
+from runs import (
+    ONE_THREAD,
+    command,
+    end_of,
+    expected_after_one_step,
+    numbers_of,
+    plain,
+    refused,
+    start,
+    wait_for_checkpoint,
+)
 
 from arctrm.config import PretrainConfig
 from arctrm.data.build import prepare
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.training import pretrain
 from arctrm.training.checkpoints import latest_checkpoint, read_meta, read_model, read_rank
-from arctrm.training.pretrain import build_run, describe
+from arctrm.training.pretrain import describe
 from arctrm.training.stages import new_trm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,46 +50,10 @@ FLAGS = {
     "training.schedule.max_steps": "60",
     "training.schedule.warmup_steps": "5",
 }
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def command(out, *more):
-    sets = [word for key, value in FLAGS.items() for word in ("--set", f"{key}={value}")]
-    return ["-m", "arctrm", "pretrain", "--out", str(out), *sets, *more]
-
-
-def start(out, *more):
-    return subprocess.Popen(
-        [sys.executable, *command(out, *more)], env=ONE_THREAD, stderr=subprocess.PIPE, text=True
-    )
 
 
 def finish(out, *more):
-    process = start(out, *more)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-
-
-def wait_for_checkpoint(out, process, seconds=60):
-    until = time.monotonic() + seconds
-    while latest_checkpoint(out) is None:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def end_of(out, step=60):
-    folder = out / "checkpoints" / f"step_{step:08d}"
-    return [(folder / name).read_bytes() for name in ("model.safetensors", "trainer.safetensors")]
-
-
-def numbers_of(out):
-    """Logged lines without what the clock decides."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: v for key, v in line.items() if "second" not in key and key != "elapsed"}
-        for line in lines
-    ]
+    runs.finish(out, FLAGS, *more)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +66,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, FLAGS)
     wait_for_checkpoint(tmp_path, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -107,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(whole, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_exits_130_and_resumes_to_the_same_bytes(whole, tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, FLAGS)
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -169,15 +141,6 @@ def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
     before = end_of(tmp_path, 4), numbers_of(tmp_path)
     pretrain.run(tiny(), tmp_path, True)
     assert (end_of(tmp_path, 4), numbers_of(tmp_path)) == before
-
-
-def refused(error, action):
-    """The one sentence of a refusal."""
-    with pytest.raises(error) as caught:
-        action()
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -265,13 +228,6 @@ def test_task_embeddings_are_one_per_task_or_one_per_task_and_view(tiny):
         assert model.puzzle_emb.weights.shape == (rows, 16)
 
 
-def plain(table):
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
 def test_the_dry_run_names_pairs_parameters_and_memory(tiny):
     config = tiny()
     base = prepare(config.data)
@@ -310,7 +266,7 @@ def test_two_processes_average_their_gradients_into_one_checkpoint(tiny, tmp_pat
     more = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, *command(tmp_path, *more)],
+        [sys.executable, *launch, *command(tmp_path, FLAGS, *more)],
         env=ONE_THREAD,
         capture_output=True,
         text=True,
@@ -323,17 +279,3 @@ def test_two_processes_average_their_gradients_into_one_checkpoint(tiny, tmp_pat
     assert not torch.equal(*rows)
     for name, weight in expected_after_one_step(tiny(changes), tmp_path).items():
         torch.testing.assert_close(read_model(path, ema=False)[name], weight, msg=name)
-
-
-def expected_after_one_step(config, out):
-    """Weights after one step with the mean of the gradients of rank 0 and rank 1."""
-    runs = []
-    for rank in (0, 1):
-        process = SimpleNamespace(device=torch.device("cpu"), process_index=rank, num_processes=1)
-        runs.append(build_run(config, prepare(config.data), out, process, 0.0))
-        runs[-1].steps[0]()
-    flat = [run.gradients.flat for run in runs]
-    assert not torch.allclose(*flat)
-    flat[0].copy_((flat[0] + flat[1]) / 2)
-    runs[0].optimisers.step(1.0)
-    return runs[0].model.state_dict()

@@ -9,6 +9,7 @@ from arctrm.config.base import StrictModel
 from arctrm.config.baseline import BaselineConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
+from arctrm.config.joint import JointConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
@@ -68,11 +69,14 @@ class PretrainConfig(StrictModel):
         return self
 
     def _a_sequence_fits(self) -> "PretrainConfig":
-        longest = self.reader.longest_sequence
+        longest, form = self.reader.longest_sequence, self.reader.sequence
         if self.training.tokens_per_batch < longest:
+            what, cure = "the largest pair", ""
+            if form == "task":
+                what, cure = "a sequence of reader.max_tokens", ", or lower reader.max_tokens"
             raise ValueError(
-                f"training.tokens_per_batch = {self.training.tokens_per_batch} holds no full "
-                f"sequence of the reader ({longest} tokens); use {longest} or more"
+                f"training.tokens_per_batch = {self.training.tokens_per_batch} is less than {what} "
+                f"(reader.sequence = {form!r}: {longest} tokens); use {longest} or more{cure}"
             )
         return self
 
@@ -112,6 +116,7 @@ COMMANDS: dict[str, type[StrictModel]] = {
     "data build": BuildConfig,
     "data show": ShowConfig,
     "pretrain": PretrainConfig,
+    "joint": JointConfig,
     "eval": EvalConfig,
     "baseline": BaselineConfig,
     "solve": SolveConfig,
