@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from arctrm.cli.baseline import baseline
 from arctrm.cli.data import build, show
 from arctrm.cli.evaluate import evaluate
 from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, CommandLineError, Interrupted
@@ -149,6 +150,13 @@ app.command(
     "eval",
     epilog=_example("arctrm eval --config configs/eval.toml --checkpoint runs/first --out scores"),
 )(evaluate)
+app.command(
+    "baseline",
+    epilog=_example(
+        "arctrm baseline --checkpoint runs/reader --subset evaluation --out baseline/results.json\n"
+        "arctrm baseline --model Qwen/Qwen2.5-0.5B --views 2 --out qwen --resume"
+    ),
+)(baseline)
 app.command(
     "solve",
     epilog=_example("arctrm solve my_task.json --budget 60s\narctrm solve arc1:00d62c1b --check"),

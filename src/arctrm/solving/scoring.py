@@ -120,10 +120,10 @@ def score(
     return _aggregate(scored, num_unscored)
 
 
-def scores_dict(scores: Scores) -> dict[str, object]:
-    """The scores as JSON-ready values, for `scores.json`."""
+def scores_dict(scores: Scores, most: int = PASSES[-1]) -> dict[str, object]:
+    """The scores as JSON-ready values, for `scores.json`; `most` grids were kept per test input."""
     named = {
-        name: {f"pass@{k}": value for k, value in getattr(scores, name).items()}
+        name: {f"pass@{k}": value for k, value in getattr(scores, name).items() if k <= most}
         for name in NAMED_SCORES
     }
     return named | {
@@ -136,17 +136,18 @@ def scores_dict(scores: Scores) -> dict[str, object]:
     }
 
 
-def scores_table(scores: Scores) -> Table:
-    """The scores by name, in percent: one column per number of grids allowed."""
+def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
+    """The scores by name, in percent: one column per number of grids allowed, up to `most`."""
+    passes = [k for k in PASSES if k <= most]
     unscored = f", {scores.num_unscored} without a known answer" if scores.num_unscored else ""
     table = Table(title=f"{scores.num_tasks} tasks, {scores.num_pairs} test pairs{unscored}")
     table.add_column("score (%)")
-    for k in PASSES:
+    for k in passes:
         table.add_column(f"pass@{k}", justify="right")
     table.add_column("meaning", style="dim")
     for name, meaning in NAMED_SCORES.items():
-        table.add_row(name, *(_percent(getattr(scores, name)[k]) for k in PASSES), meaning)
-    empty = [""] * (len(PASSES) - 1)
+        table.add_row(name, *(_percent(getattr(scores, name)[k]) for k in passes), meaning)
+    empty = [""] * (len(passes) - 1)
     table.add_row("shape_accuracy", _percent(scores.shape_accuracy), *empty, "attempt_1 size right")
     table.add_row("cell_accuracy", _percent(scores.cell_accuracy), *empty, "attempt_1 cells right")
     return table
