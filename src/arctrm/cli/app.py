@@ -13,6 +13,7 @@ from arctrm.cli.baseline import baseline
 from arctrm.cli.data import build, show
 from arctrm.cli.evaluate import evaluate
 from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, CommandLineError, Interrupted
+from arctrm.cli.joint import joint
 from arctrm.cli.pretrain import pretrain
 from arctrm.cli.solve import solve
 
@@ -146,6 +147,13 @@ app.command(
         "arctrm pretrain --config configs/pretrain.toml --out runs/first --resume"
     ),
 )(pretrain)
+app.command(
+    "joint",
+    epilog=_example(
+        "arctrm joint --config configs/joint.toml --out runs/joint\n"
+        "arctrm joint --config configs/joint.toml --out runs/joint --resume"
+    ),
+)(joint)
 app.command(
     "eval",
     epilog=_example("arctrm eval --config configs/eval.toml --checkpoint runs/first --out scores"),

@@ -24,6 +24,7 @@ Set = Annotated[
     typer.Option("--set", help="Set one key of the configuration.", metavar="KEY=VALUE"),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, then stop; writes nothing.")
 ]
@@ -61,3 +62,28 @@ def read_config(
 def run_folder(command: str) -> Path:
     """A fresh folder for a run that was not given one."""
     return Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def read_training_config(
+    model_class: "type[Model]",
+    command: str,
+    config: Sequence[Path] | None,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+    seed: int | None,
+    resume: bool,
+) -> "tuple[Model, Path]":
+    """Configuration and run folder of a training command.
+
+    With `resume` and no file, the configuration is the one that the run folder holds.
+    """
+    from arctrm.errors import ConfigError
+
+    record = out / "config.json" if resume and out and not config else None
+    if record is not None and not record.is_file():
+        record = None  # nothing to resume from: the run will say so
+    settings = read_config(model_class, config, overrides, {"out": out, "seed": seed}, record)
+    folder: Path | None = getattr(settings, "out", None)
+    if resume and folder is None:
+        raise ConfigError("--resume: no run folder was given; name it with --out runs/<name>")
+    return settings, folder or run_folder(command)

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from arctrm.cli.options import Config, DryRun, Seed, Set, out_option, read_config, run_folder
+from arctrm.cli.options import Config, DryRun, Resume, Seed, Set, out_option, read_training_config
 
 
 def pretrain(
@@ -14,23 +12,18 @@ def pretrain(
     out: Annotated[
         Path | None, out_option("Run folder; runs/pretrain-<time> unless given.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in --out stopped.")
-    ] = False,
+    resume: Resume = False,
     seed: Seed = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a TRM on the demonstrations of many tasks; Ctrl-C saves, --resume goes on exactly."""
+    """Train a TRM, or a tiny reader, on the demonstrations of many tasks; Ctrl-C saves, --resume
+    goes on exactly.
+    """
     from arctrm.config import PretrainConfig
-    from arctrm.errors import ConfigError
 
-    record = out / "config.json" if resume and out and not config else None
-    if record is not None and not record.is_file():
-        record = None  # nothing to resume from: the run will say so
-    flags = {"out": out, "seed": seed}
-    settings = read_config(PretrainConfig, config, overrides, flags, record)
-    if resume and settings.out is None:
-        raise ConfigError("--resume: no run folder was given; name it with --out runs/<name>")
+    settings, folder = read_training_config(
+        PretrainConfig, "pretrain", config, overrides, out, seed, resume
+    )
     from arctrm.training import pretrain as training
 
     if dry_run:
@@ -38,4 +31,4 @@ def pretrain(
 
         console().print(training.describe(settings))
         return
-    training.run(settings, settings.out or run_folder("pretrain"), resume)
+    training.run(settings, folder, resume)

@@ -4,6 +4,7 @@ from arctrm.config.baseline import BaselineConfig
 from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
+from arctrm.config.joint import CouplingConfig, JointConfig, JointModelConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
 from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
@@ -13,11 +14,14 @@ __all__ = [
     "AdaptationConfig",
     "BaselineConfig",
     "BuildConfig",
+    "CouplingConfig",
     "DataConfig",
     "DecodingConfig",
     "EvalConfig",
     "EvaluationConfig",
     "InferenceConfig",
+    "JointConfig",
+    "JointModelConfig",
     "OptimiserConfig",
     "PretrainConfig",
     "ReaderConfig",

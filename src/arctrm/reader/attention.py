@@ -7,7 +7,7 @@ none does (decoding with a cache). The weights load into any LLaMA implementatio
 Legend: T tokens of a packed batch, N sequences in it, A heads, K head width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +46,17 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     packing: Packing | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for a transformers layer: [1, A, T, K] in, [1, T, A, K] out."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if packing.lengths is not None:
         return _one_by_one(query, key, value, packing.lengths), None
-    flat = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    bounds = (packing.offsets, packing.offsets, packing.max_len, packing.max_len)
-    out = varlen_attn(*flat, *bounds, window_size=(-1, 0))  # no look ahead: causal
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    offsets, longest = packing.offsets, packing.max_len
+    # A window that does not look ahead: causal.
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out[None], None
 

@@ -71,6 +71,8 @@ def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         if not use_muon or ".layers." not in name or p.ndim < 2:
             others.append(p)
             continue
@@ -88,8 +90,9 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.names = [name for name, _ in model.named_parameters()]
-        self.weights = [p.detach() for p in model.parameters()]
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in trained]
+        self.weights = [p.detach() for _, p in trained]
         self.averages = [w.clone() for w in self.weights]
 
     def update(self, step: int) -> None:

@@ -4,13 +4,16 @@ The path of the data: sources -> base set -> stream on the device -> training st
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.table import Table
 
 from arctrm.config import PretrainConfig, TrainingConfig
+from arctrm.config.joint import JointConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
@@ -28,11 +31,10 @@ from arctrm.training.checkpoints import (
 from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import estimate
 from arctrm.training.loop import Run, memory_errors, restore, train
-from arctrm.training.metrics import Metrics
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.progress import TrainingProgress
 from arctrm.training.provenance import git_revision, run_record, write_run_record
-from arctrm.training.stages import new_model, new_stage
+from arctrm.training.stages import Stage, new_model, new_stage
 from arctrm.training.step import GraphedStep
 from arctrm.training.tracking import Tracker
 from arctrm.trm.model import count_parameters
@@ -51,7 +53,13 @@ MAY_DIFFER_ON_RESUME = (
 )
 
 
-def run(config: PretrainConfig, out: Path, resume: bool) -> None:
+NewStage = Callable[[Any, BaseSet, Accelerator], Stage]
+"""(configuration, data, accelerator) -> what is trained."""
+
+
+def run(
+    config: PretrainConfig | JointConfig, out: Path, resume: bool, stage: NewStage = new_stage
+) -> None:
     """Train a model into the run folder `out`, from its latest checkpoint with `resume`.
 
     Raises:
@@ -62,10 +70,10 @@ def run(config: PretrainConfig, out: Path, resume: bool) -> None:
     checkpoint = _starting_point(out, resume)
     accelerator = new_accelerator()
     base = _shared_prepare(config, accelerator)
-    job = build_run(config, base, out, accelerator, began_at)
+    job, capturable = _build(config, base, out, accelerator, began_at, stage)
     if checkpoint is not None:
         _restore(job, checkpoint)
-    if _can_capture(config.training, job):
+    if capturable and _can_capture(config.training, job):
         with memory_errors(config.training):
             job.steps = [GraphedStep(step) for step in job.steps]
     is_main = accelerator.is_main_process
@@ -91,18 +99,31 @@ def build_run(
     config: PretrainConfig, base: BaseSet, out: Path, accelerator: Accelerator, began_at: float
 ) -> Run:
     """Model, stream, steps and optimisers of a fresh run."""
+    return _build(config, base, out, accelerator, began_at, new_stage)[0]
+
+
+def _build(
+    config: PretrainConfig | JointConfig,
+    base: BaseSet,
+    out: Path,
+    accelerator: Accelerator,
+    began_at: float,
+    new: NewStage,
+) -> tuple[Run, bool]:
+    """The run, and whether its steps can be captured."""
     training = config.training
-    stage = new_stage(config, base, accelerator)
-    return Run(
+    stage = new(config, base, accelerator)
+    trained = [p for p in stage.model.parameters() if p.requires_grad]
+    run = Run(
         out=out,
         config=training,
         resolved=config.model_dump(mode="json"),
         accelerator=accelerator,
         model=stage.model,
         steps=list(stage.steps),
-        metrics=Metrics(accelerator, [step.counts for step in stage.steps]),
+        metrics=stage.metrics,
         carry=stage.carry(),
-        gradients=FlatGradients(list(stage.model.parameters())),
+        gradients=FlatGradients(trained),
         optimisers=Optimisers(stage.model, training.optimiser),
         ema=EMA(stage.model, training.ema_decay) if training.ema_decay > 0 else None,
         task_ids=base.meta.task_ids,
@@ -111,6 +132,7 @@ def build_run(
         notes={"task_fingerprints": base.task_fingerprints()},
         began_at=began_at,
     )
+    return run, stage.capturable
 
 
 def describe(config: PretrainConfig) -> Table:
@@ -161,7 +183,7 @@ def _starting_point(out: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _shared_prepare(config: PretrainConfig, accelerator: Accelerator) -> BaseSet:
+def _shared_prepare(config: PretrainConfig | JointConfig, accelerator: Accelerator) -> BaseSet:
     """Process 0 builds the data set first, where it has to be built; the others open it."""
     with accelerator.main_process_first():
         return prepare(config.data)

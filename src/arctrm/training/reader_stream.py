@@ -191,5 +191,5 @@ class ReaderStream:
         tokens, part = torch.where(soft, PREFIX, tokens), torch.where(soft, START_PART, part)
         y, x = torch.where(soft, 0, y), torch.where(soft, slot, x)
         part = part + row[:, INDEX] * PARTS_PER_PAIR
-        is_output = (slot >= separator) & (slot < end) & ~soft
+        is_output = (slot >= separator) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output

@@ -14,7 +14,9 @@ from arctrm.config import PretrainConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.dataset import BaseSet
 from arctrm.errors import ConfigError
+from arctrm.hybrid import Hybrid
 from arctrm.reader.tiny import TinyReader
+from arctrm.training.metrics import Metrics
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
@@ -44,8 +46,11 @@ class Step(Protocol):
 class Stage(NamedTuple):
     """A model and its training steps (one per batch of an optimiser step)."""
 
-    model: TRM | TinyReader
+    model: TRM | TinyReader | Hybrid
     steps: list[Step]
+    metrics: Metrics
+    capturable: bool = True
+    """Whether a step is free of host syncs, so that a CUDA graph can hold it."""
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name."""
@@ -72,7 +77,7 @@ def new_stage(config: PretrainConfig, base: BaseSet, accelerator: Accelerator) -
         if compiled:
             model.compile_layers()
         steps = _reader_steps(model, config, base)
-    return Stage(model, steps)
+    return Stage(model, steps, Metrics(accelerator, [step.counts for step in steps]))
 
 
 def new_model(config: PretrainConfig, base: BaseSet) -> TRM | TinyReader:

@@ -62,10 +62,17 @@ class PairStream:
     """Draws rows from a base set on `device`."""
 
     def __init__(
-        self, base: BaseSet, data: DataConfig, trm: TRMConfig, seed: int, device: torch.device
+        self,
+        base: BaseSet,
+        data: DataConfig,
+        trm: TRMConfig,
+        seed: int,
+        device: torch.device,
+        source: PairSource | None = None,
     ):
+        """`source`: pairs that another stream draws from, too."""
         self.data, self.trm, self.device = data, trm, device
-        self.source = PairSource(base, data, seed, device)
+        self.source = source or PairSource(base, data, seed, device)
 
     def new_state(self, model: TRM, num_tokens: int, num_rows: int) -> StreamState:
         """An empty batch: all rows halted, the queue full."""
@@ -91,10 +98,10 @@ class PairStream:
         rows[:, DIHEDRAL] = dihedral
         rows[:, FLAG] = same_colours(colours)
         rows[:, COLOURS] = colours
-        self._place(rows, uniform[:, 2:])
+        self.place(rows, uniform[:, 2:])
         return rows
 
-    def _place(self, rows: Tensor, uniform: Tensor) -> None:
+    def place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
         pair = self.source.pairs[rows[:, PAIR]]
         sizes = [self.source.seen_size(pair[:, g], rows[:, DIHEDRAL]) for g in (INPUT, OUTPUT)]
@@ -125,14 +132,15 @@ class PairStream:
         rows = torch.where(fits[:, None], rows, 0)
         drawn = torch.cat((state.queue, self.draw(num_rows)))
         begins = state.rows[:, LENGTH].cumsum(0) - state.rows[:, LENGTH]
-        tokens = self._tokens(rows, num_tokens)
+        tokens = self.lay_out(rows, num_tokens)
         latents = self._carry(state, model, tokens, begins[old], ~from_queue)
         state.queue.copy_(drawn[index + fits.sum() - num_kept])
         state.rows.copy_(rows)
-        codes, labels = self._cells(rows, tokens)
+        codes, labels = self.cells_of(rows, tokens)
         return Batch(rows, tokens, codes, labels, latents)
 
-    def _tokens(self, rows: Tensor, num_tokens: int) -> TokenMap:
+    def lay_out(self, rows: Tensor, num_tokens: int) -> TokenMap:
+        """Where the tokens of rows [R, columns] lie on an axis of `num_tokens`."""
         slots = self.trm.num_slots
         return token_map(rows[:, LENGTH], rows[:, WIDTH], num_tokens, longest_row(self.trm), slots)
 
@@ -149,7 +157,7 @@ class PairStream:
             torch.where(keep, state.z_L[source], fresh.z_L),
         )
 
-    def _cells(self, rows: Tensor, tokens: TokenMap) -> tuple[Tensor, Tensor]:
+    def cells_of(self, rows: Tensor, tokens: TokenMap) -> tuple[Tensor, Tensor]:
         """Input codes and output labels [T] of a packed batch."""
         real = (tokens.row < rows.shape[0]) & (tokens.slot >= self.trm.num_slots)
         row = rows[torch.where(real, tokens.row, 0)]

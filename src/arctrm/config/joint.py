@@ -1,0 +1,172 @@
+"""`arctrm joint`: reader, adapters and TRM trained together.
+
+The ten keys of `JointModelConfig` are those of the older pipeline's file; each is read, and where
+it says the same as a key of a table (`trm.hidden_size`, `training.optimiser.adamw_lr`), it fills
+that key in.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from arctrm.config.base import StrictModel
+from arctrm.config.data import DataConfig
+from arctrm.config.reader import PAIR_TOKENS, ReaderConfig
+from arctrm.config.reader_hub import HubReaderConfig
+from arctrm.config.training import TrackingConfig, TrainingConfig
+from arctrm.config.trm import TRMConfig
+
+TINY = "tiny"
+
+
+class JointModelConfig(StrictModel):
+    """The keys that users of the older pipeline know."""
+
+    data_path: str | None = None
+    """Tasks to train on (a bundled name or a path), instead of data.subsets; none is evaluated."""
+
+    llama_model: str = TINY
+    """"tiny", or a causal language model: an id on the Hugging Face hub or a local folder."""
+
+    llama_frozen: bool = False
+    """Train the adapters and TRM only; a hub model that is not frozen gets LoRA."""
+
+    trm_checkpoint: Path | None = None
+    """Checkpoint or bundle folder that TRM starts from; untrained when absent."""
+
+    trm_hidden_size: int | None = Field(None, ge=8)
+    """The same as trm.hidden_size."""
+
+    trm_halt_max_steps: int | None = Field(None, ge=1)
+    """The same as trm.halt_max_steps."""
+
+    batch_size: int | None = Field(None, ge=2)
+    """Bound on the sequences of a batch; by default as many as the token budgets hold."""
+
+    max_attempts: int = Field(2, ge=1)
+    """Rounds of reader and TRM in a training step; the second carries TRM's latents back."""
+
+    epochs: int | None = Field(None, ge=1)
+    """Length of the run in passes over the pairs, instead of training.schedule."""
+
+    lr: float | None = Field(None, gt=0)
+    """The same as training.optimiser.adamw_lr."""
+
+
+class CouplingConfig(StrictModel):
+    """The three paths between reader and TRM, and the losses that train them."""
+
+    context: bool = True
+    """Reader's hidden states -> prefix slots and initial latents of TRM."""
+
+    draft: bool = True
+    """Reader's hidden state of each drafted cell -> that cell of TRM."""
+
+    back: bool = True
+    """TRM's latents -> soft prefix of the reader for the next attempt."""
+
+    num_context_slots: int = Field(16, ge=1)
+    """Prefix slots that the reader fills."""
+
+    num_back_vectors: int = Field(4, ge=1)
+    """Vectors of the soft prefix."""
+
+    adapter_heads: int = Field(8, ge=1)
+    """Heads of the adapters' cross-attention."""
+
+    supervision_steps: int = Field(2, ge=1)
+    """Supervision steps of TRM in each attempt of a training step."""
+
+    reader_tokens_per_batch: int = Field(16384, ge=PAIR_TOKENS + 16)
+    """Tokens of the reader in one packed batch (training.tokens_per_batch: those of TRM)."""
+
+    draft_every: int = Field(2000, ge=1)
+    """Optimiser steps between two rounds of drafting."""
+
+    drafted_pairs: int = Field(2048, ge=1)
+    """Pairs that the reader drafts anew in a round, at random."""
+
+    no_draft_share: float = Field(0.1, ge=0, le=1)
+    """Share of rows that are shown no draft, so that TRM also answers without one."""
+
+    trm_weight: float = Field(1.0, ge=0)
+    """Weight of TRM's loss."""
+
+    reader_weight: float = Field(1.0, ge=0)
+    """Weight of the reader's own loss on output tokens."""
+
+    contrast_weight: float = Field(0.05, ge=0)
+    """Weight of the loss that keeps the contexts of different tasks apart."""
+
+    @model_validator(mode="after")
+    def _some_path(self) -> "CouplingConfig":
+        if not (self.context or self.draft):
+            raise ValueError(
+                "coupling.context = false and coupling.draft = false leave no path from the "
+                "reader to TRM; set one of them to true"
+            )
+        return self
+
+
+class JointConfig(JointModelConfig):
+    """`arctrm joint`."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of everything random."""
+    out: Path | None = None
+    """Run folder."""
+    reader_checkpoint: Path | None = None
+    """Checkpoint or bundle folder that the tiny reader starts from; untrained when absent."""
+    data: DataConfig = DataConfig()
+    trm: TRMConfig = TRMConfig()
+    reader: ReaderConfig = ReaderConfig()
+    hub: HubReaderConfig = HubReaderConfig()
+    coupling: CouplingConfig = CouplingConfig()
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = TrackingConfig(project="arc-hybrid-joint")
+
+    @model_validator(mode="after")
+    def _spread_known_keys(self) -> "JointConfig":
+        """Write the older names into the tables that mean the same."""
+        for name, path in KNOWN_KEYS.items():
+            value = getattr(self, name)
+            if value is not None:
+                self.__dict__[path[0]] = _with(getattr(self, path[0]), path, 1, value, name)
+        return self
+
+    @model_validator(mode="after")
+    def _contexts_have_slots(self) -> "JointConfig":
+        if self.trm.layout != "compact" or self.trm.task_embedding != "shared":
+            raise ValueError(
+                f"trm.layout = {self.trm.layout!r} with trm.task_embedding = "
+                f"{self.trm.task_embedding!r} cannot be joined to a reader; use 'compact' with "
+                "'shared'"
+            )
+        return self
+
+
+KNOWN_KEYS = {
+    "trm_hidden_size": ("trm", "hidden_size"),
+    "trm_halt_max_steps": ("trm", "halt_max_steps"),
+    "lr": ("training", "optimiser", "adamw_lr"),
+}
+"""Older key -> the key that means the same."""
+
+
+def _with(
+    table: StrictModel, path: tuple[str, ...], depth: int, value: Any, name: str
+) -> StrictModel:
+    """A copy of the table with `value` at `path`; an explicit other value is a contradiction."""
+    key = path[depth]
+    now = getattr(table, key)
+    if isinstance(now, StrictModel):
+        new: Any = _with(now, path, depth + 1, value, name)
+    elif key in table.model_fields_set and now != value:
+        raise ValueError(
+            f"{name} = {value} contradicts {'.'.join(path)} = {now}; leave one of them out"
+        )
+    else:
+        new = value
+    type(table).model_validate({**dict(table), key: new})  # a copy alone would not be checked
+    return table.model_copy(update={key: new})
