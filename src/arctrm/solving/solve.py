@@ -293,6 +293,11 @@ def _write(answered: dict[str, list[Solution]], tasks: list[Task], out: Path) ->
 
 
 def _check_solver(solver: Solver) -> None:
+    if not solver.has_trm:
+        raise CheckpointError(
+            f"{solver.name}: holds a reader and no TRM; give solve a checkpoint of a TRM (`arctrm "
+            "eval` takes any checkpoint)"
+        )
     config = solver.trm.config
     if config.layout != "compact" or config.task_embedding != "shared":
         raise CheckpointError(
