@@ -31,6 +31,7 @@ from arctrm.reader.hub_errors import (
     reading,
 )
 from arctrm.reader.probing import probe
+from arctrm.reader.prompts import check_chat_template
 
 
 def load_hub_reader(config: HubReaderConfig, device: torch.device | None = None) -> HubReader:
@@ -58,6 +59,8 @@ def load_hub_reader(config: HubReaderConfig, device: torch.device | None = None)
     with reading(config.name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
     probe(tokenizer, config.cells, config.name)  # before gigabytes are read
+    if config.prompt == "chat":
+        check_chat_template(tokenizer, config.name)
     model = _load_model(config, source, settings, place)
     return HubReader(model, tokenizer, config)
 

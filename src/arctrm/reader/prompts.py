@@ -216,12 +216,21 @@ def _input_ids(spelling: Spelling, grid: Grid) -> np.ndarray:
     return np.concatenate([spelling.input_mark, spell_grid(spelling.tokens, grid)[:-1]])
 
 
-def _chat_text(reader: PromptReader, question: str) -> str:
-    if not reader.tokenizer.chat_template:
+def check_chat_template(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that cannot write a conversation.
+
+    Raises:
+        ConfigError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
         raise ConfigError(
-            f"{reader.name}: the tokenizer has no chat template, which prompt = 'chat' needs; set "
+            f"{name}: the tokenizer has no chat template, which prompt = 'chat' needs; set "
             "prompt = 'grid' or use the instruction-tuned version of the model"
         )
+
+
+def _chat_text(reader: PromptReader, question: str) -> str:
+    check_chat_template(reader.tokenizer, reader.name)
     messages = [{"role": "user", "content": question}]
     try:
         return reader.tokenizer.apply_chat_template(
