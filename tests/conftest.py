@@ -117,6 +117,33 @@ def trained(pretrained, small_tasks, tmp_path_factory, write_tasks):
 
 
 @pytest.fixture(scope="session")
+def trained_reader(tmp_path_factory, trained):
+    """Run folder of a tiny reader of the same tasks as `trained`: `trained_reader(sequence=...)`.
+
+    It has learned enough to end its grids.
+    """
+    from arctrm.training import pretrain
+
+    def run(steps=100, **reader) -> Path:
+        reader = {"hidden_size": 32, "num_heads": 2, "num_layers": 2, **reader}
+        data = {"subsets": [str(trained.folder)], "test_set": str(trained.folder), "num_aug": 8}
+        schedule = {"max_steps": steps, "warmup_steps": 5}
+        training = {"tokens_per_batch": 4096, "ema_decay": 0.9, "schedule": schedule}
+        config = {"model": "reader", "data": data, "reader": reader, "training": training}
+        out = tmp_path_factory.mktemp("reader")
+        pretrain.run(PretrainConfig.model_validate(config), out, False)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_reader(trained_reader) -> Path:
+    """A run folder of a tiny reader that sees one pair at a time."""
+    return trained_reader()
+
+
+@pytest.fixture(scope="session")
 def trained_per_view(pretrained) -> Path:
     """A run with one embedding per view (8 of each task), of the same tasks as `trained`."""
     return pretrained(steps=10, seed=3, task_embedding="per_view")

@@ -37,6 +37,7 @@ COMMANDS = {
     "data show": ["data", "show", "{}"],
     "data build": ["data", "build", "--subsets", "{}", "--test-set", "{}", "--out", "written"],
     "solve": ["solve", "{}", "--out", "written"],
+    "baseline": ["baseline", "--subset", "{}", "--out", "written"],
     "eval": ["eval", "--set", "evaluation.test_set={}", "--out", "written"],
     "pretrain": [
         *("pretrain", "--set", 'data.subsets=["{}"]', "--set", "data.test_set="),

@@ -12,7 +12,10 @@ COMMANDS = {
     "data build": SHARED | {"--subsets", "--test-set", "--num-aug"},
     "data show": SHARED | {"--statistics", "--limit"},
     "pretrain": SHARED | {"--resume"},
+    "joint": SHARED | {"--resume"},
     "eval": SHARED | {"--checkpoint", "--blank-task-embedding", "--views"},
+    "baseline": SHARED
+    | {"--checkpoint", "--model", "--subset", "--views", "--attempts", "--resume"},
     "solve": SHARED | {"--checkpoint", "--budget", "--views", "--check", "--keep-going"},
 }
 """The whole command line: a flag added or dropped has to be changed here too."""
@@ -72,7 +75,9 @@ def test_the_commands_are_these():
         names += [group + name for name in re.findall(r"^│ ([a-z]+)", listed, re.M)]
     assert [name for name in names if name != "data"] == [
         "pretrain",
+        "joint",
         "eval",
+        "baseline",
         "solve",
         "data build",
         "data show",
