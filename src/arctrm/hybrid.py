@@ -28,6 +28,8 @@ from arctrm.adapters import (
     place_hidden,
 )
 from arctrm.config.joint import CouplingConfig
+from arctrm.config.reader import ReaderConfig
+from arctrm.config.trm import TRMConfig
 from arctrm.reader.tiny import INIT_STD, TinyReader
 from arctrm.trm.layers import Sequences
 from arctrm.trm.model import TRM, Latents, Prediction, Table
@@ -149,18 +151,8 @@ class Hybrid(nn.Module):
     def refine(
         self, rows: Rows, start: Start, num_steps: int, blank: bool = False
     ) -> Iterator[tuple[Latents, Prediction]]:
-        """Latents and prediction after each of `num_steps` supervision steps."""
-        trm, tokens = self.trm, rows.tokens
-        prefix, condition = trm.prefix(
-            rows.embedding, rows.dihedral, rows.colour_flag, blank, start.context
-        )
-        x = trm.embed(rows.codes, tokens.row, tokens.first, prefix, condition)
-        x = x + start.injection.to(x.dtype)
-        fresh = trm.initial_latents(tokens.row.shape[0])
-        latents = Latents(fresh.z_H + start.z_H.to(trm.dtype), fresh.z_L + start.z_L.to(trm.dtype))
-        for _ in range(num_steps):
-            latents, prediction = trm.supervision_step(latents, x, rows.seq, tokens.first)
-            yield latents, prediction
+        """As the function `refine`, of this TRM."""
+        return refine(self.trm, rows, start, num_steps, blank)
 
     def soft_prefix(self, latents: Latents, tokens: TokenMap, num_rows: int) -> Tensor:
         """[R, P, H]: what TRM tells the reader for the next attempt, row by row."""
@@ -182,6 +174,36 @@ class Hybrid(nn.Module):
         if self.trm.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.trm.H_init.device.type, self.trm.dtype, cache_enabled=False)
+
+
+def refine(
+    trm: TRM, rows: Rows, start: Start | None, num_steps: int, blank: bool = False
+) -> Iterator[tuple[Latents, Prediction]]:
+    """Latents and prediction after each of `num_steps` supervision steps.
+
+    Without a `start` TRM is alone; `blank` is the ablation that hides which task it is.
+    """
+    tokens = rows.tokens
+    context = None if start is None else start.context
+    prefix, condition = trm.prefix(rows.embedding, rows.dihedral, rows.colour_flag, blank, context)
+    x = trm.embed(rows.codes, tokens.row, tokens.first, prefix, condition)
+    latents = trm.initial_latents(tokens.row.shape[0])
+    if start is not None:
+        x = x + start.injection.to(x.dtype)
+        z_H, z_L = latents.z_H + start.z_H.to(trm.dtype), latents.z_L + start.z_L.to(trm.dtype)
+        latents = Latents(z_H, z_L)
+    for _ in range(num_steps):
+        latents, prediction = trm.supervision_step(latents, x, rows.seq, tokens.first)
+        yield latents, prediction
+
+
+def empty_hybrid(
+    reader: ReaderConfig, trm: TRMConfig, coupling: CouplingConfig, num_tasks: int
+) -> Hybrid:
+    """An untrained hybrid of a tiny reader and a TRM, both with `num_tasks` task embeddings."""
+    slots = coupling.num_context_slots if coupling.context else 0
+    joined = TRM(trm.model_copy(update={"num_context_slots": slots}), num_tasks)
+    return Hybrid(TinyReader(reader, num_tasks), reader.hidden_size, joined, coupling)
 
 
 def visible_states(states: ReaderStates, longest: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from arctrm.config import EvalConfig
 from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, DataError, UserError
 from arctrm.solving import scoring
-from arctrm.solving.evaluate import answer_all, describe, load, rank, run
+from arctrm.solving.answering import answer_all, ask, rank
+from arctrm.solving.evaluate import describe, load, run
 from arctrm.solving.submission import check_complete, read_submission
 from arctrm.solving.vote import attempts
 from arctrm.solving.weights import load_solver
@@ -96,15 +97,15 @@ def test_the_scores_are_those_of_the_submission(evaluated, trained):
 
 def test_a_model_that_is_right_scores_one(trained, tmp_path, monkeypatch):
     """The whole path from candidates to scores.json, with the candidates made right."""
-    from arctrm.solving import evaluate
+    from arctrm.solving import pool
     from arctrm.solving.vote import Candidate
 
     truth = {(t.id, i): p.output for t in trained.known for i, p in enumerate(t.test)}
 
-    def right(solver, queries, inference, advance):
+    def right(solver, queries, inference, advance, guides):
         return [(query.key, Candidate(truth[query.key], 0.0)) for query in queries]
 
-    monkeypatch.setattr(evaluate, "answer", right)
+    monkeypatch.setattr(pool, "answer", right)
     scores = run(config(trained.run, trained.folder), tmp_path)
     assert scores.task_fraction == {1: 1.0, 2: 1.0, 10: 1.0}
     assert scores.whole_task[2] == scores.pair_fraction[2] == 1.0
@@ -158,7 +159,7 @@ def test_test_outputs_change_no_candidate(trained):
     solver = load_solver(trained.run, settings.inference, Accelerator().device)
     tasks = [*trained.known, *trained.others]
     found = [
-        answer_all(solver, version, settings, Accelerator())
+        answer_all(solver, ask(solver, version, settings, Accelerator()), settings, Accelerator())
         for version in (tasks, [task.without_answers() for task in tasks])
     ]
     assert found[0].keys() == found[1].keys()
@@ -237,7 +238,7 @@ def test_per_view_models_answer_known_tasks_and_fall_back_for_others(
     folder = write_tasks(tmp_path / "mixed", tasks)
     settings = config(trained_per_view, folder, views=100)
     solver = load_solver(trained_per_view, settings.inference, Accelerator().device)
-    found = answer_all(solver, tasks, settings, Accelerator())
+    found = answer_all(solver, ask(solver, tasks, settings, Accelerator()), settings, Accelerator())
     assert {key: len(candidates) for key, candidates in found.items()} == {(tasks[0].id, 0): 8}
     run(settings, tmp_path / "out")
     submitted = read_submission(tmp_path / "out/submission.json")
@@ -263,7 +264,7 @@ def test_a_checkpoint_that_cannot_be_used_leaves_nothing_behind(trained, tmp_pat
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, monkeypatch):
     from arctrm.solving import evaluate
 
-    monkeypatch.setattr(evaluate, "answer_all", lambda *given: pytest.fail("work was done"))
+    monkeypatch.setattr(evaluate, "ask", lambda *given: pytest.fail("work was done"))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="out"):
         run(config(trained.run, trained.folder), tmp_path / "out")
@@ -281,9 +282,9 @@ def test_every_test_input_is_ranked_even_without_candidates(trained):
 
 
 def test_a_dry_run_counts_and_answers_nothing(trained, monkeypatch):
-    from arctrm.solving import evaluate
+    from arctrm.solving import pool
 
-    monkeypatch.setattr(evaluate, "answer", lambda *given: pytest.fail("a query was answered"))
+    monkeypatch.setattr(pool, "answer", lambda *given: pytest.fail("a query was answered"))
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(describe(config(trained.run, trained.folder, views=7)))
     text = console.export_text()

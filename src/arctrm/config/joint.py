@@ -55,7 +55,10 @@ class JointModelConfig(StrictModel):
 
 
 class CouplingConfig(StrictModel):
-    """The three paths between reader and TRM, and the losses that train them."""
+    """The three paths between reader and TRM, and the losses that train them.
+
+    Without any path both are trained side by side and only pool their candidates.
+    """
 
     context: bool = True
     """Reader's hidden states -> prefix slots and initial latents of TRM."""
@@ -98,15 +101,6 @@ class CouplingConfig(StrictModel):
 
     contrast_weight: float = Field(0.05, ge=0)
     """Weight of the loss that keeps the contexts of different tasks apart."""
-
-    @model_validator(mode="after")
-    def _some_path(self) -> "CouplingConfig":
-        if not (self.context or self.draft):
-            raise ValueError(
-                "coupling.context = false and coupling.draft = false leave no path from the "
-                "reader to TRM; set one of them to true"
-            )
-        return self
 
 
 class JointConfig(JointModelConfig):

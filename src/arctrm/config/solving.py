@@ -69,5 +69,8 @@ class EvaluationConfig(StrictModel):
     max_tasks: int | None = Field(None, ge=1)
     """Only the first tasks by id."""
 
+    ablate: tuple[Literal["no-reader", "no-trm", "swap-context", "no-draft"], ...] = ()
+    """Of a hybrid: score again with one thing left out, each in turn."""
+
     solutions: str | None = None
     """Kaggle solutions file, when the tasks come without answers."""

@@ -20,6 +20,7 @@ from arctrm.console import console, note, progress_console
 from arctrm.data.task import Grid, Task
 from arctrm.reader.hub_errors import check_name
 from arctrm.solving import scoring
+from arctrm.solving.answering import rank, say_what_is_unusual
 from arctrm.solving.baseline_results import (
     SUBMISSION,
     AttemptRecord,
@@ -35,7 +36,7 @@ from arctrm.solving.baseline_results import (
     open_results,
 )
 from arctrm.solving.candidates import Key, by_key
-from arctrm.solving.evaluate import load, rank, say_what_is_unusual
+from arctrm.solving.evaluate import load
 from arctrm.solving.questions import (
     Advance,
     Answer,

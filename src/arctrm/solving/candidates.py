@@ -6,6 +6,7 @@ number of supervision steps, decoded, and turned back by the exact inverse of th
 Legend: T tokens, R rows.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,9 @@ from arctrm.data import canvas
 from arctrm.data.task import MAX_SIDE, Task
 from arctrm.data.views import DIHEDRALS, View, distinct_views, fixed_colours
 from arctrm.errors import ResourceError, TaskError
+from arctrm.hybrid import Rows, refine
 from arctrm.solving.canvas_rules import query_canvas
+from arctrm.solving.guidance import Guide, longest_visible, states
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 from arctrm.training.stages import TOKENS_PER_ROW
@@ -122,8 +125,11 @@ def answer(
     queries: Sequence[Query],
     inference: InferenceConfig,
     advance: Callable[[int], None] = lambda done: None,
+    guides: Sequence[Guide] | None = None,
 ) -> list[tuple[Key, Candidate]]:
     """Candidates of all queries, in the order of the queries; `advance` is told of each batch.
+
+    `guides` is what the reader tells TRM, one for each query.
 
     Raises:
         ResourceError: out of memory; says which key to lower.
@@ -131,9 +137,11 @@ def answer(
     """
     order = sorted(range(len(queries)), key=lambda i: queries[i].codes.size)
     ordered = [queries[i] for i in order]
+    told = None if guides is None else [guides[i] for i in order]
     found: list[tuple[Key, Candidate]] = []
     for batch in batches(solver, ordered, inference):
-        found += answer_batch(solver, batch, inference)
+        own = None if told is None else told[len(found) : len(found) + len(batch)]
+        found += answer_batch(solver, batch, inference, own)
         advance(len(batch))
     back = np.argsort(order)
     return [found[i] for i in back]
@@ -141,11 +149,15 @@ def answer(
 
 @torch.no_grad()
 def answer_batch(
-    solver: Solver, batch: Sequence[Query], inference: InferenceConfig
+    solver: Solver,
+    batch: Sequence[Query],
+    inference: InferenceConfig,
+    guides: Sequence[Guide] | None = None,
 ) -> list[tuple[Key, Candidate]]:
     """Candidates of one packed batch; a grid that cannot be decoded is None."""
+    static = solver.trm.H_init.is_cuda
     try:
-        codes, q_halt, lengths = run_batch(solver, batch, inference, solver.trm.H_init.is_cuda)
+        codes, q_halt, lengths = run_batch(solver, batch, inference, static, guides)
     except torch.OutOfMemoryError as error:
         tokens = batch_tokens(solver, inference)
         raise ResourceError(
@@ -158,12 +170,16 @@ def answer_batch(
         begin += length
         grid = canvas.decode(cells.reshape(query.codes.shape))
         grid = None if grid is None else query.view.inverse(grid)
-        found.append((query.key, Candidate(grid, float(q), "trm")))
+        found.append((query.key, Candidate(grid, float(q), "trm" if guides is None else "hybrid")))
     return found
 
 
 def run_batch(
-    solver: Solver, batch: Sequence[Query], inference: InferenceConfig, static: bool
+    solver: Solver,
+    batch: Sequence[Query],
+    inference: InferenceConfig,
+    static: bool,
+    guides: Sequence[Guide] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Predicted codes [T], halting logits [R] and row lengths of one batch.
 
@@ -184,12 +200,16 @@ def run_batch(
     codes[: sum(lengths)] = torch.from_numpy(
         np.concatenate([np.pad(query.codes.ravel(), (slots, 0)) for query in batch])
     ).long()
-    prefix, condition = trm.prefix(row_R, dihedral_R, flag_R, blank=inference.blank_task_embedding)
-    x = trm.embed(codes.to(device), tokens.row, tokens.first, prefix, condition)
     seq = sequences(tokens, trm.config, trm.dtype)
-    latents = trm.initial_latents(num_tokens)
-    for _ in range(inference.steps or trm.config.halt_max_steps):
-        latents, prediction = trm.supervision_step(latents, x, seq, tokens.first)
+    rows = Rows(row_R, dihedral_R, flag_R, codes.to(device), tokens, seq)
+    start = None
+    if guides is not None:
+        assert solver.hybrid is not None
+        said = states(solver.hybrid, guides, num_rows)
+        start = solver.hybrid.start(said, tokens, longest_visible(said))
+    num_steps = inference.steps or trm.config.halt_max_steps
+    blank = inference.blank_task_embedding
+    _, prediction = deque(refine(trm, rows, start, num_steps, blank), maxlen=1).pop()
     predicted = prediction.logits.argmax(-1).to(torch.uint8).cpu().numpy()
     return predicted, prediction.q_halt[: len(batch)].cpu().numpy(), lengths
 

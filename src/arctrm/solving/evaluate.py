@@ -5,26 +5,23 @@ Answers are set aside before any model sees a task; only `arctrm.solving.scoring
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from arctrm.config import BaselineConfig, EvalConfig
-from arctrm.console import console, note, progress_console
+from arctrm.console import console, note
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
-from arctrm.errors import DataError
+from arctrm.errors import ConfigError, DataError
 from arctrm.solving import scoring
-from arctrm.solving.candidates import Key, answer, by_key, require_test_inputs, task_queries
-from arctrm.solving.reading import judge, read, reranked, task_readings, to_judge
+from arctrm.solving.answering import Asked, answer_all, ask, rank_all
+from arctrm.solving.candidates import Key, require_test_inputs
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.vote import Candidate, Ranked, attempts, vote
+from arctrm.solving.vote import Ranked, attempts
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
@@ -49,9 +46,11 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     if accelerator.is_main_process:
         _open_folder(out, config)  # now, not after hours of answering
     begin = time.monotonic()
-    found = answer_all(solver, tasks, config, accelerator)
+    asked = ask(solver, tasks, config, accelerator)
+    found = answer_all(solver, asked, config, accelerator)
     ranked = rank_all(solver, tasks, found, config, accelerator)
     seconds = time.monotonic() - begin
+    ablated = _ablated(solver, tasks, asked, config, accelerator)
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -64,7 +63,39 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     check_complete(content, tasks)
     write_submission(out / "submission.json", content)
     gpu_seconds = seconds * accelerator.num_processes / len(tasks)
-    return _report(config, solver, tasks, ranked, known, gpu_seconds, out)
+    scores = _report(config, solver, tasks, ranked, known, gpu_seconds, out)
+    if scores is not None and ablated:
+        rows = {"everything": scores} | {
+            name: scoring.score(_predictions(tasks, own), known) for name, own in ablated.items()
+        }
+        _report_ablations(rows, out)
+    return scores
+
+
+def _ablated(
+    solver: Solver, tasks: list[Task], asked: Asked, config: EvalConfig, accelerator: Accelerator
+) -> dict[str, dict[Key, list[Ranked]]]:
+    """The rankings without one part of the whole, by the name of the ablation."""
+    names = config.evaluation.ablate
+    if names and solver.hybrid is None:
+        raise ConfigError(
+            f"evaluation.ablate = {list(names)}: {solver.name} holds one model, so there is "
+            "nothing to leave out; give a checkpoint of `arctrm joint`"
+        )
+    rankings: dict[str, dict[Key, list[Ranked]]] = {}
+    for name in names:
+        if accelerator.is_main_process:
+            note(f"ablation {name}")
+        found = answer_all(solver, asked, config, accelerator, name)
+        rankings[name] = rank_all(solver, tasks, found, config, accelerator, name)
+    return rankings
+
+
+def _report_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
+    """One table with all rows, also as ablations.json."""
+    content = {name: scoring.scores_dict(scores) for name, scores in rows.items()}
+    write_text_atomically(out / "ablations.json", json.dumps(content, indent=1) + "\n")
+    console().print(scoring.comparison_table(rows))
 
 
 def _open_folder(out: Path, config: EvalConfig) -> None:
@@ -95,83 +126,6 @@ def load(config: EvalConfig | BaselineConfig) -> tuple[list[Task], dict[str, lis
     return [task.without_answers() for task in tasks], scoring.answers(tasks)
 
 
-def answer_all(
-    solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator
-) -> dict[Key, list[Candidate]]:
-    """Candidates of every test input, the views split over the processes."""
-    views, seed, found = config.inference.views, config.seed, []
-    if accelerator.is_main_process:
-        say_what_is_unusual(solver, tasks, config)
-    if solver.has_trm:
-        queries = [q for task in tasks for q in task_queries(solver, task, views, seed)]
-        asked: Work = lambda own, told: answer(solver, own, config.inference, told)
-        found += _spread("answering", asked, queries, accelerator)
-    if solver.reader is not None:
-        readings = [r for task in tasks for r in task_readings(solver, task, views, seed)]
-        reader = solver.reader
-        asked = lambda own, told: read(reader, own, config.reader, told)
-        found += _spread("reading", asked, readings, accelerator)
-    return by_key(found)
-
-
-Work = Callable[[list, Callable[[int], None]], list]
-"""(items, told how many are done) -> results."""
-
-
-def _spread(what: str, work: Work, items: list, accelerator: Accelerator) -> list:
-    """Results of all items, split over the processes, with a progress bar on the main one."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not accelerator.is_main_process
-    with (
-        accelerator.split_between_processes(items) as mine,
-        Progress(*columns, console=progress_console(), disable=hidden) as progress,
-    ):
-        bar = progress.add_task("", total=len(mine))
-        found = work(mine, lambda done: progress.advance(bar, done))
-    return gather_object(found) if accelerator.num_processes > 1 else found
-
-
-def rank_all(
-    solver: Solver,
-    tasks: list[Task],
-    found: dict[Key, list[Candidate]],
-    config: EvalConfig,
-    accelerator: Accelerator,
-) -> dict[Key, list[Ranked]]:
-    """Each test input's grids, best first: by votes, or by the reader's log-probability."""
-    ranked = rank(tasks, found, config.seed)
-    reader, decoding = solver.reader, config.reader
-    if reader is None or decoding.rank == "votes":
-        return ranked
-    grids, views = to_judge(ranked, decoding), decoding.scoring_views
-    readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
-    asked: Work = lambda own, told: judge(reader, own, grids, decoding, told)
-    return reranked(ranked, _spread("scoring", asked, readings, accelerator))
-
-
-def say_what_is_unusual(
-    solver: Solver, tasks: list[Task], config: EvalConfig | BaselineConfig
-) -> None:
-    """Note tasks that the checkpoint does not know, and those it may know too well."""
-    known = sum(solver.row_of(task) is not None for task in tasks)
-    if known < len(tasks):
-        how = "not answered" if solver.views else "answered from the mean embedding"
-        note(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
-    if known and solver.test_set not in (None, config.evaluation.test_set):
-        note(
-            f"the checkpoint kept the test pairs of {solver.test_set} out of training, not those "
-            f"of {config.evaluation.test_set}: {known} tasks may be scored on pairs it has seen"
-        )
-
-
-def rank(
-    tasks: list[Task], found: dict[Key, list[Candidate]], seed: int
-) -> dict[Key, list[Ranked]]:
-    """The vote of every test input, best first."""
-    keys = [(task.id, index) for task in tasks for index in range(len(task.test))]
-    return {key: vote(found.get(key, []), seed) for key in keys}
-
-
 def _report(
     config: EvalConfig,
     solver: Solver,
@@ -181,18 +135,11 @@ def _report(
     gpu_seconds: float,
     out: Path,
 ) -> scoring.Scores | None:
-    predictions = {
-        task.id: [
-            [r.grid for r in ranked[task.id, index][:PASS_AT_MOST]]
-            for index in range(len(task.test))
-        ]
-        for task in tasks
-    }
     if not any(answer is not None for grids in known.values() for answer in grids):
         written = escape(str(out / "submission.json"))
         note(f"no answers are known: {written} is written, nothing is scored")
         return None
-    scores = scoring.score(predictions, known)
+    scores = scoring.score(_predictions(tasks, ranked), known)
     content = {
         "checkpoint": solver.name,
         "views": config.inference.views,
@@ -210,6 +157,16 @@ def _report(
     kind = "GPU" if solver.device.type == "cuda" else "CPU"
     note(f"{kind}-seconds per task: {gpu_seconds:.2f}; written to {escape(str(out))}")
     return scores
+
+
+def _predictions(tasks: list[Task], ranked: dict[Key, list[Ranked]]) -> dict[str, list[list[Grid]]]:
+    return {
+        task.id: [
+            [r.grid for r in ranked[task.id, index][:PASS_AT_MOST]]
+            for index in range(len(task.test))
+        ]
+        for task in tasks
+    }
 
 
 def describe(config: EvalConfig) -> Table:

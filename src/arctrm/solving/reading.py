@@ -4,6 +4,7 @@ A reader proposes by decoding, and judges by the log-probability that it gives t
 several views, summed (a product of experts): a right grid is likely from every side.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,17 +95,29 @@ def read(
     decoding: DecodingConfig,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[Key, Candidate]]:
-    """What the reader proposes for each reading, turned back; q is the log-probability (nats).
+    """What the reader proposes for each reading, turned back; q is the logit of its probability.
 
     Raises:
         ResourceError: out of memory; says which key to lower.
     """
     found = propose(reader, readings, decoding, advance)
     return [
-        (reading.key, Candidate(turned_back(reading, one.grid), one.log_probability, "reader"))
+        as_candidate(reading, one)
         for reading, several in zip(readings, found, strict=True)
         for one in several
     ]
+
+
+def as_candidate(reading: Reading, one: Decoded) -> tuple[Key, Candidate]:
+    """What the reader proposes, turned back."""
+    grid = turned_back(reading, one.grid)
+    return reading.key, Candidate(grid, as_logit(one.log_probability), "reader")
+
+
+def as_logit(log_probability: float) -> float:
+    """The logit of a probability given by its logarithm: comparable with TRM's halting logit."""
+    log_p = min(log_probability, -1e-9)
+    return log_p - math.log(-math.expm1(log_p))
 
 
 def propose(

@@ -153,6 +153,19 @@ def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
     return table
 
 
+def comparison_table(rows: Mapping[str, Scores]) -> Table:
+    """task_fraction of several rankings of the same tasks, in percent, one row each."""
+    table = Table(title="ablations, task_fraction (%)")
+    table.add_column("candidates of")
+    for k in PASSES:
+        table.add_column(f"pass@{k}", justify="right")
+    table.add_column("shape", justify="right")
+    for name, scores in rows.items():
+        passes = (_percent(scores.task_fraction[k]) for k in PASSES)
+        table.add_row(name, *passes, _percent(scores.shape_accuracy))
+    return table
+
+
 def task_table(scores: Scores) -> Table:
     """One row per task: test pairs solved in two attempts, size and cells of attempt_1."""
     table = Table(title="per task")

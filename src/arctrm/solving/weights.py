@@ -15,11 +15,12 @@ import torch
 from pydantic import ConfigDict, ValidationError
 from torch import nn
 
-from arctrm.config import DataConfig, InferenceConfig, ReaderConfig, TRMConfig
+from arctrm.config import CouplingConfig, DataConfig, InferenceConfig, ReaderConfig, TRMConfig
 from arctrm.config.base import StrictModel
 from arctrm.data.task import Task
 from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
 from arctrm.errors import CheckpointError
+from arctrm.hybrid import Hybrid, empty_hybrid
 from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
@@ -38,7 +39,7 @@ SEPARATOR = "|||"
 class Solver:
     """A model with its id map."""
 
-    model: TRM | TinyReader
+    model: TRM | TinyReader | Hybrid
     """Its last task embedding is the mean of the trained ones: where an unseen task starts."""
     rows: dict[str, int]
     """Task key (content fingerprint, also with the id before it; else id) -> embedding row."""
@@ -62,11 +63,18 @@ class Solver:
     def trm(self) -> TRM:
         """The TRM, where there is one."""
         assert not isinstance(self.model, TinyReader)
-        return self.model
+        return self.model.trm if isinstance(self.model, Hybrid) else self.model
+
+    @property
+    def hybrid(self) -> Hybrid | None:
+        """Both models and what joins them, where there are both."""
+        return self.model if isinstance(self.model, Hybrid) else None
 
     @property
     def reader(self) -> TinyReader | None:
         """The reader, where there is one."""
+        if isinstance(self.model, Hybrid):
+            return self.model.tiny
         return self.model if isinstance(self.model, TinyReader) else None
 
     @property
@@ -123,13 +131,18 @@ def load_solver(
         solver = _reference_solver(checkpoint)
     else:
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
-    _append_mean(solver.model)
-    model = solver.model.to(device).eval().requires_grad_(False)
-    model.dtype = _inference_dtype(inference.dtype, device)
-    if isinstance(model, TinyReader):
-        model.to(model.dtype)
-    elif inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
-        model.level = torch.compile(run_level, dynamic=False)
+    solver.model.to(device).eval().requires_grad_(False)
+    dtype = _inference_dtype(inference.dtype, device)
+    if solver.reader is not None:
+        _append_mean(solver.reader)
+        solver.reader.to(dtype).dtype = dtype
+        if inference.blank_task_embedding:  # of TRM it is blanked where it is asked
+            solver.reader.puzzle_emb.weights.zero_()
+    if solver.has_trm:
+        _append_mean(solver.trm)
+        solver.trm.dtype = dtype
+        if inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
+            solver.trm.level = torch.compile(run_level, dynamic=False)
     return solver
 
 
@@ -155,6 +168,8 @@ class _Trained(StrictModel):
     model: Literal["trm", "reader"] = "trm"
     trm: TRMConfig
     reader: ReaderConfig = ReaderConfig()
+    coupling: CouplingConfig | None = None
+    """Of a hybrid: a checkpoint of `arctrm joint`."""
     data: DataConfig
 
 
@@ -200,18 +215,22 @@ def _own_solver(folder: Path) -> Solver:
     )
 
 
-def _load_model(folder: Path, trained: _Trained, num_tasks: int) -> TRM | TinyReader:
+def _load_model(folder: Path, trained: _Trained, num_tasks: int) -> TRM | TinyReader | Hybrid:
     weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
-    per_view = trained.data.num_aug if trained.trm.task_embedding == "per_view" else 1
     with torch.device("meta"):  # compare before anything of the configured size is made
-        model: TRM | TinyReader
-        if trained.model == "reader":
-            model = TinyReader(trained.reader, num_tasks)
-        else:
-            model = TRM(trained.trm, num_tasks * per_view)
+        model = _empty_model(trained, num_tasks)
     check_names({n: tuple(t.shape) for n, t in model.state_dict().items()}, weights, folder)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def _empty_model(trained: _Trained, num_tasks: int) -> TRM | TinyReader | Hybrid:
+    if trained.coupling is not None:
+        return empty_hybrid(trained.reader, trained.trm, trained.coupling, num_tasks)
+    if trained.model == "reader":
+        return TinyReader(trained.reader, num_tasks)
+    per_view = trained.data.num_aug if trained.trm.task_embedding == "per_view" else 1
+    return TRM(trained.trm, num_tasks * per_view)
 
 
 def _reference_solver(path: Path) -> Solver:

@@ -1,0 +1,110 @@
+"""Ask everything of a test set, over all processes: questions, candidates, rankings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from arctrm.config import BaselineConfig, EvalConfig
+from arctrm.console import note, progress_console
+from arctrm.data.task import Task
+from arctrm.reader.decoding import Decoded
+from arctrm.solving.candidates import Key, by_key
+from arctrm.solving.pool import Question, pooled, proposals, questions
+from arctrm.solving.reading import judge, reranked, task_readings, to_judge
+from arctrm.solving.vote import Candidate, Ranked, vote
+from arctrm.solving.weights import Solver
+
+Work = Callable[[list, Callable[[int], None]], list]
+"""(items, told how many are done) -> results."""
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """This process's questions, and what the reader proposed for them."""
+
+    questions: list[Question]
+    drafts: list[list[Decoded]] | None
+
+
+def ask(solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator) -> Asked:
+    """This process's share of the questions; the reader answers them, if there is one."""
+    if accelerator.is_main_process:
+        say_what_is_unusual(solver, tasks, config)
+    everything = questions(solver, tasks, config.inference.views, config.seed)
+    with accelerator.split_between_processes(everything) as mine:
+        if solver.reader is None:
+            return Asked(mine, None)
+        return Asked(mine, _with_bar("reading", mine, accelerator, _proposing(solver, config)))
+
+
+def _proposing(solver: Solver, config: EvalConfig) -> Work:
+    return lambda mine, told: proposals(solver, mine, config, told)
+
+
+def answer_all(
+    solver: Solver,
+    asked: Asked,
+    config: EvalConfig,
+    accelerator: Accelerator,
+    ablation: str | None = None,
+) -> dict[Key, list[Candidate]]:
+    """Candidates of every test input, from all processes."""
+    work: Work = lambda mine, told: pooled(solver, mine, asked.drafts, config, told, ablation)
+    found = _with_bar("answering", asked.questions, accelerator, work)
+    return by_key(gather_object(found) if accelerator.num_processes > 1 else found)
+
+
+def _with_bar(what: str, mine: list, accelerator: Accelerator, work: Work) -> list:
+    """Results of this process's items, with a progress bar on the main one."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not accelerator.is_main_process
+    with Progress(*columns, console=progress_console(), disable=hidden) as progress:
+        bar = progress.add_task("", total=len(mine))
+        return work(mine, lambda done: progress.advance(bar, done))
+
+
+def rank_all(
+    solver: Solver,
+    tasks: list[Task],
+    found: dict[Key, list[Candidate]],
+    config: EvalConfig,
+    accelerator: Accelerator,
+    ablation: str | None = None,
+) -> dict[Key, list[Ranked]]:
+    """Each test input's grids, best first: by votes, or by the reader's log-probability."""
+    ranked = rank(tasks, found, config.seed)
+    reader, decoding = solver.reader, config.reader
+    if reader is None or decoding.rank == "votes" or ablation == "no-reader":
+        return ranked
+    grids, views = to_judge(ranked, decoding), decoding.scoring_views
+    readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
+    work: Work = lambda mine, told: judge(reader, mine, grids, decoding, told)
+    with accelerator.split_between_processes(readings) as mine:
+        judged = _with_bar("scoring", mine, accelerator, work)
+    return reranked(ranked, gather_object(judged) if accelerator.num_processes > 1 else judged)
+
+
+def say_what_is_unusual(
+    solver: Solver, tasks: list[Task], config: EvalConfig | BaselineConfig
+) -> None:
+    """Note tasks that the checkpoint does not know, and those it may know too well."""
+    known = sum(solver.row_of(task) is not None for task in tasks)
+    if known < len(tasks):
+        how = "not answered" if solver.views else "answered from the mean embedding"
+        note(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
+    if known and solver.test_set not in (None, config.evaluation.test_set):
+        note(
+            f"the checkpoint kept the test pairs of {solver.test_set} out of training, not those "
+            f"of {config.evaluation.test_set}: {known} tasks may be scored on pairs it has seen"
+        )
+
+
+def rank(
+    tasks: list[Task], found: dict[Key, list[Candidate]], seed: int
+) -> dict[Key, list[Ranked]]:
+    """The vote of every test input, best first."""
+    keys = [(task.id, index) for task in tasks for index in range(len(task.test))]
+    return {key: vote(found.get(key, []), seed) for key in keys}

@@ -1,0 +1,122 @@
+"""One pool of candidates: the reader's, TRM's, and those of both together.
+
+A question is one test input under one view. The reader proposes first; where adapters join the two
+models, TRM refines what the reader proposed, else it answers alone. Each ablation leaves out one
+thing of the whole: the reader (TRM answers alone), TRM (the reader answers alone), the draft that
+TRM is shown; or it swaps what the reader says of two tasks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from arctrm.config import DecodingConfig, InferenceConfig
+from arctrm.data.task import Grid, Task
+from arctrm.reader.decoding import Decoded
+from arctrm.solving.candidates import Key, Query, answer, task_queries
+from arctrm.solving.guidance import Guide
+from arctrm.solving.reading import Reading, as_candidate, propose, task_readings
+from arctrm.solving.vote import Candidate
+from arctrm.solving.weights import Solver
+
+
+class PoolConfig(Protocol):
+    """What a configuration must hold to ask."""
+
+    @property
+    def seed(self) -> int:
+        """Of the views."""
+
+    @property
+    def inference(self) -> InferenceConfig:
+        """How TRM answers."""
+
+    @property
+    def reader(self) -> DecodingConfig:
+        """How the reader answers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One test input under one view, as each model is asked for it."""
+
+    query: Query | None
+    reading: Reading | None
+
+
+def questions(solver: Solver, tasks: Sequence[Task], views: int, seed: int) -> list[Question]:
+    """Questions of every test input of every task, view by view."""
+    found: list[Question] = []
+    for task in tasks:
+        queries = task_queries(solver, task, views, seed) if solver.has_trm else None
+        readings = task_readings(solver, task, views, seed) if solver.reader is not None else None
+        count = len(queries or readings or [])
+        found += [
+            Question(queries[i] if queries else None, readings[i] if readings else None)
+            for i in range(count)
+        ]
+    return found
+
+
+def proposals(
+    solver: Solver,
+    asked: Sequence[Question],
+    config: PoolConfig,
+    told: Callable[[int], None] = lambda done: None,
+) -> list[list[Decoded]]:
+    """What the reader writes for each question, the likeliest first."""
+    assert solver.reader is not None
+    readings = [question.reading for question in asked if question.reading is not None]
+    return propose(solver.reader, readings, config.reader, told)
+
+
+def pooled(
+    solver: Solver,
+    asked: Sequence[Question],
+    drafts: Sequence[list[Decoded]] | None,
+    config: PoolConfig,
+    told: Callable[[int], None] = lambda done: None,
+    ablation: str | None = None,
+) -> list[tuple[Key, Candidate]]:
+    """Candidates of all questions; `drafts` is what the reader proposed for each, if there is one.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+    """
+    found: list[tuple[Key, Candidate]] = []
+    if drafts is not None and ablation != "no-reader":
+        found += [
+            as_candidate(question.reading, one)
+            for question, own in zip(asked, drafts, strict=True)
+            for one in own
+            if question.reading is not None
+        ]
+    if solver.has_trm and ablation != "no-trm":
+        queries = [question.query for question in asked if question.query is not None]
+        guides = None if ablation == "no-reader" else _guides(solver, asked, drafts, ablation)
+        found += answer(solver, queries, config.inference, told, guides)
+    return found
+
+
+def _guides(
+    solver: Solver,
+    asked: Sequence[Question],
+    drafts: Sequence[list[Decoded]] | None,
+    ablation: str | None,
+) -> list[Guide] | None:
+    """What the reader tells TRM for each question; None where nothing joins the two."""
+    if drafts is None or solver.hybrid is None or not solver.hybrid.adapters:
+        return None
+    guides = [
+        Guide(question.reading.prompt, None if ablation == "no-draft" else _first_grid(own))
+        for question, own in zip(asked, drafts, strict=True)
+        if question.reading is not None
+    ]
+    if ablation == "swap-context":
+        half = len(guides) // 2
+        return guides[half:] + guides[:half]
+    return guides
+
+
+def _first_grid(own: Sequence[Decoded]) -> Grid | None:
+    return next((one.grid for one in own if one.grid is not None), None)
