@@ -128,7 +128,10 @@ def test_models_that_cannot_be_asked_are_refused_before_anything_is_written(
     plain = save_model(tmp_path / "plain", chat=False)
     refused = [
         ({"hub": {"name": str(plain), "prompt": "chat"}, "max_new_tokens": 9}, "no chat template"),
-        ({"hub": {"name": str(plain), "prompt": "chat"}}, "max_new_tokens = 2048 leaves no room"),
+        (
+            {"hub": {"name": hub_model, "prompt": "chat"}, "max_new_tokens": 4096},
+            "max_new_tokens = 4096 leaves no room",
+        ),
         ({"hub": {"name": hub_model, "max_tokens": 3}}, "the query alone takes"),
         ({"hub": {"name": "meta-llama/Llama-3.2-8B-Instruct"}}, "does not exist; use"),
         ({"hub": {"name": "./nowhere"}}, "there is no such folder"),

@@ -47,7 +47,7 @@ from arctrm.solving.questions import (
     require_a_question,
     weights_fingerprint,
 )
-from arctrm.solving.reading import judge, reranked, to_judge
+from arctrm.solving.reading import as_logit, judge, reranked, to_judge
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, Ranked, attempts
 from arctrm.training.provenance import run_record
@@ -160,7 +160,7 @@ def _ranked(
 ) -> dict[Key, list[Ranked]]:
     """The grids of each test input, best first: by votes, or by the model's log-probability."""
     found = by_key(
-        (question.reading.key, Candidate(answer.grid, answer.log_probability or 0.0, "reader"))
+        (question.reading.key, Candidate(answer.grid, _confidence(answer), "reader"))
         for question, several in zip(questions, answers, strict=True)
         for answer in several
     )
@@ -171,6 +171,11 @@ def _ranked(
     readings = [question.reading for question in asked]
     grids = to_judge(ranked, decoding)
     return reranked(ranked, judge(respondent.reader, readings, grids, decoding))
+
+
+def _confidence(answer: Answer) -> float:
+    """As `eval` counts it; free text has none, so votes alone decide."""
+    return 0.0 if answer.log_probability is None else as_logit(answer.log_probability)
 
 
 def _prompt_records(
@@ -202,7 +207,7 @@ def _attempt_record(entry: Ranked, correct: bool | None) -> AttemptRecord:
     return AttemptRecord(
         grid=_cells(entry.grid),
         votes=entry.votes,
-        log_probability=_finite(entry.mean_q),
+        mean_q=_finite(entry.mean_q) or 0.0,
         reader_score=_finite(entry.reader_score),
         correct=correct,
     )
@@ -262,7 +267,7 @@ def _write_submission(path: Path, tasks: list[Task], records: list[TaskRecord]) 
 
 
 def _entry(attempt: AttemptRecord) -> Ranked:
-    return Ranked(_grid(attempt), attempt.votes, attempt.log_probability or 0.0, ("reader",))
+    return Ranked(_grid(attempt), attempt.votes, attempt.mean_q, ("reader",))
 
 
 def _grid(attempt: AttemptRecord) -> Grid:

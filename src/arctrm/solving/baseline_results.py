@@ -63,8 +63,8 @@ class AttemptRecord(StrictModel):
     grid: Cells
     votes: int
     """Candidates that were this grid."""
-    log_probability: float | None
-    """Mean over its votes (nats)."""
+    mean_q: float
+    """Mean logit of the model's probability of it, over its votes; 0 for free text."""
     reader_score: float | None
     """Mean log-probability over the scoring views; null when ranked by votes."""
     correct: bool | None
