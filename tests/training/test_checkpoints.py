@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from arctrm.errors import CheckpointError, ResourceError
 from arctrm.training.checkpoints import (
@@ -258,6 +259,103 @@ def test_a_bundle_holds_the_moving_average_once_and_nothing_for_training(tmp_pat
     with pytest.raises(CheckpointError, match="cannot be written"):
         export_bundle(checkpoint, bundle)
     assert read_meta(bundle).step == 2
+
+
+def layered(run, width=512):
+    """A checkpoint with the tensors of a layer, its moving average other than its weights."""
+    torch.manual_seed(0)
+    tensors = {
+        "model.layers.0.up.weight": torch.randn(width, 300) * 0.02,
+        "model.layers.0.norm.weight": torch.randn(width),
+        "puzzle_emb.weights": torch.randn(9, 64),
+    }
+    average = {name: tensor * 1.5 for name, tensor in tensors.items()}
+    model = model_tensors(tensors, average)
+    return write_checkpoint(run, meta(7), model, {}, {}), average
+
+
+def test_an_8_bit_bundle_has_half_the_size_and_nearly_the_weights(tmp_path):
+    checkpoint, average = layered(tmp_path)
+    whole = export_bundle(checkpoint, tmp_path / "16")
+    half = export_bundle(checkpoint, tmp_path / "8", bits=8, card="small")
+    sizes = [(bundle / "model.safetensors").stat().st_size for bundle in (whole, half)]
+    assert sizes[1] < 0.53 * sizes[0]
+    back, bfloat16 = read_model(half, ema=True), read_model(whole, ema=True)
+    assert back.keys() == bfloat16.keys() == average.keys()
+    for name, tensor in back.items():
+        if name == "model.layers.0.up.weight":
+            assert tensor.dtype == torch.float32
+            assert (tensor - average[name]).norm() / average[name].norm() < 0.0075
+        else:
+            assert torch.equal(tensor, bfloat16[name])
+    assert read_meta(half).notes == {"exported": "ema", "card": "small"}
+
+
+def test_checkpoint_json_says_how_the_weights_are_stored(tmp_path):
+    checkpoint, _ = layered(tmp_path)
+    for bits, group in ((16, None), (8, 64)):
+        bundle = export_bundle(checkpoint, tmp_path / str(bits), bits=bits)
+        stored = read_meta(bundle)
+        assert stored.int8_group == group
+        names = set(stored.files["model.safetensors"].tensors)
+        scales = {"scales.model.layers.0.up.weight"}
+        assert names & scales == (scales if bits == 8 else set())
+        content = json.loads((bundle / "checkpoint.json").read_text())
+        assert content["int8_group"] == group
+    assert read_meta(checkpoint).int8_group is None
+
+
+def test_a_bundle_of_a_bundle_stays_what_it_is(tmp_path):
+    checkpoint, _ = layered(tmp_path)
+    once = export_bundle(checkpoint, tmp_path / "once", bits=8)
+    twice = export_bundle(once, tmp_path / "twice", bits=8)
+    wide = export_bundle(once, tmp_path / "wide", torch.float32)
+    assert read_meta(wide).int8_group is None
+    for name, tensor in read_model(once, ema=True).items():
+        again = read_model(twice, ema=True)[name]
+        assert (again - tensor).norm() <= 0.004 * tensor.norm()
+        assert torch.equal(read_model(wide, ema=True)[name], tensor.float())
+
+
+def test_bundles_have_16_or_8_bits(tmp_path):
+    with pytest.raises(ValueError, match=r"bits = 4 .* use 16 or 8"):
+        export_bundle(write(tmp_path, 1), tmp_path / "bundle", bits=4)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("scales.model.layers.0.up.weight"), "missing, first 'scales.model"),
+        (lambda t: t.pop("weights.model.layers.0.up.weight"), "missing, first 'weights.model"),
+        (lambda t: t.update({"scales.other": torch.ones(2, 2)}), "unexpected, first 'scales.other"),
+    ],
+)
+def test_an_8_bit_bundle_is_read_strictly(tmp_path, change, said):
+    bundle = export_bundle(layered(tmp_path)[0], tmp_path / "bundle", bits=8)
+    path = bundle / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    written = read_meta(bundle).files
+    files = {name: record.model_dump(mode="json") for name, record in written.items()}
+    files["model.safetensors"]["size"] = path.stat().st_size
+    edit_meta(bundle, files=files)
+    with pytest.raises(CheckpointError, match=said):
+        read_model(bundle, ema=True)
+
+
+def test_integers_are_never_taken_for_weights(tmp_path):
+    bundle = export_bundle(layered(tmp_path)[0], tmp_path / "bundle", bits=8)
+    edit_meta(bundle, int8_group=32)
+    with pytest.raises(CheckpointError, match="with one scale for 32 columns of a row"):
+        read_model(bundle, ema=True)
+    edit_meta(bundle, int8_group=None)
+    with pytest.raises(CheckpointError, match=r"not stored as checkpoint\.json says"):
+        read_model(bundle, ema=True)
+    edit_meta(bundle, int8_group=0)
+    with pytest.raises(CheckpointError, match="int8_group"):
+        read_model(bundle, ema=True)
 
 
 def test_a_path_without_a_checkpoint_says_what_is_accepted(tmp_path):

@@ -64,6 +64,9 @@ class CheckpointMeta(StrictModel):
     """Processes that wrote it."""
     ema: bool = False
     """Whether model.safetensors holds a moving average beside the weights."""
+    int8_group: int | None = Field(None, ge=1)
+    """Columns of a row that share a scale ("scales.*") in the matrices stored as int8; None: all
+    weights are stored as floats."""
     files: dict[str, FileRecord] = Field(default_factory=dict)
     """File name to what it must hold."""
     arctrm_version: str = ""

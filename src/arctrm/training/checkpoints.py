@@ -8,7 +8,8 @@ A checkpoint is a folder `<run>/checkpoints/step_00001234/`:
     rank_<k>.safetensors   per process: random state, carry, data position
 
 A folder under its final name is complete: until the rename it is called `.tmp-step_...`. A bundle
-is the same folder without trainer and rank files. Nothing is ever unpickled.
+is the same folder without trainer and rank files; its matrices may be 8-bit ("scales.*" beside
+"weights.*"). Nothing is ever unpickled.
 """
 
 import os
@@ -16,6 +17,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +37,7 @@ from arctrm.training.checkpoint_meta import (
     read_meta,
 )
 from arctrm.training.files import disk_errors, flush_to_disk
+from arctrm.training.int8 import GROUP, dequantise_all, is_layer_matrix, quantise
 from arctrm.training.state import (
     pack_generator,
     pack_optimiser,
@@ -164,6 +167,7 @@ def resolve_checkpoint(path: Path) -> Path:
 def read_model(path: Path, *, ema: bool) -> dict[str, Tensor]:
     """Weights of a checkpoint or bundle folder, on the CPU, names without prefix.
 
+    8-bit matrices come back as float32; everything else has the type that it is stored as.
     With `ema`, the moving average; the weights as trained where the run kept no average.
 
     Raises:
@@ -171,7 +175,9 @@ def read_model(path: Path, *, ema: bool) -> dict[str, Tensor]:
     """
     meta = read_meta(path)
     prefix = "ema." if ema and meta.ema else "weights."
-    return load_tensors(path, MODEL, meta, prefix)
+    tensors = load_tensors(path, MODEL, meta, prefix)
+    scales = load_tensors(path, MODEL, meta, "scales.")
+    return dequantise_all(tensors, scales, meta.int8_group, path / MODEL)
 
 
 def read_trainer(path: Path) -> dict[str, Tensor]:
@@ -192,11 +198,16 @@ def read_rank(path: Path, rank: int) -> dict[str, Tensor]:
 
 
 def export_bundle(
-    checkpoint: Path, out: Path, dtype: torch.dtype = torch.bfloat16, **notes: object
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    bits: Literal[16, 8] = 16,
+    **notes: object,
 ) -> Path:
     """Write what solving needs of a checkpoint to the new folder `out`: one set of weights.
 
-    Weights are stored as `dtype` (TRM's blocks compute in bfloat16 on a GPU anyway).
+    Weights are stored as `dtype` (the layers compute in bfloat16 on a GPU anyway). With `bits` = 8
+    the matrices of the layers, nearly all of the weights, are stored as int8 with scales instead.
 
     The moving average, where there is one, becomes the weights; `notes` are added to the metadata.
 
@@ -204,23 +215,36 @@ def export_bundle(
         ResourceError: the disk is full.
         CheckpointError: `checkpoint` cannot be read or `out` not be written, or exists.
     """
+    if bits not in (8, 16):
+        raise ValueError(f"bits = {bits} is not a size of stored weights; use 16 or 8")
     meta = read_meta(checkpoint)
-    read = read_model(checkpoint, ema=True)
-    weights = model_tensors({name: tensor.to(dtype) for name, tensor in read.items()})
+    weights = _stored(read_model(checkpoint, ema=True), dtype, bits)
+    added = {"exported": "ema" if meta.ema else "weights", **notes}
+    group = GROUP if bits == 8 else None
     aside = out.with_name(_TEMPORARY + out.name)
     try:
         with disk_errors(out.parent):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             _write_tensors(aside / MODEL, weights)
-            added = {"exported": "ema" if meta.ema else "weights", **notes}
-            bundle = meta.model_copy(update={"notes": meta.notes | added})
+            bundle = meta.model_copy(update={"notes": meta.notes | added, "int8_group": group})
             _write_meta(aside, bundle, meta.world_size)
             os.rename(aside, out)
             flush_to_disk(out.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return out
+
+
+def _stored(weights: dict[str, Tensor], dtype: torch.dtype, bits: int) -> dict[str, Tensor]:
+    """Weights as a bundle stores them, by their names in `model.safetensors`."""
+    matrices = {n: t for n, t in weights.items() if bits == 8 and is_layer_matrix(n, t)}
+    quantised = {name: quantise(tensor) for name, tensor in matrices.items()}
+    floats = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in matrices}
+    integers = {name: integers for name, (integers, _) in quantised.items()}
+    return model_tensors(floats | integers) | {
+        f"scales.{name}": scales for name, (_, scales) in quantised.items()
+    }
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
