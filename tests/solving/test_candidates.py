@@ -56,9 +56,9 @@ class Oracle(TRM):
         super().__init__(config, len(truth))
         self.truth = truth
 
-    def prefix(self, embedding_row, dihedral, colour_flag, blank=False):
+    def prefix(self, embedding_row, dihedral, colour_flag, blank=False, context=None):
         self.asked = embedding_row.tolist(), dihedral.tolist(), colour_flag.tolist()
-        return super().prefix(embedding_row, dihedral, colour_flag, blank)
+        return super().prefix(embedding_row, dihedral, colour_flag, blank, context)
 
     def supervision_step(self, latents, x_TD, seq, first_token):
         slots = self.config.num_prefix_slots

@@ -131,18 +131,19 @@ def load_solver(
         solver = _reference_solver(checkpoint)
     else:
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
-    solver.model.to(device).eval().requires_grad_(False)
+    solver.model.to(device).eval()
     dtype = _inference_dtype(inference.dtype, device)
     if solver.reader is not None:
         _append_mean(solver.reader)
         solver.reader.to(dtype).dtype = dtype
         if inference.blank_task_embedding:  # of TRM it is blanked where it is asked
-            solver.reader.puzzle_emb.weights.zero_()
+            solver.reader.puzzle_emb.weights.detach().zero_()
     if solver.has_trm:
         _append_mean(solver.trm)
         solver.trm.dtype = dtype
         if inference.compile == "on" or (inference.compile == "auto" and device.type == "cuda"):
             solver.trm.level = torch.compile(run_level, dynamic=False)
+    solver.model.requires_grad_(False)
     return solver
 
 
