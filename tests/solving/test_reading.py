@@ -216,14 +216,6 @@ def test_answers_from_every_view_are_turned_back_to_the_task(known):
     assert np.mean(right) >= 0.9
     assert {c.source for _, c in found} == {"reader"}
     assert max(c.q for _, c in found) > 0  # more likely than not
-
-
-@pytest.mark.parametrize("probability", [1e-30, 0.25, 0.5, 0.9])
-def test_q_is_the_logit_of_the_probability(probability):
-    assert as_logit(np.log(probability)) == pytest.approx(
-        np.log(probability) - np.log1p(-probability)
-    )
-    assert np.isfinite(as_logit(0.0))
     for key in {key for key, _ in found}:
         ranked = vote([c for k, c in found if k == key], 0)
         assert same(ranked[0].grid, OUTPUTS[key[0]])
@@ -399,3 +391,11 @@ def test_only_the_best_by_votes_are_scored_and_the_others_stay_behind(known):
 def test_the_batch_size_is_the_configured_one_or_that_of_the_machine(known):
     assert batch_size(known.reader, DecodingConfig()) == 16
     assert batch_size(known.reader, DecodingConfig(batch_size=7)) == 7
+
+
+@pytest.mark.parametrize("probability", [1e-30, 0.25, 0.5, 0.9])
+def test_q_is_the_logit_of_the_probability(probability):
+    assert as_logit(np.log(probability)) == pytest.approx(
+        np.log(probability) - np.log1p(-probability)
+    )
+    assert np.isfinite(as_logit(0.0))
