@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from baseline_runs import answered, config, prompts_of
-from hub_models import save_model
+from hub_models import END, save_model
 from safetensors.torch import load_file, save_file
 
+from arctrm.data.parse import parse_grid
 from arctrm.data.views import View
 from arctrm.errors import CheckpointError, ConfigError
+from arctrm.reader.grid_text import parse_grid_text
 from arctrm.solving.baseline import run
 from arctrm.solving.questions import load_respondent
 from arctrm.solving.submission import check_complete
@@ -28,21 +30,34 @@ def hub_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sevens(tmp_path_factory):
     """A chat model that writes 7 or 3 at every place."""
-    path = save_model(tmp_path_factory.mktemp("sevens"), chat=True, max_position_embeddings=4096)
-    weights = load_file(path / "model.safetensors")
-    tokenizer = load_respondent(config("training", hub={"name": str(path)}), CPU).reader.tokenizer
-    head = torch.zeros_like(weights["lm_head.weight"])
-    head[tokenizer.convert_tokens_to_ids("7"), 0] = 5.0
-    head[tokenizer.convert_tokens_to_ids("3"), 0] = -5.0
-    save_file({**weights, "lm_head.weight": head}, path / "model.safetensors", {"format": "pt"})
-    return str(path)
+    return with_head(tmp_path_factory.mktemp("sevens"), {"7": (0, 5.0), "3": (0, -5.0)})
 
 
-def test_a_hub_model_spells_grids_under_views(trained, hub_model, tmp_path):
-    settings = config(trained.folder, hub={"name": hub_model}, evaluation={"max_tasks": 2})
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory):
+    """A model that also ends rows and grids."""
+    head = {"7": (0, 5.0), "3": (0, -5.0), "Ċ": (1, 5.0), END: (1, -5.0)}
+    return with_head(tmp_path_factory.mktemp("speller"), head)
+
+
+def with_head(folder, head) -> str:
+    """A random Llama whose logits are 0 but for these: token -> (dimension of D, weight)."""
+    save_model(folder, chat=True, max_position_embeddings=4096)
+    tokenizer = load_respondent(config("training", hub={"name": str(folder)}), CPU).reader.tokenizer
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"].zero_()
+    for token, (dimension, weight) in head.items():
+        weights["lm_head.weight"][tokenizer.convert_tokens_to_ids(token), dimension] = weight
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_a_hub_model_spells_grids_under_views(trained, speller, tmp_path):
+    settings = config(trained.folder, hub={"name": speller}, evaluation={"max_tasks": 2})
     results = answered(settings, tmp_path / "results.json")
     check_complete(json.loads((tmp_path / "submission.json").read_text()), trained.known[:2])
-    assert results["model"]["name"] == hub_model
+    assert results["model"]["name"] == speller
+    turned = 0
     for task_id, index, prompt in prompts_of(results):
         task = next(task for task in trained.known if task.id == task_id)
         view = View(prompt["dihedral"], tuple(prompt["colours"]))
@@ -53,7 +68,23 @@ def test_a_hub_model_spells_grids_under_views(trained, hub_model, tmp_path):
             assert part.startswith(text)
         for candidate in prompt["candidates"]:
             assert candidate["log_probability"] < 0
+            if candidate["grid"] is not None:
+                written = parse_grid_text(candidate["text"])
+                assert np.array_equal(written, view.apply(parse_grid(candidate["grid"], "grid")))
+                turned += view.dihedral > 0
+    assert turned
     assert not any(record["notes"] for record in results["tasks"].values())
+
+
+def test_a_hub_model_ranks_grids_by_its_own_probability(trained, speller, tmp_path):
+    reader = {"rank": "experts", "scoring_views": 2}
+    settings = config(trained.folder, hub={"name": speller}, attempts=9, reader=reader, views=8)
+    results = answered(settings, tmp_path / "results.json")
+    kept = [test["attempts"] for r in results["tasks"].values() for test in r["test"]]
+    assert max(map(len, kept)) > 1
+    for attempts in kept:
+        scores = [attempt["reader_score"] for attempt in attempts]
+        assert scores == sorted(scores, reverse=True)
 
 
 def test_what_does_not_fit_is_left_out_and_noted_and_the_query_never_cut(
