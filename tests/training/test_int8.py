@@ -73,7 +73,8 @@ def test_matrices_of_layers_are_meant_and_nothing_else():
     square = torch.zeros(2, 2)
     assert is_layer_matrix("llama.model.layers.0.mlp.up_proj.weight", square)
     assert is_layer_matrix("L_level.layers.1.qkv_proj.weight", square)
-    assert not is_layer_matrix("puzzle_emb.weights", square)
+    assert is_layer_matrix("trm.puzzle_emb.weights", square)
+    assert not is_layer_matrix("dihedral_emb.weights", square)
     assert not is_layer_matrix("llama.model.layers.0.input_layernorm.weight", torch.zeros(2))
     assert not is_layer_matrix("llama.model.layers.0.count", torch.zeros(2, 2, dtype=torch.long))
 

@@ -218,16 +218,27 @@ def export_bundle(
     if bits not in (8, 16):
         raise ValueError(f"bits = {bits} is not a size of stored weights; use 16 or 8")
     meta = read_meta(checkpoint)
-    weights = _stored(read_model(checkpoint, ema=True), dtype, bits)
     added = {"exported": "ema" if meta.ema else "weights", **notes}
-    group = GROUP if bits == 8 else None
+    exported = meta.model_copy(update={"notes": meta.notes | added})
+    return write_bundle(out, exported, read_model(checkpoint, ema=True), dtype, bits)
+
+
+def write_bundle(
+    out: Path,
+    meta: CheckpointMeta,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype = torch.bfloat16,
+    bits: Literal[16, 8] = 16,
+) -> Path:
+    """Write one set of weights to the new folder `out`; arguments and errors as `export_bundle`."""
+    stored = _stored(weights, dtype, bits)
     aside = out.with_name(_TEMPORARY + out.name)
     try:
         with disk_errors(out.parent):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            _write_tensors(aside / MODEL, weights)
-            bundle = meta.model_copy(update={"notes": meta.notes | added, "int8_group": group})
+            _write_tensors(aside / MODEL, stored)
+            bundle = meta.model_copy(update={"int8_group": GROUP if bits == 8 else None})
             _write_meta(aside, bundle, meta.world_size)
             os.rename(aside, out)
             flush_to_disk(out.parent)

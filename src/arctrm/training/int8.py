@@ -22,7 +22,8 @@ LARGEST = 127
 
 def is_layer_matrix(name: str, tensor: Tensor) -> bool:
     """Whether this is one of the matrices that make up nearly all of a model."""
-    return ".layers." in name and tensor.ndim == 2 and tensor.is_floating_point()
+    large = ".layers." in name or name.endswith("puzzle_emb.weights")
+    return large and tensor.ndim == 2 and tensor.is_floating_point()
 
 
 def quantise(matrix: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
