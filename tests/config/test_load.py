@@ -272,8 +272,8 @@ def test_fields_that_contradict_name_every_layer_they_came_from(toml):
         ("ARCTRM_SEDE", "unknown key sede; did you mean seed?"),
         ("ARCTRM_TRM__HIDEN_SIZE", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
         (
-            "ARCTRM_TRM_HIDDEN_SIZE",
-            "unknown key trm_hidden_size; did you mean trm.hidden_size or reader.hidden_size?",
+            "ARCTRM_TRM_NUM_HEADS",
+            "unknown key trm_num_heads; did you mean trm.num_heads or reader.num_heads?",
         ),
         (
             "ARCTRM_SOLVER__X",
@@ -295,7 +295,7 @@ def test_a_text_where_a_variable_wants_a_list_gives_the_sentence():
 
 def test_a_table_of_another_command_is_refused_with_that_command(toml):
     assert sentence(model=BuildConfig, files=[toml("[trm]\nhidden_size = 64")]) == (
-        "a.toml: unknown key trm; trm belongs to arctrm pretrain, allowed here: seed, out, data"
+        "a.toml: unknown key trm; trm belongs to arctrm pretrain and arctrm joint, allowed here: seed, out, data"
     )
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from arctrm.config.data import DataConfig
 from arctrm.data.build import build, prepare
 from arctrm.data.dataset import open_base_set
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import held_out_ids
 from arctrm.errors import DataError, OverlapError, TaskError
 
 PAIR = {"input": [[1, 2]], "output": [[5]]}
@@ -145,3 +147,19 @@ def test_prepare_refuses_a_set_that_was_built_from_something_else(tmp_path, othe
     with pytest.raises(DataError, match=r"was built with data.*but the configuration says"):
         prepare(DataConfig(path=tmp_path / "set", **({"max_tasks": 4} | other)))
     assert open_base_set(tmp_path / "set").num_tasks == 8
+
+
+def test_held_out_tasks_keep_their_demonstrations_and_lose_their_test_pairs():
+    config = DataConfig(max_tasks=30, held_out=10)
+    whole, _ = build(config.model_copy(update={"held_out": 0}))
+    base, _ = build(config)
+    tasks = load_tasks("training", max_tasks=30)
+    chosen = held_out_ids((task.id for task in tasks), 10)
+    assert len(chosen) == 10
+    assert chosen == held_out_ids((task.id for task in reversed(tasks)), 10)
+    lost = whole.num_pairs - base.num_pairs
+    assert lost == sum(len(task.test) for task in tasks if task.id in chosen)
+    names = [base.meta.task_ids[row] for row in base.pairs[base.pairs[:, 2] == 1, 0]]
+    assert names
+    assert not chosen & set(names)
+    assert chosen <= set(base.meta.task_ids)

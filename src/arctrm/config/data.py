@@ -44,6 +44,10 @@ class DataConfig(StrictModel):
     max_tasks: int | None = Field(None, ge=1)
     """Use only the first tasks (by id) of each subset: for smoke runs."""
 
+    held_out: int = Field(0, ge=0)
+    """Tasks of each subset but the test set, chosen by a hash of their ids, whose test pairs are
+    not trained on: a validation set for choosing settings (`evaluation.held_out`)."""
+
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict
     )

@@ -69,6 +69,9 @@ class EvaluationConfig(StrictModel):
     max_tasks: int | None = Field(None, ge=1)
     """Only the first tasks by id."""
 
+    held_out: int = Field(0, ge=0)
+    """Only the tasks that `data.held_out` of the same number kept the test pairs of; 0 = all."""
+
     ablate: tuple[Literal["no-reader", "no-trm", "swap-context", "no-draft"], ...] = ()
     """Of a hybrid: score again with one thing left out, each in turn."""
 

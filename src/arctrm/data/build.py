@@ -1,7 +1,7 @@
 """`arctrm data build`: sources -> guard -> base set, in memory or in a folder."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,7 +13,7 @@ from arctrm.config.data import DataConfig
 from arctrm.data.dataset import BaseSet, base_set_from_tasks, open_base_set, write_base_set
 from arctrm.data.overlap import Overlap, check, describe, find_overlaps, refused
 from arctrm.data.sources import load_tasks, subset_label
-from arctrm.data.task import Task
+from arctrm.data.task import Task, held_out_ids
 from arctrm.errors import DataError
 
 
@@ -80,7 +80,7 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildRe
     """
     start = perf_counter()
     tasks, excluded = _exclude(_load(config), config)
-    tasks, dropped, harmless = _guard(tasks, config)
+    tasks, dropped, harmless = _guard(_hold_out(tasks, config), config)
     if not any(tasks.values()):
         raise DataError(f"data.subsets = {list(config.subsets)}: no task is left to train on")
     base = base_set_from_tasks(tasks, _test_label(config), config.num_aug, _built_from(config))
@@ -151,6 +151,16 @@ def _exclude(
     return _without(tasks, drop), tuple(sorted({task_id for _, task_id in drop}))
 
 
+def _hold_out(tasks: dict[str, list[Task]], config: DataConfig) -> dict[str, list[Task]]:
+    """Drop the test pairs of `data.held_out` tasks of each subset but the test set."""
+    kept: dict[str, list[Task]] = {}
+    for label, subset in tasks.items():
+        count = 0 if label == _test_label(config) else config.held_out
+        chosen = held_out_ids((task.id for task in subset), count)
+        kept[label] = [replace(t, test=()) if t.id in chosen else t for t in subset]
+    return kept
+
+
 def _guard(
     tasks: dict[str, list[Task]], config: DataConfig
 ) -> tuple[dict[str, list[Task]], tuple[str, ...], tuple[Overlap, ...]]:
@@ -180,4 +190,5 @@ def _test_label(config: DataConfig) -> str | None:
 def _built_from(config: DataConfig) -> dict[str, Any]:
     """The keys that decide the content of a base set, as JSON gives them back."""
     keys = {"subsets", "test_set", "exclude", "allow_overlap", "drop_overlap", "max_tasks"}
+    keys |= {"held_out"} if config.held_out else set()  # older sets do not name it
     return config.model_dump(mode="json", include=keys)

@@ -1,6 +1,7 @@
 """What a task is: grids, pairs, tasks. Parsing and checking live in `arctrm.data.parse`."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,3 +46,8 @@ class Task:
 
 def _listed(grid: Grid | None) -> list | None:
     return None if grid is None else grid.tolist()
+
+
+def held_out_ids(ids: Iterable[str], count: int) -> set[str]:
+    """`count` of the ids, the same whatever their order: those whose hashes come first."""
+    return set(sorted(set(ids), key=lambda i: hashlib.sha256(i.encode()).hexdigest())[:count])

@@ -95,7 +95,8 @@ def say_what_is_unusual(
     if known < len(tasks):
         how = "not answered" if solver.views else "answered from the mean embedding"
         note(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
-    if known and solver.test_set not in (None, config.evaluation.test_set):
+    kept_out = 0 < config.evaluation.held_out <= solver.held_out
+    if known and not kept_out and solver.test_set not in (None, config.evaluation.test_set):
         note(
             f"the checkpoint kept the test pairs of {solver.test_set} out of training, not those "
             f"of {config.evaluation.test_set}: {known} tasks may be scored on pairs it has seen"

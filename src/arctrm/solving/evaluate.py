@@ -15,7 +15,7 @@ from rich.table import Table
 from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.console import console, note
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Grid, Task
+from arctrm.data.task import Grid, Task, held_out_ids
 from arctrm.errors import ConfigError, DataError
 from arctrm.solving import scoring
 from arctrm.solving.answering import Asked, answer_all, ask, rank_all
@@ -121,6 +121,9 @@ def load(config: EvalConfig | BaselineConfig) -> tuple[list[Task], dict[str, lis
         )
     if chosen.tasks:
         tasks = [task for task in tasks if task.id in chosen.tasks]
+    if chosen.held_out:
+        ids = held_out_ids((task.id for task in tasks), chosen.held_out)
+        tasks = [task for task in tasks if task.id in ids]
     tasks = tasks[: chosen.max_tasks]
     require_test_inputs(tasks, chosen.test_set)
     return [task.without_answers() for task in tasks], scoring.answers(tasks)

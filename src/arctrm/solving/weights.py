@@ -53,6 +53,8 @@ class Solver:
     num_aug: int = 0
     test_set: str | None = None
     """The subset whose test pairs were kept out of training."""
+    held_out: int = 0
+    """Tasks of the other subsets whose test pairs were kept out, too."""
 
     @property
     def has_trm(self) -> bool:
@@ -213,6 +215,7 @@ def _own_solver(folder: Path) -> Solver:
         trained.data.identity_colours,
         trained.data.num_aug,
         trained.data.test_set,
+        trained.data.held_out,
     )
 
 
