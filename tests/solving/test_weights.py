@@ -15,6 +15,7 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import IDENTITY, View, fixed_colours, transform
 from arctrm.errors import CheckpointError
+from arctrm.solving.candidates import run_batch, task_queries
 from arctrm.solving.weights import BUNDLED, load_solver
 from arctrm.training.checkpoints import export_bundle, latest_checkpoint, read_meta, read_model
 from arctrm.training.stream import COLOURS, DIHEDRAL, EMBEDDING, PairStream
@@ -129,6 +130,23 @@ def test_parameters_are_float32_whatever_the_bundle_and_the_arithmetic(trained, 
         trm = load_solver(bundle, InferenceConfig(dtype=name), CPU).trm
         assert {parameter.dtype for parameter in trm.parameters()} == {torch.float32}
         assert trm.dtype == dtype
+
+
+def test_an_8_bit_bundle_of_a_trm_answers_as_the_one_of_bfloat16(trained, tmp_path):
+    checkpoint, inference = latest_checkpoint(trained.run), InferenceConfig(dtype="float32")
+    wide, narrow = (
+        load_solver(export_bundle(checkpoint, tmp_path / str(bits), bits=bits), inference, CPU)
+        for bits in (16, 8)
+    )
+    queries = [q for task in trained.known for q in task_queries(wide, task, 4, 0)]
+    answers = []
+    for solver in (wide, narrow):
+        with torch.no_grad():
+            codes, q_halt, _ = run_batch(solver, queries, inference, static=False)
+        answers.append((codes, q_halt))
+    assert (answers[0][0] == answers[1][0]).mean() > 0.97
+    np.testing.assert_allclose(answers[0][1], answers[1][1], atol=0.1)
+    assert not np.array_equal(answers[0][1], answers[1][1])
 
 
 # -- one embedding per view
