@@ -16,8 +16,6 @@ from arctrm.errors import CheckpointError
 from arctrm.reader.interface import left_padded
 from arctrm.solving.evaluate import describe, run
 from arctrm.solving.reading import task_readings
-from arctrm.solving.solve import SolveConfig
-from arctrm.solving.solve import run as run_solve
 from arctrm.solving.submission import check_complete, read_submission
 from arctrm.solving.weights import load_solver
 from arctrm.training.checkpoints import export_bundle, latest_checkpoint, read_meta, read_model
@@ -265,9 +263,3 @@ def test_an_id_map_of_another_size_is_refused(copied):
     edit_meta(copied, task_ids=meta.task_ids[:-1], notes=notes)
     with pytest.raises(CheckpointError, match=r"'puzzle_emb\.weights' has shape"):
         load(copied)
-
-
-def test_solve_says_that_a_reader_alone_does_not_do(tiny_reader, folder):
-    settings = SolveConfig.model_validate({"checkpoint": tiny_reader})
-    with pytest.raises(CheckpointError, match="holds a reader and no TRM"):
-        run_solve(settings, str(folder), None, False)
