@@ -92,8 +92,8 @@ def test_there_are_always_two_attempts():
 def test_the_evidence_belongs_to_the_attempt_of_the_same_place():
     ranked = vote([Candidate(RED, 3), Candidate(RED, 1), Candidate(BLUE, 5)], seed=0)
     assert evidence(ranked, views=4, leave_one_out=0.5) == (
-        Evidence(votes=2, views=4, mean_q=2.0, leave_one_out=0.5),
-        Evidence(votes=1, views=4, mean_q=5.0, leave_one_out=0.5),
+        Evidence(votes=2, views=4, mean_q=2.0, leave_one_out=0.5, votes_by={"trm": 2}),
+        Evidence(votes=1, views=4, mean_q=5.0, leave_one_out=0.5, votes_by={"trm": 1}),
     )
-    assert evidence(ranked[:1], views=4)[1] == Evidence(2, 4, 2.0)
+    assert evidence(ranked[:1], views=4)[1] == Evidence(2, 4, 2.0, votes_by={"trm": 2})
     assert [e.votes for e in evidence([], views=4)] == [0, 0]

@@ -108,7 +108,10 @@ class SolveConfig(StrictModel):
     """Wall-clock time per task."""
     keep_going: bool = False
     """In a folder, report a bad task and go on."""
+    attempts: int = Field(2, ge=1, le=16)
+    """Rounds of reader and TRM that the planner makes, where adapters join the two."""
     inference: InferenceConfig = InferenceConfig(views=32, compile="off")
+    reader: DecodingConfig = DecodingConfig(rank="experts")
     adaptation: AdaptationConfig = AdaptationConfig()
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
 from arctrm.data.task import Grid, Task
+from arctrm.planner import PlannerResult
 from arctrm.solving.vote import Evidence
 
 Verdicts = Sequence[bool | None]
@@ -31,6 +32,8 @@ class Solution:
     """Wall-clock time from start to these attempts."""
     known: bool = False
     """Whether the model was trained on the task's demonstrations."""
+    history: PlannerResult | None = None
+    """The planner's attempts; None where it made none."""
 
 
 def solution_report(
@@ -85,9 +88,16 @@ def _verdict(right: bool | None) -> list[Text]:
 
 
 def _evidence(evidence: Evidence) -> Text:
-    lines = [f"{evidence.votes} of {evidence.views} views"]
+    by_one = set(evidence.votes_by) <= {"trm"}
+    lines = [f"{evidence.votes} of {evidence.views} {'views' if by_one else 'answers'}"]
+    if not by_one:
+        lines.append(", ".join(f"{who} {votes}" for who, votes in evidence.votes_by.items()))
     if evidence.votes:
         lines.append(f"mean q {evidence.mean_q:.2f}")
+    if evidence.reader_score is not None:
+        lines.append(f"reader log p {evidence.reader_score:.2f}")
+    if evidence.probe is not None:
+        lines.append(f"probe score {evidence.probe:.2f}")
     if evidence.leave_one_out is not None:
         lines.append(f"leave-one-out {evidence.leave_one_out:.0%}")
     return Text("\n".join(lines), "dim")

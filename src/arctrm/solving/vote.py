@@ -1,13 +1,14 @@
 """From many candidates to a ranking and two attempts; the result depends on nothing but their set.
 
-Equal grids are one entry. Order: votes, then mean q, then a hash of seed and grid, so neither
-the order in which views were answered nor the batch they sat in can change who wins.
+Equal grids are one entry. Order: votes, then probe score, then mean q, then a hash of seed and
+grid, so neither the order in which views were answered nor the batch they sat in can change who
+wins.
 """
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import fsum
 
 import numpy as np
@@ -25,6 +26,8 @@ class Candidate:
     """The proposer's confidence: TRM's halting logit."""
     source: str = "trm"
     """Who proposed it."""
+    probe: float | None = None
+    """Score (0..1) of the held-out demonstrations in the attempt that gave it; None without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,10 @@ class Ranked:
     """Who proposed it, sorted."""
     reader_score: float | None = None
     """The reader's log-probability of it (nats), mean over views; None if not scored."""
+    votes_by: Mapping[str, int] = field(default_factory=dict)
+    """Votes of each source."""
+    probe: float | None = None
+    """Best probe score of its candidates; None without."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,19 @@ class Evidence:
     """What speaks for an attempt; shown beside it."""
 
     votes: int
-    """Views that answered with this grid."""
+    """Answers that are this grid."""
     views: int
-    """Views asked, malformed answers included."""
+    """Answers counted, malformed ones included: one per view of each source."""
     mean_q: float
     """Mean confidence of its votes (TRM: halting logit); 0 without votes."""
     leave_one_out: float | None = None
     """Share (0..1) of demonstrations answered exactly while held out; None if not measured."""
+    votes_by: Mapping[str, int] = field(default_factory=dict)
+    """Votes of each source that voted for it."""
+    reader_score: float | None = None
+    """The reader's log-probability of it (nats), mean over views; None if not judged."""
+    probe: float | None = None
+    """Score (0..1) of the planner's attempt that gave it; None if none did."""
 
 
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
@@ -63,7 +76,9 @@ def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
         if is_well_formed(candidate.grid):
             groups[_key(candidate.grid)].append(candidate)
     ranked = [_ranked(group) for group in groups.values()]
-    return sorted(ranked, key=lambda r: (-r.votes, -r.mean_q, _tie_break(r.grid, seed)))
+    return sorted(
+        ranked, key=lambda r: (-r.votes, -(r.probe or 0.0), -r.mean_q, _tie_break(r.grid, seed))
+    )
 
 
 def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> list[Ranked]:
@@ -94,7 +109,15 @@ def evidence(
         nothing = Evidence(0, views, 0.0, leave_one_out)
         return nothing, nothing
     first, second = (
-        Evidence(entry.votes, views, entry.mean_q, leave_one_out)
+        Evidence(
+            entry.votes,
+            views,
+            entry.mean_q,
+            leave_one_out,
+            entry.votes_by,
+            entry.reader_score,
+            entry.probe,
+        )
         for entry in (ranked[0], ranked[min(1, len(ranked) - 1)])
     )
     return first, second
@@ -115,8 +138,16 @@ def is_well_formed(grid: Grid | None) -> bool:
 def _ranked(group: list[Candidate]) -> Ranked:
     # fsum is exact, so the mean does not depend on the order of the candidates.
     mean_q = fsum(candidate.q for candidate in group) / len(group)
-    sources = tuple(sorted({candidate.source for candidate in group}))
-    return Ranked(np.asarray(group[0].grid, dtype=np.uint8), len(group), mean_q, sources)
+    votes_by = Counter(sorted(candidate.source for candidate in group))
+    probes = [candidate.probe for candidate in group if candidate.probe is not None]
+    return Ranked(
+        np.asarray(group[0].grid, dtype=np.uint8),
+        len(group),
+        mean_q,
+        tuple(votes_by),
+        votes_by=votes_by,
+        probe=max(probes, default=None),
+    )
 
 
 def _key(grid: Grid | None) -> tuple[tuple[int, ...], bytes]:

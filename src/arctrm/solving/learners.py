@@ -1,0 +1,223 @@
+"""The training steps of adaptation: those of pretraining and joint training, on one task.
+
+TRM takes a `MicroStep`, a tiny reader a `ReaderStep`; a hybrid without adapters takes both side by
+side, one with adapters a `JointStep`, which trains reader, adapters and TRM together.
+
+Batches hold at least the largest demonstration, however small the configured batch is.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from arctrm.config import AdaptationConfig, DataConfig, OptimiserConfig, ReaderConfig
+from arctrm.data.canvas import pair_canvas
+from arctrm.data.dataset import BaseSet, base_set_from_tasks
+from arctrm.data.task import MAX_SIDE, Pair, Task
+from arctrm.hybrid import Hybrid
+from arctrm.reader.tiny import TinyReader
+from arctrm.reader.tokens import grid_length, pair_length
+from arctrm.training.drafts import DraftPool
+from arctrm.training.joint_step import JointStep
+from arctrm.training.joint_stream import JointStream
+from arctrm.training.optimisers import FlatGradients, Optimisers
+from arctrm.training.reader_step import ReaderStep
+from arctrm.training.reader_stream import ReaderStream
+from arctrm.training.source import PairSource
+from arctrm.training.stages import TOKENS_PER_ROW
+from arctrm.training.step import MicroStep
+from arctrm.training.stream import PairStream
+from arctrm.trm.model import TRM
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+DRAFT_EVERY = 50
+"""Steps of a coupled hybrid between two rounds of drafting."""
+MORE = 2
+"""Rows and columns that a draft may have beyond the true output (see `DraftPool`)."""
+MAX_ATTEMPTS = 2
+"""Attempts in a coupled step, where there is a way back from TRM to the reader."""
+
+Model = TRM | TinyReader | Hybrid
+
+
+class Learner:
+    """The optimisers of what is trained together."""
+
+    def __init__(self, model: nn.Module, config: AdaptationConfig):
+        self.gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
+        rates = OptimiserConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
+        self.optimisers = Optimisers(model, rates)
+
+    def learn(self, step: Callable[[], None], factor: float) -> None:
+        """One step at `factor` x the learning rates."""
+        self.gradients.zero()
+        step()
+        self.gradients.clip(1.0)
+        self.optimisers.step(factor)
+
+
+def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:
+    """The parts that have no loss in common."""
+    if isinstance(model, Hybrid) and not model.adapters:
+        assert model.tiny is not None
+        return [model.trm, model.tiny]
+    return [model]
+
+
+def new_step(
+    part: Model,
+    demonstrations: Sequence[Pair],
+    config: AdaptationConfig,
+    seed: int,
+    identity_colours: float,
+) -> Callable[[], None]:
+    """What adds the gradient of a batch of views of the demonstrations."""
+    base = base_set_from_tasks({"task": [Task("task", tuple(demonstrations))]}, None, 0)
+    data = DataConfig(
+        subsets=("task",),
+        test_set=None,
+        num_aug=0,
+        identity_colours=identity_colours,
+        enlarge_canvas=0.0,
+    )
+    if isinstance(part, TRM):
+        return _trm_step(part, demonstrations, config, base, data, seed)
+    if isinstance(part, TinyReader):
+        return _reader_step(part, demonstrations, config, base, data, seed)
+    return _joint_step(part, demonstrations, config, base, data, seed)
+
+
+def batch_tokens(part: Model, demonstrations: Sequence[Pair], config: AdaptationConfig) -> int:
+    """Tokens of a packed batch: at least the largest demonstration, of a hybrid two of them."""
+    device = part.puzzle_emb.weights.device
+    wanted = config.tokens_per_batch or (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
+    if isinstance(part, TRM):
+        return max(wanted, _largest_canvas(part, demonstrations))
+    if isinstance(part, TinyReader):
+        return max(wanted, _longest_sequence(part.config, demonstrations))
+    per_sequence = _reader(part).config.pairs_per_sequence
+    return max(wanted, 2 * per_sequence * _largest_canvas(part.trm, demonstrations))
+
+
+def _trm_step(
+    trm: TRM,
+    demonstrations: Sequence[Pair],
+    config: AdaptationConfig,
+    base: BaseSet,
+    data: DataConfig,
+    seed: int,
+) -> MicroStep:
+    stream = PairStream(base, data, trm.config, seed, trm.H_init.device)
+    num_tokens = batch_tokens(trm, demonstrations, config)
+    state = stream.new_state(trm, num_tokens, max(2, num_tokens // TOKENS_PER_ROW))
+    return MicroStep(trm, stream, state, config.halt_max_steps, 1.0)
+
+
+def _reader_step(
+    reader: TinyReader,
+    demonstrations: Sequence[Pair],
+    config: AdaptationConfig,
+    base: BaseSet,
+    data: DataConfig,
+    seed: int,
+) -> ReaderStep:
+    source = PairSource(base, data, seed, reader.device)
+    stream = ReaderStream(source, reader.config, reader.dtype)
+    num_tokens = batch_tokens(reader, demonstrations, config)
+    num_rows = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
+    return ReaderStep(reader, stream, num_tokens, max(2, num_rows), 1.0)
+
+
+def _joint_step(
+    hybrid: Hybrid,
+    demonstrations: Sequence[Pair],
+    config: AdaptationConfig,
+    base: BaseSet,
+    data: DataConfig,
+    seed: int,
+) -> JointStep:
+    from arctrm.training.joint_reader import TinyJointReader
+
+    reader, coupling = _reader(hybrid), hybrid.config
+    source = PairSource(base, data, seed, reader.device)
+    own = ReaderStream(source, reader.config, reader.dtype)
+    trm = PairStream(base, data, hybrid.trm.config, seed, source.device, source)
+    num_tokens = batch_tokens(hybrid, demonstrations, config)
+    num_soft = coupling.num_back_vectors if coupling.back else 0
+    sequence = _longest_sequence(reader.config, demonstrations, MORE)
+    num_sequences = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
+    stream = JointStream(
+        own,
+        trm,
+        DraftPool(own),
+        reader_tokens=max(num_tokens, 2 * (sequence + num_soft)),
+        trm_tokens=num_tokens,
+        num_sequences=max(2, num_sequences // 2 * 2),
+        num_soft=num_soft,
+        no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
+        trm_dtype=hybrid.trm.dtype,
+    )
+    return JointStep(
+        hybrid, TinyJointReader(reader), stream, max_attempts=MAX_ATTEMPTS, loss_scale=1.0
+    )
+
+
+def _reader(hybrid: Hybrid) -> TinyReader:
+    assert hybrid.tiny is not None
+    return hybrid.tiny
+
+
+def _largest_canvas(trm: TRM, demonstrations: Sequence[Pair]) -> int:
+    sizes = [pair_canvas(pair) for pair in demonstrations]
+    return trm.config.num_slots + max(height * width for height, width in sizes)
+
+
+def _longest_sequence(config: ReaderConfig, demonstrations: Sequence[Pair], more: int = 0) -> int:
+    """Tokens of the longest sequence; its last output has `more` rows and columns."""
+    pairs = sorted((pair_length(pair) for pair in demonstrations), reverse=True)
+    total = sum(pairs[: config.pairs_per_sequence])
+    return min(config.longest_sequence, total + max(_growth(p, more) for p in demonstrations))
+
+
+def _growth(pair: Pair, more: int) -> int:
+    """Tokens that a draft may have beyond the output of a pair."""
+    assert pair.output is not None
+    height, width = (min(MAX_SIDE, side + more) for side in pair.output.shape)
+    return grid_length(height, width) - grid_length(*pair.output.shape)
+
+
+def one_task_copy(model: Model, row: int) -> Model:
+    """A trainable float32 copy with the task embedding `row` as its only one."""
+    weights = {name: _float32(tensor) for name, tensor in model.state_dict().items()}
+    for name in weights:
+        if name.endswith("puzzle_emb.weights"):
+            weights[name] = weights[name][row : row + 1].clone()
+    with torch.device("meta"):
+        copy = _empty_like(model)
+    copy.load_state_dict(weights, assign=True)
+    for old, new in zip(_computing(model), _computing(copy), strict=True):
+        new.dtype = old.dtype
+        if isinstance(old, TRM) and isinstance(new, TRM):
+            new.level = old.level
+    return copy.eval()
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.detach().clone()
+    return copy.float() if copy.is_floating_point() else copy
+
+
+def _empty_like(model: Model) -> Model:
+    if isinstance(model, TRM):
+        return TRM(model.config, 1)
+    if isinstance(model, TinyReader):
+        return TinyReader(model.config, 1)
+    reader = TinyReader(_reader(model).config, 1)
+    often = model.config.model_copy(update={"draft_every": DRAFT_EVERY})
+    return Hybrid(reader, reader.hidden_size, TRM(model.trm.config, 1), often)
+
+
+def _computing(model: Model) -> list[TRM | TinyReader]:
+    """The models that have an arithmetic of their own."""
+    return [model.trm, _reader(model)] if isinstance(model, Hybrid) else [model]

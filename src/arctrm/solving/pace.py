@@ -1,0 +1,42 @@
+"""What each kind of work costs, learned as it goes: whether more of it ends before the deadline."""
+
+import time
+
+WARM_SHARE = 0.5
+"""Guess of how much of the very first batch's time was not warming up."""
+
+
+class Pace:
+    """Seconds per unit of each kind of work ("read", "refine", "judge", "plan") in a budget."""
+
+    def __init__(self, budget: float):
+        """`budget` in seconds from now on."""
+        self.begin = time.monotonic()
+        self.end = self.begin + budget
+        self._rates: dict[str, float] = {}
+        self._warm: set[str] = set()
+
+    def left(self) -> float:
+        """Seconds to the end."""
+        return max(0.0, self.end - time.monotonic())
+
+    def elapsed(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.begin
+
+    def knows(self, work: str) -> bool:
+        """Whether any of it has been done."""
+        return work in self._rates
+
+    def seconds(self, work: str, amount: int) -> float:
+        """Seconds that so much of it will take; 0 where nothing is known."""
+        return amount * self._rates.get(work, 0.0)
+
+    def record(self, work: str, amount: int, seconds: float) -> None:
+        """Learn from a batch; the very first one, which pays for warming up, is soon forgotten."""
+        now = seconds / max(1, amount)
+        if work not in self._rates:
+            self._rates[work] = now * WARM_SHARE
+            return
+        self._rates[work] = (self._rates[work] + now) / 2 if work in self._warm else now
+        self._warm.add(work)

@@ -1,0 +1,218 @@
+"""`solve` with a reader in the checkpoint: alone, beside a TRM, and coupled to it."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.config import SolveConfig
+from arctrm.data.task import Pair
+from arctrm.solving import anytime, rounds
+from arctrm.solving.adaptation import Adapter
+from arctrm.solving.anytime import Interrupted, solve_task
+from arctrm.solving.vote import is_well_formed
+from arctrm.solving.weights import load_solver
+
+QUICK = {"views": 3, "steps": 2, "tokens_per_batch": 1024, "dtype": "float32"}
+KINDS = ("reader", "pooled", "coupled", "coupled_tasks")
+
+
+def config(budget=30.0, steps=2, **top) -> SolveConfig:
+    """Ends at `steps` steps of adaptation and a few views, long before the budget."""
+    return SolveConfig.model_validate(
+        {
+            "budget": budget,
+            "inference": QUICK,
+            "reader": {"rank": "experts", "scoring_views": 2},
+            "adaptation": {"max_steps": steps, "tokens_per_batch": 256},
+            **top,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def solvers(tiny_reader, joined):
+    """A solver by kind."""
+    folders = {
+        "reader": lambda: tiny_reader,
+        "pooled": lambda: joined(False),
+        "coupled": lambda: joined(True),
+        "coupled_tasks": lambda: joined(True, "task"),
+    }
+    device = torch.device("cpu")
+    return lambda kind: load_solver(folders[kind](), config().inference, device)
+
+
+def shown(solutions):
+    """What a user sees of the solutions, but for the time."""
+    return [
+        ([grid.tolist() for grid in s.attempts], s.evidence, s.adaptation_steps) for s in solutions
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_checkpoint_gives_two_grids_with_evidence(solvers, trained, kind):
+    solver = solvers(kind)
+    for task in (trained.known[0], trained.others[1]):
+        unknown = task is not trained.known[0]
+        solutions = solve_task(solver, task.without_answers(), config())
+        assert len(solutions) == len(task.test)
+        for solution in solutions:
+            assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
+            assert solution.adaptation_steps == (4 if unknown else 0)
+            assert (solution.evidence[0].leave_one_out is not None) == unknown
+            for evidence in solution.evidence:
+                assert sum(evidence.votes_by.values()) == evidence.votes <= evidence.views
+                assert evidence.votes == 0 or evidence.reader_score <= 0
+
+
+def test_pooled_answers_count_both_models(solvers, trained):
+    """One answer per view of each; a coupled hybrid's TRM answers as "hybrid"."""
+    task = trained.known[1].without_answers()
+    for kind, sources in (
+        ("reader", {"reader"}),
+        ("pooled", {"reader", "trm"}),
+        ("coupled", {"reader", "hybrid"}),
+    ):
+        result = rounds.Round()
+        settings = config()
+        pace = anytime.Pace(30.0)
+        rounds.answer_views(result, solvers(kind), task, settings, pace, lambda text: None)
+        candidates = result.candidates[task.id, 0]
+        assert {candidate.source for candidate in candidates} == sources
+        assert len(candidates) == QUICK["views"] * len(sources)
+
+
+def test_the_first_answer_is_one_view_of_the_reader(solvers, trained):
+    task = trained.known[1].without_answers()
+    for kind in KINDS:
+        first = rounds.Round()
+        rounds.answer_first(first, solvers(kind), task, config(), anytime.Pace(30.0))
+        [candidate] = first.candidates[task.id, 0]
+        assert candidate.source == "reader"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, kind):
+    for task in (trained.known[0], trained.others[0]):
+        solutions = solve_task(solvers(kind), task.without_answers(), config(budget=0.001))
+        assert [len(solution.attempts) for solution in solutions] == [2] * len(task.test)
+
+
+@pytest.mark.parametrize("kind", ["reader", "coupled"])
+def test_a_budget_is_used_and_kept(solvers, trained, kind):
+    """By adaptation, then by answers; at most a tenth and a chunk of tiny work beyond it."""
+    settings = config(budget=5.0, steps=100_000, inference={**QUICK, "views": 5000})
+    begin = time.monotonic()
+    [solution] = solve_task(solvers(kind), trained.others[2].without_answers(), settings)
+    assert 3.0 < time.monotonic() - begin < 7.0
+    assert solution.adaptation_steps > 4
+    assert solution.evidence[0].views > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_test_outputs_change_no_answer(solvers, trained, kind):
+    task = trained.others[1]
+    wrong = replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
+    solver = solvers(kind)
+    first, *others = (
+        shown(solve_task(solver, version, config()))
+        for version in (task.without_answers(), task, wrong)
+    )
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solving_leaves_the_model_bit_identical(solvers, trained, kind):
+    solver = solvers(kind)
+    before = {name: tensor.clone() for name, tensor in solver.model.state_dict().items()}
+    solve_task(solver, trained.others[0].without_answers(), config())
+    after = solver.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# -- adaptation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptation_trains_every_part(solvers, trained, kind):
+    solver, task = solvers(kind), trained.others[0]
+    adapter = Adapter(solver, task, config(steps=3).adaptation, 0)
+    before = {name: tensor.clone() for name, tensor in adapter.solver.model.state_dict().items()}
+    adapter.train(task.demonstrations, time.monotonic() + 60)
+    after = adapter.solver.model.state_dict()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    fixed = {name for name in before if name.split(".")[-1] in ("H_init", "L_init")}
+    assert adapter.steps == 3
+    assert still <= fixed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_task_starts_at_the_mean_of_the_trained_embeddings(solvers, trained, kind):
+    solver = solvers(kind)
+    model = Adapter(solver, trained.others[0], config().adaptation, 0).solver.model
+    for name, tensor in model.state_dict().items():
+        if name.endswith("puzzle_emb.weights"):
+            rows = solver.model.state_dict()[name][: len(trained.known)]
+            torch.testing.assert_close(tensor, rows.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_held_out_demonstration_changes_nothing_before_the_probe(solvers, trained, kind):
+    solver, task = solvers(kind), trained.others[1]
+    pair = task.demonstrations[0]
+    other = Pair(9 - pair.input, pair.output[:1] * 0)
+    learned = []
+    for first in (pair, other):
+        version = replace(task, demonstrations=(first, *task.demonstrations[1:]))
+        adapter = Adapter(solver, version, config(steps=2).adaptation, 0)
+        adapter.train(task.demonstrations[1:], time.monotonic() + 60)
+        learned.append(adapter.solver.model.state_dict())
+    assert all(torch.equal(learned[0][name], tensor) for name, tensor in learned[1].items())
+
+
+def test_answers_of_an_adapted_reader_are_computed_in_its_own_arithmetic(solvers, trained):
+    solver = solvers("pooled")
+    assert solver.reader is not None
+    solver.reader.to(torch.bfloat16).dtype = torch.bfloat16
+    adapter = Adapter(solver, trained.others[0], config().adaptation, 0)
+    weights = next(adapter.solver.reader.parameters())
+    answering = adapter.answering().reader
+    assert weights.dtype == torch.float32
+    assert {p.dtype for p in answering.parameters()} == {torch.bfloat16}
+    assert torch.equal(next(answering.parameters()), weights.to(torch.bfloat16))
+
+
+# -- the judgement, and Ctrl-C
+
+
+def test_the_readers_judgement_decides_unless_votes_are_to(solvers, trained):
+    solver, task = solvers("pooled"), trained.others[2].without_answers()
+    for rank in ("experts", "votes"):
+        settings = config(reader={"rank": rank, "scoring_views": 2}, adaptation={"enabled": False})
+        [solution] = solve_task(solver, task, settings)
+        first, second = solution.evidence
+        if rank == "experts":
+            assert first.reader_score >= second.reader_score
+        else:
+            assert first.reader_score is None
+            assert first.votes >= second.votes
+
+
+@pytest.mark.parametrize("kind", ["reader", "coupled"])
+@pytest.mark.parametrize("where", ["answer_views", "judge_best"])
+def test_an_interrupt_keeps_the_best_so_far(solvers, trained, monkeypatch, kind, where):
+    def stopped(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(anytime, where, stopped)
+    task = trained.known[0].without_answers()
+    with pytest.raises(Interrupted) as stop:
+        solve_task(solvers(kind), task, config())
+    [solution] = stop.value.solutions
+    assert all(np.ndim(grid) == 2 for grid in solution.attempts)
+    assert solution.evidence[0].views == (
+        1 if where == "answer_views" else QUICK["views"] * (1 if kind == "reader" else 2)
+    )
