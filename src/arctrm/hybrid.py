@@ -89,10 +89,18 @@ class Rows(NamedTuple):
 class Hybrid(nn.Module):
     """Reader + adapters + TRM."""
 
-    def __init__(self, reader: nn.Module, hidden_size: int, trm: TRM, config: CouplingConfig):
-        """`hidden_size` is the reader's width H."""
+    def __init__(
+        self,
+        reader: nn.Module,
+        hidden_size: int,
+        trm: TRM,
+        config: CouplingConfig,
+        embedding_scale: float = INIT_STD,
+    ):
+        """`hidden_size` is the reader's width H, `embedding_scale` its embeddings' deviation."""
         super().__init__()
         self.reader, self.trm, self.config = reader, trm, config
+        self.hidden_size = hidden_size
         width = trm.config.hidden_size
         self.adapters = nn.ModuleDict()
         if config.context:
@@ -106,13 +114,22 @@ class Hybrid(nn.Module):
             self.adapters["draft"] = DraftAdapter(hidden_size, width)
         if config.back:
             self.adapters["back"] = LatentToTextAdapter(
-                width, hidden_size, num_prefix=config.num_back_vectors, output_scale=INIT_STD
+                width,
+                hidden_size,
+                num_prefix=config.num_back_vectors,
+                num_heads=config.adapter_heads,
+                output_scale=embedding_scale,
             )
 
     @property
     def puzzle_emb(self) -> Table:
         """TRM's task embeddings (the reader has its own)."""
         return self.trm.puzzle_emb
+
+    @property
+    def closes_the_loop(self) -> bool:
+        """Whether TRM's latents reach a next attempt of TRM: back to the reader, and from there."""
+        return self.config.back and (self.config.context or self.config.draft)
 
     @property
     def tiny(self) -> TinyReader | None:

@@ -2,13 +2,14 @@
 
 The ten keys of `JointModelConfig` are those of the older pipeline's file; each is read, and where
 it says the same as a key of a table (`trm.hidden_size`, `training.optimiser.adamw_lr`), it fills
-that key in.
+that key in. `data_path` and `epochs` need the data and are worked out when a run begins
+(`training/joint_data.py`).
 """
 
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
@@ -16,24 +17,30 @@ from arctrm.config.reader import PAIR_TOKENS, ReaderConfig
 from arctrm.config.reader_hub import HubReaderConfig
 from arctrm.config.training import TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
+from arctrm.data.task import MAX_SIDE
 
 TINY = "tiny"
+POSITIONS = 32
+"""Columns that a position of the tiny reader has room for."""
 
 
 class JointModelConfig(StrictModel):
     """The keys that users of the older pipeline know."""
 
     data_path: str | None = None
-    """Tasks to train on (a bundled name or a path), instead of data.subsets; none is evaluated."""
+    """Tasks to train on, instead of data.subsets: a bundled name, a file or folder of tasks, or the
+    folder of a built data set. None is evaluated unless data.test_set is the same."""
 
     llama_model: str = TINY
     """"tiny", or a causal language model: an id on the Hugging Face hub or a local folder."""
 
     llama_frozen: bool = False
-    """Train the adapters and TRM only; a hub model that is not frozen gets LoRA."""
+    """Train the adapters and TRM only; a hub model that is not frozen gets LoRA, or is trained as
+    a whole with hub.mode = "full"."""
 
     trm_checkpoint: Path | None = None
-    """Checkpoint or bundle folder that TRM starts from; untrained when absent."""
+    """Checkpoint or bundle folder that TRM starts from, and with it the adapters where it holds a
+    hybrid; untrained when absent."""
 
     trm_hidden_size: int | None = Field(None, ge=8)
     """The same as trm.hidden_size."""
@@ -42,13 +49,15 @@ class JointModelConfig(StrictModel):
     """The same as trm.halt_max_steps."""
 
     batch_size: int | None = Field(None, ge=2)
-    """Bound on the sequences of a batch; by default as many as the token budgets hold."""
+    """Bound on the sequences of a batch (they come in twos); by default as many as the token
+    budgets hold."""
 
     max_attempts: int = Field(2, ge=1)
     """Rounds of reader and TRM in a training step; the second carries TRM's latents back."""
 
     epochs: int | None = Field(None, ge=1)
-    """Length of the run in passes over the pairs, instead of training.schedule."""
+    """Length of the run in passes over the pairs: replaces training.schedule.budget and .max_steps
+    by as many optimiser steps as ask for so many outputs."""
 
     lr: float | None = Field(None, gt=0)
     """The same as training.optimiser.adamw_lr."""
@@ -72,7 +81,7 @@ class CouplingConfig(StrictModel):
     num_context_slots: int = Field(16, ge=1)
     """Prefix slots that the reader fills."""
 
-    num_back_vectors: int = Field(4, ge=1)
+    num_back_vectors: int = Field(4, ge=1, le=POSITIONS)
     """Vectors of the soft prefix."""
 
     adapter_heads: int = Field(8, ge=1)
@@ -111,7 +120,8 @@ class JointConfig(JointModelConfig):
     out: Path | None = None
     """Run folder."""
     reader_checkpoint: Path | None = None
-    """Checkpoint or bundle folder that the tiny reader starts from; untrained when absent."""
+    """Checkpoint or bundle folder that the reader starts from: of a tiny reader or a hybrid, whose
+    LoRA a hub reader takes over."""
     data: DataConfig = DataConfig()
     trm: TRMConfig = TRMConfig()
     reader: ReaderConfig = ReaderConfig()
@@ -127,6 +137,83 @@ class JointConfig(JointModelConfig):
             value = getattr(self, name)
             if value is not None:
                 self.__dict__[path[0]] = _with(getattr(self, path[0]), path, 1, value, name)
+        return self
+
+    @model_validator(mode="after")
+    def _choose_reader(self) -> "JointConfig":
+        """`llama_model` names the hub reader; `llama_frozen` and `hub.mode` say what is trained."""
+        if self.llama_model == TINY:
+            if self.hub != HubReaderConfig():
+                raise ValueError(
+                    f"llama_model = 'tiny' contradicts the table hub (hub.name = "
+                    f"{self.hub.name!r}); set llama_model to the name of the model, or leave hub "
+                    "out"
+                )
+            return self
+        hub = _with(self.hub, ("hub", "name"), 1, self.llama_model, "llama_model")
+        assert isinstance(hub, HubReaderConfig)
+        mode = "frozen" if self.llama_frozen else "lora"
+        if "mode" in hub.model_fields_set:
+            mode = hub.mode
+        frozen = mode == "frozen"
+        if "llama_frozen" in self.model_fields_set and frozen != self.llama_frozen:
+            raise ValueError(
+                f"llama_frozen = {str(self.llama_frozen).lower()} contradicts hub.mode = "
+                f"{hub.mode!r}; leave one of them out"
+            )
+        self.__dict__["llama_frozen"] = frozen
+        self.__dict__["hub"] = hub.model_copy(update={"mode": mode})
+        return self
+
+    @model_validator(mode="after")
+    def _hub_reader_can_be_trained(self) -> "JointConfig":
+        hub = self.hub
+        if hub.mode == "full" and hub.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"hub.dtype = {hub.dtype!r} with hub.mode = 'full': trained weights are float32; "
+                "set hub.dtype = 'float32' or hub.mode = 'lora'"
+            )
+        if hub.mode != "frozen" and hub.device_map is not None:
+            raise ValueError(
+                f"hub.device_map = {hub.device_map!r} with hub.mode = {hub.mode!r}: what is "
+                "trained must be on one device; leave hub.device_map out or set llama_frozen = true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "JointConfig":
+        width, heads = self.trm.hidden_size, self.coupling.adapter_heads
+        if width % heads:
+            raise ValueError(
+                f"coupling.adapter_heads = {heads} does not divide trm.hidden_size = {width}; use "
+                f"{next(n for n in range(heads, 0, -1) if width % n == 0)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _two_sequences_fit(self) -> "JointConfig":
+        """Sequences come in twos: a two that exceeds a budget would never be trained on."""
+        coupling, pairs = self.coupling, self.reader.pairs_per_sequence
+        slots = self.trm.num_prefix_slots + coupling.num_context_slots * coupling.context
+        for key, budget, one in (
+            (
+                "training.tokens_per_batch",
+                self.training.tokens_per_batch,
+                pairs * (slots + MAX_SIDE * MAX_SIDE),
+            ),
+            (
+                "coupling.reader_tokens_per_batch",
+                coupling.reader_tokens_per_batch,
+                self.reader.longest_sequence + coupling.num_back_vectors * coupling.back,
+            ),
+        ):
+            if budget < 2 * one:
+                lower = ", or lower reader.max_pairs and reader.max_tokens" if pairs > 1 else ""
+                raise ValueError(
+                    f"{key} = {budget} holds no two sequences of the largest grids "
+                    f"(reader.sequence = {self.reader.sequence!r}: {one} tokens each); use "
+                    f"{2 * one} or more{lower}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -162,5 +249,9 @@ def _with(
         )
     else:
         new = value
-    type(table).model_validate({**dict(table), key: new})  # a copy alone would not be checked
+    try:
+        type(table).model_validate({**dict(table), key: new})  # a copy alone is not checked
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ValueError(str(problem.get("ctx", {}).get("error", problem["msg"]))) from None
     return table.model_copy(update={key: new})

@@ -5,31 +5,61 @@ answer. It is stored in the task's own colours and orientation, beside the true 
 view of it can be shown by the same arithmetic that shows a view of a pair.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from arctrm.data.task import MAX_SIDE, Grid
+from arctrm.data.task import MAX_SIDE, Grid, Pair
 from arctrm.data.views import View
 from arctrm.reader.decoding import decode
-from arctrm.reader.interface import Prompt
-from arctrm.reader.tiny import TinyReader
-from arctrm.reader.tokens import grid_length, prompt
-from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
+from arctrm.reader.interface import GridReader, Prompt
+from arctrm.reader.tokens import grid_length
+from arctrm.training import reader_stream as reading
+from arctrm.training.reader_stream import ReaderStream
+from arctrm.training.source import INPUT, OUTPUT
 
 ROOM = MAX_SIDE * MAX_SIDE
 """Cells kept for each draft."""
 
 
+class Drafter(Protocol):
+    """Who writes drafts."""
+
+    @property
+    def grids(self) -> GridReader:
+        """What decodes grids."""
+
+    def prompt(self, pairs: Sequence[Pair], query: Grid, condition: tuple[int, int, int]) -> Prompt:
+        """The prompt that asks for the output of `query` after complete `pairs`."""
+
+
+class Question(NamedTuple):
+    """What the reader is asked for one draft."""
+
+    view: View
+    pairs: list[Pair]
+    """What comes before in the sequence, as the view shows it."""
+    query: Grid
+    """The input as the view shows it."""
+    condition: tuple[int, int, int]
+    """Task, dihedral, colour flag."""
+    answer: Grid
+    """In the task's own colours and orientation; the reader does not see it."""
+
+
 class DraftPool:
-    """One draft for each pair of `source`, whose tables it extends by the drafts.
+    """One draft for each pair of the stream's source, whose tables it extends by the drafts.
 
     Draft of pair p is row `num_pairs + p` of `source.pairs`: the pair's input, and as its output
     the draft.
     """
 
-    def __init__(self, source: PairSource):
-        self.source = source
+    def __init__(self, stream: ReaderStream):
+        source = stream.source
+        self.stream, self.source = stream, source
         self.num_pairs = source.pairs.shape[0]
         begin, device = source.cells.shape[0], source.device
         source.cells = torch.cat((source.cells, source.cells.new_zeros(self.num_pairs * ROOM)))
@@ -63,7 +93,7 @@ class DraftPool:
         size = torch.tensor(grid.shape, device=self.source.device)
         self.source.pairs[self.num_pairs + pair, OUTPUT.start + 1 : OUTPUT.stop] = size
 
-    def refresh(self, reader: TinyReader, count: int, batch_size: int) -> tuple[float, float]:
+    def refresh(self, reader: Drafter, count: int, batch_size: int) -> tuple[float, float]:
         """Draft `count` random pairs anew, each under a random view.
 
         Returns the share of drafts that are right and their mean length in tokens.
@@ -71,40 +101,55 @@ class DraftPool:
         Random numbers come from torch's generator of the device, so that a resumed run goes on.
         """
         chosen = torch.randperm(self.num_pairs, device=self.source.device)[:count]
-        views, prompts, answers = self._asked(chosen)
+        asked = self.questions(chosen)
+        prompts = [reader.prompt(one.pairs, one.query, one.condition) for one in asked]
         # Longer than the answer is wrong whatever it says; some room keeps wrong sizes possible.
-        bounds = [
-            grid_length(*_roomy(view, answer)) + 1
-            for view, answer in zip(views, answers, strict=True)
-        ]
-        found = decode(reader, prompts, batch_size=batch_size, max_output_tokens=bounds)
+        bounds = [grid_length(*_roomy(one.view, one.answer)) + 1 for one in asked]
+        found = decode(reader.grids, prompts, batch_size=batch_size, max_output_tokens=bounds)
         right = 0
-        for pair, view, answer, one in zip(chosen.tolist(), views, answers, found, strict=True):
-            draft = None if one.grid is None else view.inverse(one.grid)
+        for pair, question, one in zip(chosen.tolist(), asked, found, strict=True):
+            draft = None if one.grid is None else question.view.inverse(one.grid)
             self.write(pair, draft)
-            right += draft is not None and np.array_equal(draft, answer)
+            right += draft is not None and np.array_equal(draft, question.answer)
         lengths = [one.num_tokens for one in found]
         return right / len(found), sum(lengths) / len(lengths)
 
-    def _asked(self, chosen: Tensor) -> tuple[list[View], list[Prompt], list[Grid]]:
-        """A random view, the prompt under it, and the answer (unseen) of each pair."""
-        source = self.source
-        task = source.pairs[chosen, 0]
-        uniform = torch.rand(len(chosen), device=source.device, dtype=torch.float64)
-        _, dihedral, colours = source.draw_views(task, uniform)
-        flag = same_colours(colours).long()
-        conditions = torch.stack((task, dihedral, flag), dim=1).tolist()
-        views = [
-            View(turn, tuple(own))
-            for turn, own in zip(dihedral.tolist(), colours.tolist(), strict=True)
-        ]
-        cells = source.cells[: self.begin].cpu().numpy()
-        table = source.pairs[chosen].tolist()
-        prompts = [
-            prompt((), view.apply(_grid(cells, row[INPUT])), tuple(condition))
-            for view, row, condition in zip(views, table, conditions, strict=True)
-        ]
-        return views, prompts, [_grid(cells, row[OUTPUT]) for row in table]
+    def questions(self, chosen: Tensor) -> list[Question]:
+        """A question for each of the pairs: a random view and what comes before, as in training."""
+        stream, num = self.stream, len(chosen)
+        uniform = torch.rand(num, 2, device=self.source.device, dtype=torch.float64)
+        task = self.source.pairs[chosen, 0]
+        _, dihedral, colours = self.source.draw_views(task, uniform[:, 0])
+        others = stream.others(chosen, task, uniform[:, 1])[:, : stream.num_pairs - 1]
+        pairs = torch.cat((others, chosen[:, None]), dim=1)
+        drawn = stream.sequences(pairs, task, dihedral, colours).cpu()
+        cells = self.source.cells[: self.begin].cpu().numpy()
+        table = self.source.pairs[: self.num_pairs].cpu()
+        return [_question(rows, table, cells) for rows in drawn]
+
+
+def _question(rows_KC: Tensor, table: Tensor, cells: np.ndarray) -> Question:
+    last = rows_KC[-1]
+    view = View(int(last[reading.DIHEDRAL]), tuple(last[reading.COLOURS].tolist()))
+
+    def pair(row: Tensor) -> Pair:
+        place = table[row[reading.PAIR]].tolist()
+        return Pair(_grid(cells, place[INPUT]), _grid(cells, place[OUTPUT]))
+
+    before = [pair(row) for row in rows_KC[:-1] if row[reading.LENGTH] > 0]
+    own = pair(last)
+    assert own.output is not None
+    task, dihedral, flag = last[[reading.TASK, reading.DIHEDRAL, reading.FLAG]].tolist()
+    return Question(
+        view,
+        [
+            Pair(view.apply(p.input), None if p.output is None else view.apply(p.output))
+            for p in before
+        ],
+        view.apply(own.input),
+        (task, dihedral, flag),
+        own.output,
+    )
 
 
 def _grid(cells: np.ndarray, place: list[int]) -> Grid:

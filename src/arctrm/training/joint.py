@@ -12,20 +12,24 @@ from rich.table import Table
 from torch import nn
 
 from arctrm.adapters import count_parameters
+from arctrm.config.data import DataConfig
 from arctrm.config.joint import TINY, JointConfig
+from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
 from arctrm.hybrid import Hybrid
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
 from arctrm.training.drafts import DraftPool
+from arctrm.training.joint_data import steps_of, with_data_path
+from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
 from arctrm.training.stages import RANK_SEED_STEP, TOKENS_PER_ROW, Stage, compute_dtype
-from arctrm.training.starting import load_part
+from arctrm.training.starting import load_reader, load_trm
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
@@ -33,7 +37,7 @@ from arctrm.trm.model import TRM
 
 def run(config: JointConfig, out: Path, resume: bool) -> None:
     """Train the hybrid into the run folder `out`; as `pretrain.run`."""
-    pretrain.run(config, out, resume, joint_stage)
+    pretrain.run(with_data_path(config), out, resume, joint_stage)
 
 
 def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) -> Stage:
@@ -41,10 +45,14 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     device = accelerator.device
     torch.manual_seed(config.seed)
     hybrid = new_hybrid(config, base)
-    if config.trm_checkpoint is not None:
-        load_part(hybrid.trm, config.trm_checkpoint, base)
-    if config.reader_checkpoint is not None:
-        load_part(tiny(hybrid), config.reader_checkpoint, base)
+    for load, checkpoint in (
+        (load_trm, config.trm_checkpoint),
+        (load_reader, config.reader_checkpoint),
+    ):
+        if checkpoint is not None:
+            said = load(hybrid, checkpoint, base, config)
+            if accelerator.process_index == 0:
+                note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)
     hybrid.to(device)
     dtype = compute_dtype(config.training.dtype, device)
@@ -57,7 +65,11 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     steps = [_step(config, hybrid, base) for _ in range(config.training.grad_accum)]
     counts = [step.counts for step in steps]
     metrics = Metrics(accelerator, counts, JOINT_COUNTS, lambda sums: _metrics(steps[0], sums))
-    return Stage(hybrid, list(steps), metrics, capturable=False)
+    num_steps = None
+    if config.epochs is not None:
+        batches = config.training.grad_accum * accelerator.num_processes
+        num_steps = steps_of(config.epochs, base, steps[0].stream, batches, config.seed)
+    return Stage(hybrid, list(steps), metrics, capturable=False, num_steps=num_steps)
 
 
 def new_hybrid(config: JointConfig, base: BaseSet) -> Hybrid:
@@ -87,7 +99,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     stream = JointStream(
         reader,
         trm,
-        DraftPool(source),
+        DraftPool(reader),
         reader_tokens=coupling.reader_tokens_per_batch,
         trm_tokens=training.tokens_per_batch,
         num_sequences=max(2, num_sequences // 2 * 2),
@@ -96,7 +108,11 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
         trm_dtype=hybrid.trm.dtype,
     )
     return JointStep(
-        hybrid, stream, max_attempts=config.max_attempts, loss_scale=1 / training.grad_accum
+        hybrid,
+        TinyJointReader(tiny(hybrid)),
+        stream,
+        max_attempts=config.max_attempts,
+        loss_scale=1 / training.grad_accum,
     )
 
 
@@ -129,7 +145,8 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 
 def describe(config: JointConfig) -> Table:
     """What `joint` would run: data, parameters of every part; writes nothing."""
-    base = prepare(config.data.model_copy(update={"path": None}))
+    config = with_data_path(config)
+    base = prepare(_without_writing(config.data))
     with torch.device("meta"):
         hybrid = new_hybrid(config, base)
     table = Table(title="joint (dry run)", title_justify="left", show_header=False)
@@ -142,5 +159,11 @@ def describe(config: JointConfig) -> Table:
         table.add_row(f"adapters: {name}", f"{number:,} parameters")
     schedule = config.training.schedule
     length = f"{schedule.budget:.0f} s" if schedule.budget else f"{schedule.max_steps:,} steps"
-    table.add_row("length", length)
+    table.add_row("length", f"{config.epochs:,} epochs" if config.epochs else length)
     return table
+
+
+def _without_writing(data: DataConfig) -> DataConfig:
+    """A set that is not built yet is built in memory."""
+    built = data.path is not None and (data.path / "meta.json").is_file()
+    return data if built else data.model_copy(update={"path": None})

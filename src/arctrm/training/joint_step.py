@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arctrm.hybrid import Hybrid, ReaderStates, Start
-from arctrm.reader.tiny import TinyReader
+from arctrm.reader.tokens import SIDE
 from arctrm.training import reader_stream as reading
+from arctrm.training.joint_reader import JointReader
 from arctrm.training.joint_stream import JointBatch, JointStream
 from arctrm.training.losses import HALT_WEIGHT, RowLosses, row_losses
-from arctrm.training.reader_step import reader_losses
 from arctrm.training.reader_stream import ReaderBatch
 from arctrm.training.step import COUNTS
 from arctrm.trm.model import Latents
@@ -54,10 +54,17 @@ class JointStep:
     """Adds the gradient of one batch; sums counts into `counts` [JOINT_COUNTS]."""
 
     def __init__(
-        self, hybrid: Hybrid, stream: JointStream, *, max_attempts: int, loss_scale: float
+        self,
+        hybrid: Hybrid,
+        reader: JointReader,
+        stream: JointStream,
+        *,
+        max_attempts: int,
+        loss_scale: float,
     ):
-        self.hybrid, self.stream = hybrid, stream
-        self.max_attempts = max_attempts if hybrid.config.back else 1
+        self.hybrid, self.reader, self.stream = hybrid, reader, stream
+        self.reader_is_trained = bool(hybrid.parts()["reader"])
+        self.max_attempts = max_attempts if hybrid.closes_the_loop else 1
         self.loss_scale = loss_scale
         self.counts = torch.zeros(len(JOINT_COUNTS), device=stream.device, dtype=torch.float64)
         self.steps = torch.zeros((), dtype=torch.long)
@@ -88,7 +95,7 @@ class JointStep:
     def _draft(self) -> None:
         on_gpu = self.stream.device.type == "cuda"
         made = self.stream.drafts.refresh(
-            self._tiny(), self.hybrid.config.drafted_pairs, 512 if on_gpu else 16
+            self.reader, self.hybrid.config.drafted_pairs, 512 if on_gpu else 16
         )
         self.drafts_made.copy_(torch.tensor(made))
 
@@ -96,7 +103,7 @@ class JointStep:
         """The joint loss of a batch, and what is counted of it."""
         config, counts = self.hybrid.config, dict[str, Tensor]()
         total = torch.zeros((), device=self.counts.device)
-        if config.reader_weight:
+        if config.reader_weight and self.reader_is_trained:
             own, counts = self._reader_loss(batch)
             total = total + config.reader_weight * own
         attempts = self.attempts(batch)
@@ -117,7 +124,7 @@ class JointStep:
         for number in range(self.max_attempts):
             states = self._read(batch, soft)
             if swap:
-                states = swapped(states, 2 * self.stream.reader.num_pairs)
+                states = swapped(states, self._present(batch), 2 * self.stream.reader.num_pairs)
             found.append(self._attempt(batch, states))
             if number + 1 < self.max_attempts:
                 soft = self._soft_prefix(batch, found[-1].latents)
@@ -127,19 +134,13 @@ class JointStep:
         """The reader's states of the sequences as TRM may see them."""
         with torch.no_grad():
             shown = self.stream.shown_sequences(batch, with_soft=soft_NPH is not None)
-        added = self._condition(shown)
-        if soft_NPH is not None:
-            added = added + _on_soft_tokens(soft_NPH, shown, self.stream.num_sequences)
-        reader = self._tiny()
-        hidden = reader.hidden(shown.tokens, shown.positions, added, shown.packing)
-        return self.stream.states(batch, shown, hidden)
+        soft = None if soft_NPH is None else _on_soft_tokens(soft_NPH, shown)
+        return self.stream.states(batch, shown, self.reader.hidden(shown, soft))
 
-    def _condition(self, batch: ReaderBatch) -> Tensor:
-        rows = batch.rows
-        condition = self._tiny().condition(
-            rows[:, reading.TASK], rows[:, reading.DIHEDRAL], rows[:, reading.FLAG]
-        )
-        return condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))
+    def _present(self, batch: JointBatch) -> int:
+        """Rows of the sequences that are there; they come first (this waits for the device)."""
+        there = batch.sequences[:, -1, reading.LENGTH] > 0
+        return int(there.sum()) * self.stream.reader.num_pairs
 
     def _attempt(self, batch: JointBatch, states: ReaderStates) -> Attempt:
         rows = batch.rows
@@ -178,9 +179,7 @@ class JointStep:
     def _reader_loss(self, batch: JointBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             true = self.stream.true_sequences(batch)
-        reader = self._tiny()
-        hidden = reader.hidden(true.tokens, true.positions, self._condition(true), true.packing)
-        losses = reader_losses(reader.head(hidden), true.labels, true.row, true.rows.shape[0])
+        losses = self.reader.losses(true)
         counts = {"reader_loss": losses.total, "reader_labels": losses.num_labels}
         return losses.total / losses.num_labels.clamp(min=1), counts
 
@@ -236,27 +235,26 @@ class JointStep:
             means.append(float((last.cells * last.real).sum() / last.real.sum().clamp(min=1)))
         return means[1] - means[0]
 
-    def _tiny(self) -> TinyReader:
-        assert self.hybrid.tiny is not None
-        return self.hybrid.tiny
 
-
-def _on_soft_tokens(soft_NPH: Tensor, shown: ReaderBatch, num_sequences: int) -> Tensor:
+def _on_soft_tokens(soft_NPH: Tensor, shown: ReaderBatch) -> Tensor:
     """The soft prefix on its tokens, zero elsewhere: [T, H]."""
-    per = shown.rows.shape[0] // num_sequences
+    per = shown.rows.shape[0] // shown.num_sequences
     there = (shown.row < shown.rows.shape[0]) & (shown.row % per == per - 1)
     sequence = torch.where(there, torch.div(shown.row, per, rounding_mode="floor"), 0)
-    slot = torch.where(there, shown.positions % soft_NPH.shape[1], 0)
+    slot = torch.where(there, shown.positions % SIDE, 0)
     return soft_NPH[sequence, slot] * there[:, None]
 
 
-def swapped(states: ReaderStates, shift: int) -> ReaderStates:
-    """The states as `shift` rows further on would see them."""
-    num_rows = states.begin.shape[0]
+def swapped(states: ReaderStates, num_rows: int, shift: int) -> ReaderStates:
+    """What row r sees becomes what row r + `shift` sees, in the circle of the first `num_rows`."""
+
+    def turned(of_row: Tensor) -> Tensor:
+        return torch.cat((of_row[:num_rows].roll(shift), of_row[num_rows:]))
+
     return states._replace(
-        row=torch.where(states.row < num_rows, (states.row + shift) % num_rows, states.row),
-        begin=states.begin.roll(shift),
-        visible=states.visible.roll(shift),
+        row=torch.where(states.row < num_rows, (states.row + shift) % max(num_rows, 1), states.row),
+        begin=turned(states.begin),
+        visible=turned(states.visible),
     )
 
 

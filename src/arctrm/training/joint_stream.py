@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from arctrm.adapters.draft import INPUT, OUTPUT
-from arctrm.data.task import NUM_COLOURS
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS
 from arctrm.hybrid import NO_CELL, ReaderStates, Rows
-from arctrm.reader.tokens import INPUT_PART, OUTPUT_PART, PARTS_PER_PAIR, SIDE
+from arctrm.reader.tokens import INPUT_PART, OUTPUT_PART, PARTS_PER_PAIR, SIDE, grid_length
 from arctrm.training import reader_stream as reading
 from arctrm.training import stream as canvases
 from arctrm.training.drafts import DraftPool
@@ -38,6 +38,10 @@ class JointBatch(NamedTuple):
     """TRM's rows, R = N x K."""
     labels: Tensor
     """int64 [T]: cell codes of the outputs, IGNORE where there is none."""
+
+
+DRAFT_ROOM = grid_length(MAX_SIDE, MAX_SIDE)
+"""Tokens, at most, by which a draft is longer than the answer."""
 
 
 class JointStream:
@@ -65,7 +69,10 @@ class JointStream:
 
     def draw(self) -> JointBatch:
         """A fresh batch: as many of `num_sequences` sequences as both budgets hold."""
-        drawn, drafted = self._sequences()
+        return self.lay_out(*self._sequences())
+
+    def lay_out(self, drawn: Tensor, drafted: Tensor) -> JointBatch:
+        """The batch of sequences [N, K, columns]; those that exceed a budget are left out."""
         rows = self._trm_rows(drawn)
         fits = self._fitting(drawn, drafted, rows)
         drawn = torch.where(fits[:, None, None], drawn, 0)
@@ -86,7 +93,8 @@ class JointStream:
         others = stream.others(last, task, uniform[:, 1])
         partner = torch.where(others[:, 0] >= 0, others[:, 0], last)
         context = stream.num_pairs - 1
-        contexts = (others[:, 1 : 1 + context], others[:, 1 + context : 1 + 2 * context])
+        # Two disjoint sets of about the same size, also where the task has few pairs.
+        contexts = (others[:, 1::2][:, :context], others[:, 2::2][:, :context])
         twos = torch.stack(
             [
                 torch.cat((before, end[:, None]), dim=1)
@@ -138,10 +146,8 @@ class JointStream:
         draft = last.clone()
         draft[:, reading.PAIR] = self.drafts.row_of(last[:, reading.PAIR])
         draft[:, reading.LENGTH] = self.reader.lengths(draft)
-        pair = self.reader.source.pairs[last[:, reading.PAIR]]
-        height, width = self.reader.source.seen_size(pair[:, 3:6], last[:, reading.DIHEDRAL])
         cut = last.clone()
-        cut[:, reading.LENGTH] = 2 + height * (width + 1)
+        cut[:, reading.LENGTH] = self.reader.asked(last)
         there = last[:, reading.LENGTH] > 0
         seen = torch.where(drafted[:, None], draft, cut)
         seen = torch.where(there[:, None], seen, last)
@@ -163,7 +169,8 @@ class JointStream:
         soft[..., reading.INDEX] += 1
         soft[..., reading.LENGTH] = self.num_soft * (soft[..., reading.LENGTH] > 0) * with_soft
         rows = torch.cat((shown, soft), dim=1)
-        return self.reader.pack(rows.flatten(0, 1), self.num_sequences, self.reader_tokens)
+        room = DRAFT_ROOM + self.num_soft
+        return self.reader.pack(rows.flatten(0, 1), self.num_sequences, self.reader_tokens, room)
 
     def states(self, batch: JointBatch, shown: ReaderBatch, hidden: Tensor) -> ReaderStates:
         """What each row of TRM may see of the reader's hidden states [N, H]."""
@@ -172,9 +179,7 @@ class JointStream:
         ends = lengths.flatten().cumsum(0).view(num, per)
         begin = ends[:, :1] - lengths[:, :1]
         # A probe sees up to its separator, the query everything: its draft and the soft prefix.
-        pair = self.reader.source.pairs[shown.rows[:, reading.PAIR]]
-        height, width = self.reader.source.seen_size(pair[:, 3:6], shown.rows[:, reading.DIHEDRAL])
-        asked = (2 + height * (width + 1)).view(num, per) * (lengths > 0)
+        asked = self.reader.asked(shown.rows).view(num, per) * (lengths > 0)
         visible = (ends - lengths - begin + asked)[:, : per - 1]
         last = (ends[:, -1] - begin[:, 0])[:, None]
         visible = torch.cat((visible[:, :-1], last), dim=1) * (lengths[:, : per - 1] > 0)

@@ -44,6 +44,7 @@ MAY_DIFFER_ON_RESUME = (
     "tracking",
     "data.path",
     "training.schedule",
+    "epochs",
     "training.compile",
     "training.cuda_graph",
     "training.checkpoint_every",
@@ -111,8 +112,8 @@ def _build(
     new: NewStage,
 ) -> tuple[Run, bool]:
     """The run, and whether its steps can be captured."""
-    training = config.training
     stage = new(config, base, accelerator)
+    training = _of_length(config.training, stage.num_steps)
     trained = [p for p in stage.model.parameters() if p.requires_grad]
     run = Run(
         out=out,
@@ -133,6 +134,14 @@ def _build(
         began_at=began_at,
     )
     return run, stage.capturable
+
+
+def _of_length(training: TrainingConfig, num_steps: int | None) -> TrainingConfig:
+    if num_steps is None:
+        return training
+    length = {"budget": None, "max_steps": num_steps}
+    schedule = training.schedule.model_copy(update=length)
+    return training.model_copy(update={"schedule": schedule})
 
 
 def describe(config: PretrainConfig) -> Table:

@@ -4,6 +4,9 @@ A sequence is one pair, or (form "task") other pairs of the same task before it,
 Sequences wait in a queue that keeps its order, so that a long one which does not fit now comes
 first next time. Shapes are static: a captured CUDA graph can replay the whole thing.
 
+A hub reader's sequences are the same but for the marks around the grids. Tokens are codes: those of
+the tiny reader, whose ids they are, and from `FIRST_MARK` on the tokens of such marks.
+
 Legend: T tokens, N sequences, K pairs in a sequence, R = N x K rows (pairs).
 """
 
@@ -28,9 +31,11 @@ from arctrm.reader.tokens import (
     SIDE,
     START,
     START_PART,
+    VOCABULARY,
 )
 from arctrm.training.losses import IGNORE
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
+from arctrm.trm.packing import dummy_lengths
 
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
 # SOFT is no pair but a soft prefix.
@@ -42,13 +47,26 @@ CONTEXT_WINDOW = 16
 """Pairs of a task, at least, among which those that come first are drawn."""
 
 
+FIRST_MARK = VOCABULARY
+"""Codes of the tokens of a hub reader's marks begin here."""
+
+
+class Marks(NamedTuple):
+    """Codes of the tokens around the grids of a pair."""
+
+    start: tuple[int, ...] = ()
+    """Before the first pair of a sequence."""
+    before_input: tuple[int, ...] = (START,)
+    before_output: tuple[int, ...] = (SEPARATOR,)
+
+
 class ReaderBatch(NamedTuple):
     """What one training step of the reader computes on."""
 
     rows: Tensor
     """int64 [R, columns]."""
     tokens: Tensor
-    """int64 [T]."""
+    """int64 [T]: codes."""
     positions: Tensor
     """int64 [T]: packed positions."""
     labels: Tensor
@@ -56,20 +74,33 @@ class ReaderBatch(NamedTuple):
     row: Tensor
     """int64 [T]: row of the token; R or more: no row."""
     packing: Packing
+    num_sequences: int
 
 
 class ReaderStream:
     """Packs sequences of `source`'s pairs; `dtype` is the arithmetic of the layers."""
 
-    def __init__(self, source: PairSource, config: ReaderConfig, dtype: torch.dtype):
-        self.source, self.config, self.dtype = source, config, dtype
+    def __init__(
+        self,
+        source: PairSource,
+        config: ReaderConfig,
+        dtype: torch.dtype,
+        marks: Marks = Marks(),
+    ):
+        self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.num_pairs = config.pairs_per_sequence
-        self.window = max(CONTEXT_WINDOW, self.num_pairs)
+        self.window = max(CONTEXT_WINDOW, 2 * self.num_pairs)
+        added = len(marks.before_input) + len(marks.before_output) - 2
+        self.longest = config.longest_sequence + self.num_pairs * added + len(marks.start)
+        """Tokens of the longest sequence."""
         order = source.pairs[:, 0].argsort(stable=True)
         self.by_task = order[source.drawable[order]]
         counts = torch.bincount(source.pairs[self.by_task, 0], minlength=source.fixed.shape[0])
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
+        heads = marks.start + marks.before_input
+        self.head_codes = torch.tensor(heads, device=self.device)
+        self.output_codes = torch.tensor(marks.before_output, device=self.device)
 
     def draw(self, count: int) -> Tensor:
         """`count` fresh sequences, int64 [count, K, columns]; the pair drawn by weight is last."""
@@ -88,13 +119,14 @@ class ReaderStream:
         rows[..., DIHEDRAL] = dihedral[:, None]
         rows[..., FLAG] = same_colours(colours)[:, None]
         rows[..., COLOURS] = colours[:, None]
-        lengths = self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)
-        rows[..., LENGTH] = self._fitting(lengths)
-        rows[..., INDEX] = (rows[..., LENGTH] > 0).cumsum(1) - 1
+        rows[..., INDEX] = 1
+        there = self._fitting(self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)) > 0
+        rows[..., INDEX] = there.cumsum(1) - 1
+        rows[..., LENGTH] = self.lengths(rows.flatten(0, 1)).view_as(pairs) * there
         return rows
 
     def others(self, last: Tensor, task: Tensor, uniform: Tensor) -> Tensor:
-        """Distinct other pairs of each task in random order, int64 [n, CONTEXT_WINDOW]; -1 behind.
+        """Distinct other pairs of each task in random order, int64 [n, window]; -1 behind.
 
         Of a task with many pairs they come from a random window; none has the weight zero.
         """
@@ -110,16 +142,25 @@ class ReaderStream:
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
         pair = self.source.pairs[rows[:, PAIR]]
-        total = torch.full_like(rows[:, PAIR], 3)
-        for grid in (INPUT, OUTPUT):
-            height, width = self.source.seen_size(pair[:, grid], rows[:, DIHEDRAL])
-            total = total + height * (width + 1)
-        return total
+        height, width = self.source.seen_size(pair[:, OUTPUT], rows[:, DIHEDRAL])
+        return self.asked(rows) + height * (width + 1) + 1
+
+    def asked(self, rows: Tensor) -> Tensor:
+        """Tokens [R] of each row before its output."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        height, width = self.source.seen_size(pair[:, INPUT], rows[:, DIHEDRAL])
+        return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Tokens [R] before each row's input."""
+        first = rows[:, INDEX] == 0
+        return len(self.marks.before_input) + first * len(self.marks.start)
 
     def _fitting(self, lengths_NK: Tensor) -> Tensor:
         """Lengths with 0 for the pairs that would make a sequence longer than allowed."""
         from_the_end = lengths_NK.flip(1).cumsum(1).flip(1)
-        return torch.where(from_the_end <= self.config.longest_sequence, lengths_NK, 0)
+        longest = self.longest - len(self.marks.start)
+        return torch.where(from_the_end <= longest, lengths_NK, 0)
 
     def next_batch(self, queue_NKC: Tensor, num_tokens: int) -> ReaderBatch:
         """Take as many sequences as fit from the queue, in order, and refill it in place."""
@@ -131,15 +172,15 @@ class ReaderStream:
         queue_NKC.copy_(waiting[index])
         return self.pack(rows, num_sequences, num_tokens)
 
-    def pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> ReaderBatch:
+    def pack(self, rows: Tensor, num_sequences: int, num_tokens: int, room: int = 0) -> ReaderBatch:
         """Lay rows [R, columns] of `num_sequences` sequences on an axis of `num_tokens`.
 
-        A row whose length is less than its pair's ends early.
+        A row whose length is less than its pair's ends early. Sequences may be longer than usual
+        by `room`.
         """
-        longest = self.config.longest_sequence
+        longest = self.longest + room
         lengths = rows[:, LENGTH]
-        starts = torch.arange(-(-num_tokens // longest), device=self.device) * longest
-        unused = (num_tokens - lengths.sum() - starts).clamp(0, longest)
+        unused = dummy_lengths(num_tokens, num_tokens - lengths.sum(), longest)
         ends = torch.cat((lengths, unused)).cumsum(0)
         token = torch.arange(num_tokens, device=self.device)
         row = torch.searchsorted(ends, token, right=True)
@@ -157,6 +198,7 @@ class ReaderStream:
             labels,
             row,
             new_packing(offsets, longest, self.dtype),
+            num_sequences,
         )
 
     def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,24 +208,27 @@ class ReaderStream:
         pair = self.source.pairs[row[:, PAIR]]
         in_height, in_width = self.source.seen_size(pair[:, INPUT], row[:, DIHEDRAL])
         out_height, out_width = self.source.seen_size(pair[:, OUTPUT], row[:, DIHEDRAL])
-        separator = 1 + in_height * (in_width + 1)
-        end = separator + 1 + out_height * (out_width + 1)
-        after = slot > separator
+        head = self._heads(row)
+        separator = head + in_height * (in_width + 1)
+        body = separator + len(self.marks.before_output)
+        end = body + out_height * (out_width + 1)
+        after = slot >= separator
         width = torch.where(after, out_width, in_width)
-        place = (slot - torch.where(after, separator + 1, 1)).clamp(min=0)
+        place = (slot - torch.where(after, body, head)).clamp(min=0)
         y = torch.div(place, width + 1, rounding_mode="floor")
         x = place % (width + 1)
-        # START and SEPARATOR stand at (0, 0) of parts of their own, END below the last row.
-        marks = (slot == 0) | (slot == separator)
-        y, x = torch.where(marks, 0, y), torch.where(marks, 0, x)
-        inside = ~marks & (x < width) & (slot < end)
+        # Marks stand at (0, 0) of parts of their own, END below the last row.
+        opening, between = slot < head, after & (slot < body)
+        y, x = (torch.where(opening | between, 0, value) for value in (y, x))
+        inside = ~opening & ~between & (x < width) & (slot < end)
         grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
         colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
         tokens = torch.where(inside, colour, ROW_END)
         part = torch.where(after, OUTPUT_PART, INPUT_PART)
+        from_end = len(self.head_codes) - head  # later pairs have no start
         for at, token, mark_part in (
-            (slot == 0, START, START_PART),
-            (slot == separator, SEPARATOR, SEPARATOR_PART),
+            (opening, _at(self.head_codes, slot + from_end), START_PART),
+            (between, _at(self.output_codes, slot - separator), SEPARATOR_PART),
             (slot == end, END, OUTPUT_PART),
         ):
             tokens, part = torch.where(at, token, tokens), torch.where(at, mark_part, part)
@@ -191,5 +236,10 @@ class ReaderStream:
         tokens, part = torch.where(soft, PREFIX, tokens), torch.where(soft, START_PART, part)
         y, x = torch.where(soft, 0, y), torch.where(soft, slot, x)
         part = part + row[:, INDEX] * PARTS_PER_PAIR
-        is_output = (slot >= separator) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
+        is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output
+
+
+def _at(codes: Tensor, place: Tensor) -> Tensor:
+    """Codes at `place`, any of them where there is none."""
+    return codes[place.clamp(0, codes.shape[0] - 1)]

@@ -40,7 +40,7 @@ class PairSource:
     def draw_pairs(self, uniform: Tensor) -> Tensor:
         """Rows int64 [n] of `pairs` by weight, from float64 [n] in [0, 1)."""
         pair = torch.searchsorted(self.cumulative, uniform.contiguous(), right=True)
-        return pair.clamp(max=self.pairs.shape[0] - 1)
+        return pair.clamp(max=self.cumulative.shape[0] - 1)
 
     def draw_views(self, task: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """View number [n], dihedral [n] and colours [n, 10] of one of each task's views."""

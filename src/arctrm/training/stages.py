@@ -51,6 +51,8 @@ class Stage(NamedTuple):
     metrics: Metrics
     capturable: bool = True
     """Whether a step is free of host syncs, so that a CUDA graph can hold it."""
+    num_steps: int | None = None
+    """Optimiser steps of the run, instead of the configured length."""
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name."""

@@ -1,49 +1,163 @@
-"""Start one part of a hybrid from a checkpoint of its own, whatever tasks that was trained on.
+"""Start parts of a hybrid from checkpoints of their own, whatever tasks those were trained on.
 
-Every tensor must fit, by name and by shape; only the rows of the task embeddings are put in the
-order of the new data set, by the content of the tasks. A task that the checkpoint does not know
-starts from the mean of those it does.
+Every tensor must fit, by name and by shape, and so must the sizes that shapes do not show (heads);
+only the rows of the task embeddings are put in the order of the new data set, by the content of the
+tasks. A task that the checkpoint does not know starts from the mean of those it does.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from arctrm.config.base import StrictModel
+from arctrm.config.reader import ReaderConfig
+from arctrm.config.reader_hub import HubReaderConfig
+from arctrm.config.trm import TRMConfig
 from arctrm.data.dataset import BaseSet
 from arctrm.errors import CheckpointError
-from arctrm.reader.tiny import TinyReader
+from arctrm.hybrid import Hybrid
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_names
 from arctrm.training.checkpoints import read_meta, read_model, resolve_checkpoint
-from arctrm.trm.model import TRM
 
 EMBEDDINGS = "puzzle_emb.weights"
+TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
+    "trm": (
+        TRMConfig,
+        (
+            *("layout", "task_embedding", "hidden_size", "num_heads", "num_layers", "expansion"),
+            *("num_prefix_slots", "rope_base", "qk_norm", "condition_cells"),
+        ),
+    ),
+    "reader": (
+        ReaderConfig,
+        ("hidden_size", "num_heads", "num_layers", "expansion", "rope_base", "task_embedding"),
+    ),
+    "hub": (HubReaderConfig, ("name", "revision", "mode", "lora_rank", "lora_alpha")),
+}
+"""Table of a configuration -> its model and the keys that must be the same."""
 
 
-def load_part(part: TRM | TinyReader, checkpoint: Path, base: BaseSet) -> int:
-    """Load `part` from a run, checkpoint or bundle folder; the number of tasks it knows.
+def load_trm(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictModel) -> str:
+    """Load TRM, and the adapters of a hybrid; says what was loaded.
 
     Raises:
-        CheckpointError: there is none, it is of the other kind of model, or sizes differ.
+        CheckpointError: there is none, it holds no TRM, or sizes differ.
     """
+    folder, meta = _opened(checkpoint)
+    weights = _part(folder, meta, "trm")
+    _check_sizes(folder, meta, "trm", config)
+    known = _load(hybrid.trm, weights, folder, _rows(meta, base))
+    loaded = ["TRM", *_load_adapters(hybrid, folder, meta)]
+    return f"{', '.join(loaded)} from {folder}, which knows {known} of {base.num_tasks} tasks"
+
+
+def load_reader(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictModel) -> str:
+    """Load the reader (of a hub reader: what was trained of it); says what was loaded.
+
+    Raises:
+        CheckpointError: there is none, it holds no such reader, or sizes differ.
+    """
+    folder, meta = _opened(checkpoint)
+    if hybrid.tiny is None:
+        _check_is_hub(folder, meta, config)
+        _check_sizes(folder, meta, "hub", config)
+        _load(hybrid.reader, _part(folder, meta, "reader"), folder)
+        return f"trained weights of the reader from {folder}"
+    weights = _part(folder, meta, "reader")
+    if _model(meta) != "tiny":
+        raise CheckpointError(
+            f"{folder}: its reader is {_model(meta)}, not the tiny reader; set llama_model to that "
+            "name, or give the checkpoint of a tiny reader"
+        )
+    _check_sizes(folder, meta, "reader", config)
+    known = _load(hybrid.tiny, weights, folder, _rows(meta, base))
+    return f"reader from {folder}, which knows {known} of {base.num_tasks} tasks"
+
+
+def _opened(checkpoint: Path) -> tuple[Path, CheckpointMeta]:
     folder = resolve_checkpoint(checkpoint)
-    meta = read_meta(folder)
-    kind = "reader" if isinstance(part, TinyReader) else "trm"
-    held = meta.config.get("model", "trm")
-    if "coupling" in meta.config:
-        held = "hybrid"
+    return folder, read_meta(folder)
+
+
+def _held(meta: CheckpointMeta) -> str:
+    return "hybrid" if "coupling" in meta.config else meta.config.get("model", "trm")
+
+
+def _model(meta: CheckpointMeta) -> str:
+    return meta.config.get("llama_model", "tiny")
+
+
+def _part(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Tensor]:
+    """The weights of one part, without its name before them."""
+    held = _held(meta)
     if held not in (kind, "hybrid"):
         raise CheckpointError(
-            f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind}"
+            f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind} or a hybrid"
         )
     weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
-    if held == "hybrid":
-        weights = {n.removeprefix(f"{kind}."): t for n, t in weights.items() if n.startswith(kind)}
-    rows = _rows(meta, base)
-    weights[EMBEDDINGS] = _in_order(weights[EMBEDDINGS], rows)
+    if held == kind:
+        return weights
+    first = f"{kind}."
+    return {n.removeprefix(first): t for n, t in weights.items() if n.startswith(first)}
+
+
+def _check_is_hub(folder: Path, meta: CheckpointMeta, config: Any) -> None:
+    if _held(meta) != "hybrid" or _model(meta) == "tiny":
+        raise CheckpointError(
+            f"{folder}: its reader is the tiny one, llama_model = {config.llama_model!r} here; "
+            "give the checkpoint of a hybrid with that model, or set llama_model = 'tiny'"
+        )
+
+
+def _check_sizes(folder: Path, meta: CheckpointMeta, table: str, config: Any) -> None:
+    model, keys = TABLES[table]
+    there, here = model.model_validate(meta.config.get(table, {})), getattr(config, table)
+    for key in keys:
+        if getattr(there, key) != getattr(here, key):
+            raise CheckpointError(
+                f"{folder}: {table}.{key} = {getattr(there, key)!r} there, "
+                f"{getattr(here, key)!r} here; use the value of the checkpoint"
+            )
+
+
+def _load_adapters(hybrid: Hybrid, folder: Path, meta: CheckpointMeta) -> list[str]:
+    """Load the adapters that both have, all of each; their names."""
+    if _held(meta) != "hybrid":
+        return []
+    weights = _part(folder, meta, "adapters")
+    loaded = []
+    for name, adapter in hybrid.adapters.items():
+        own = {n.removeprefix(f"{name}."): t for n, t in weights.items() if n.startswith(name)}
+        if not own:
+            continue
+        _check_width(folder, own, hybrid.hidden_size)
+        _load(adapter, own, folder)
+        loaded.append(f"adapter {name}")
+    return loaded
+
+
+def _check_width(folder: Path, weights: dict[str, Tensor], width: int) -> None:
+    """`project` has the reader's width on the side that is not TRM's."""
+    shape = weights["project.weight"].shape
+    there = shape[0] if "from_H.weight" in weights else shape[1]
+    if there != width:
+        raise CheckpointError(
+            f"{folder}: its adapters were made for a reader of width {there}, this reader has "
+            f"width {width}; use the reader that they were trained with, or the checkpoint of a "
+            "TRM alone"
+        )
+
+
+def _load(
+    part: nn.Module, weights: dict[str, Tensor], folder: Path, rows: list[int | None] | None = None
+) -> int:
+    if rows is not None:
+        weights[EMBEDDINGS] = _in_order(weights[EMBEDDINGS], rows)
     check_names({n: tuple(t.shape) for n, t in part.state_dict().items()}, weights, folder)
     part.load_state_dict(weights)
-    return sum(row is not None for row in rows)
+    return sum(row is not None for row in rows or ())
 
 
 def _rows(meta: CheckpointMeta, base: BaseSet) -> list[int | None]:

@@ -129,7 +129,9 @@ class TRM(nn.Module):
             turn, flag = torch.zeros_like(turn), torch.zeros_like(flag)
         learned = self.slots.weights.expand(rows, -1, -1)
         prefix = torch.cat((torch.stack((task, turn, flag), dim=1), learned), dim=1)
-        return self._with_context(prefix, context), (task + turn + flag) * float(self.config.condition_cells)
+        return self._with_context(prefix, context), (task + turn + flag) * float(
+            self.config.condition_cells
+        )
 
     def _with_context(self, slots_RPD: Tensor, context: Tensor | None) -> Tensor:
         if context is None:
@@ -201,5 +203,5 @@ def _initial_embeddings(config: TRMConfig, num_rows: int) -> Tensor:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the trunk and of the task embeddings."""
     total = sum(p.numel() for p in model.parameters())
-    embeddings = sum(p.numel() for n, p in model.named_parameters() if n.startswith("puzzle_emb"))
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if "puzzle_emb." in n)
     return {"trunk": total - embeddings, "task_embeddings": embeddings}

@@ -17,6 +17,10 @@ from arctrm.data.task import MAX_SIDE
 from arctrm.trm.layers import Sequences, rotary_tables
 
 
+DUMMY = 256
+"""Tokens of a dummy sequence: attention costs their square, so they are short."""
+
+
 class TokenMap(NamedTuple):
     """Where each token of a packed batch belongs."""
 
@@ -39,6 +43,13 @@ def longest_row(config: TRMConfig) -> int:
     return config.num_slots + MAX_SIDE * MAX_SIDE
 
 
+def dummy_lengths(num_tokens: int, unused: Tensor, max_len: int) -> Tensor:
+    """Lengths of as many dummy sequences as an axis of `num_tokens` may need, for `unused` ones."""
+    size = min(DUMMY, max_len)
+    starts = torch.arange(-(-num_tokens // size), device=unused.device) * size
+    return (unused - starts).clamp(0, size)
+
+
 def token_map(
     lengths_R: Tensor, widths_R: Tensor, num_tokens: int, max_len: int, num_slots: int
 ) -> TokenMap:
@@ -49,9 +60,7 @@ def token_map(
     """
     device = lengths_R.device
     used = lengths_R.sum()
-    num_dummies = -(-num_tokens // max_len)
-    starts = torch.arange(num_dummies, device=device) * max_len
-    dummies = (num_tokens - used - starts).clamp(0, max_len)
+    dummies = dummy_lengths(num_tokens, num_tokens - used, max_len)
     ends = torch.cat((lengths_R, dummies)).cumsum(0)
     token = torch.arange(num_tokens, device=device)
     row = torch.searchsorted(ends, token, right=True)

@@ -1,0 +1,156 @@
+"""Parts of a hybrid from checkpoints of their own: rows by content, strict about the rest."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from joint_parts import new_config, process, small_base, small_tasks
+from runs import refused
+
+from arctrm.config import PretrainConfig
+from arctrm.data.dataset import base_set_from_tasks
+from arctrm.errors import CheckpointError
+from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_checkpoint
+from arctrm.training.joint import joint_stage, new_hybrid
+from arctrm.training.stages import new_model
+
+TRM_KEYS = ("hidden_size", "num_heads", "num_layers", "num_prefix_slots")
+
+
+def pretrained(folder, kind, base, **changes):
+    """A checkpoint of a random TRM or reader, as `pretrain` writes it."""
+    joint = new_config({f"{kind}.{key}": value for key, value in changes.items()})
+    config = PretrainConfig(model=kind, trm=joint.trm, reader=joint.reader)
+    torch.manual_seed(3)
+    model = new_model(config, base)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model, written(folder, model, config, base)
+
+
+def written(folder, model, config, base):
+    meta = CheckpointMeta(
+        step=1,
+        elapsed=1.0,
+        examples=1,
+        config=config.model_dump(mode="json"),
+        task_ids=base.meta.task_ids,
+        notes={"task_fingerprints": base.task_fingerprints()},
+    )
+    return write_checkpoint(folder, meta, model_tensors(model.state_dict()), {}, {})
+
+
+def hybrid_checkpoint(folder, base, changes=None):
+    config = new_config(changes)
+    torch.manual_seed(4)
+    hybrid = new_hybrid(config, base)
+    for parameter in hybrid.parameters():
+        torch.nn.init.normal_(parameter)
+    return hybrid, written(folder, hybrid, config, base)
+
+
+def started(changes, base):
+    return joint_stage(new_config(changes), base, process()).model
+
+
+def other_base():
+    """Three of the tasks under other names and in another order, and one that is new."""
+    old, new = small_tasks(), small_tasks(num_tasks=1, seed=9)
+    tasks = [
+        replace(old[2], id="a"),
+        replace(new[0], id="b"),
+        replace(old[0], id="c"),
+        replace(old[3], id="task_1"),  # the name of another task
+    ]
+    return base_set_from_tasks({"training": tasks}, None, 50)
+
+
+@pytest.mark.parametrize("kind", ["trm", "reader"])
+def test_embeddings_follow_the_content_of_the_tasks(tmp_path, kind, capsys):
+    model, path = pretrained(tmp_path / "run", kind, small_base())
+    hybrid = started({f"{kind}_checkpoint": path}, other_base())
+    part = getattr(hybrid, kind)
+    there, here = model.puzzle_emb.weights, part.puzzle_emb.weights
+    for row, old in ((0, 2), (2, 0), (3, 3)):
+        assert torch.equal(here[row], there[old])
+    torch.testing.assert_close(here[1], there.mean(0))
+    assert "knows 3 of 4 tasks" in capsys.readouterr().err.replace("\n", " ")
+    for name, tensor in model.state_dict().items():
+        if "puzzle_emb" not in name:
+            assert torch.equal(part.state_dict()[name], tensor), name
+
+
+def test_a_run_folder_and_a_bundle_do_as_well(tmp_path):
+    model, path = pretrained(tmp_path / "run", "trm", small_base())
+    for given in (tmp_path / "run", path):
+        hybrid = started({"trm_checkpoint": given}, small_base())
+        assert torch.equal(hybrid.trm.puzzle_emb.weights, model.puzzle_emb.weights)
+
+
+def test_a_hybrid_gives_all_its_parts(tmp_path):
+    old, path = hybrid_checkpoint(tmp_path, small_base())
+    hybrid = started({"trm_checkpoint": path, "reader_checkpoint": path}, small_base())
+    for name, tensor in old.state_dict().items():
+        assert torch.equal(hybrid.state_dict()[name], tensor), name
+
+
+def test_of_a_hybrid_only_the_adapters_that_are_switched_on_are_taken(tmp_path):
+    old, path = hybrid_checkpoint(tmp_path, small_base())
+    changes = {"trm_checkpoint": path, "coupling.context": False}
+    hybrid = started(changes, small_base())
+    assert set(hybrid.adapters) == {"draft", "back"}
+    weight = "draft.project.weight"
+    assert torch.equal(hybrid.adapters.get_parameter(weight), old.adapters.get_parameter(weight))
+
+
+def test_a_reader_is_no_trm_and_a_trm_no_reader(tmp_path):
+    for kind, other in (("trm", "reader"), ("reader", "trm")):
+        _, path = pretrained(tmp_path / kind, kind, small_base())
+        changes = {f"{other}_checkpoint": path}
+        text = refused(CheckpointError, lambda c=changes: started(c, small_base()))
+        assert f"{path}: holds a {kind}, not a {other}" in text
+
+
+@pytest.mark.parametrize("kind", ["trm", "reader"])
+@pytest.mark.parametrize(("key", "value"), [("hidden_size", 64), ("num_heads", 4)])
+def test_another_size_is_refused_with_both_values(tmp_path, kind, key, value):
+    """Another number of heads would fit every tensor and compute something else."""
+    _, path = pretrained(tmp_path, kind, small_base(), **{key: value})
+    now = getattr(getattr(new_config(), kind), key)
+    text = refused(CheckpointError, lambda: started({f"{kind}_checkpoint": path}, small_base()))
+    assert f"{path}: {kind}.{key} = {value} there, {now} here" in text
+
+
+def test_adapters_for_a_reader_of_another_width_are_refused_with_both_widths(tmp_path):
+    _, path = hybrid_checkpoint(tmp_path, small_base(), {"reader.hidden_size": 64})
+    for off in ({}, {"coupling.context": False}, {"coupling.draft": False}):
+        changes = {"trm_checkpoint": path, **off}
+        text = refused(CheckpointError, lambda c=changes: started(c, small_base()))
+        assert "reader of width 64" in text
+        assert "width 32" in text
+
+
+def test_adapters_of_another_shape_are_refused(tmp_path):
+    _, path = hybrid_checkpoint(tmp_path, small_base(), {"coupling.num_context_slots": 5})
+    text = refused(CheckpointError, lambda: started({"trm_checkpoint": path}, small_base()))
+    assert "(65, 32)" in text
+    assert "(63, 32)" in text
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    text = refused(CheckpointError, lambda: started({"trm_checkpoint": tmp_path}, small_base()))
+    assert f"{tmp_path}: no checkpoint" in text
+
+
+def test_a_checkpoint_without_fingerprints_is_read_by_task_id(tmp_path):
+    model, path = pretrained(tmp_path, "trm", small_base())
+    meta = json.loads((path / "checkpoint.json").read_text())
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    (copy / "checkpoint.json").write_text(json.dumps({**meta, "notes": {}}))
+    hybrid = started({"trm_checkpoint": copy}, other_base())
+    there, here = model.puzzle_emb.weights, hybrid.trm.puzzle_emb.weights
+    assert torch.equal(here[3], there[1])
+    torch.testing.assert_close(here[0], there.mean(0))
