@@ -43,17 +43,28 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     accelerator = new_accelerator()
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
+    _check_ablations(solver, config)
     if accelerator.is_main_process:
         _open_folder(out, config)  # now, not after hours of answering
     begin = time.monotonic()
     asked = ask(solver, tasks, config, accelerator)
     found = answer_all(solver, asked, config, accelerator)
     ranked = rank_all(solver, tasks, found, config, accelerator)
-    seconds = time.monotonic() - begin
+    seconds = (time.monotonic() - begin) * accelerator.num_processes / len(tasks)
+    scores = None
+    if accelerator.is_main_process:
+        _submit(tasks, ranked, out)
+        scores = _report(config, solver, tasks, ranked, known, seconds, out)
     ablated = _ablated(solver, tasks, asked, config, accelerator)
     accelerator.end_training()
-    if not accelerator.is_main_process:
-        return None
+    if scores is not None and ablated:
+        rows = {name: scoring.score(_predictions(tasks, r), known) for name, r in ablated.items()}
+        _report_ablations({"everything": scores} | rows, out)
+    return scores
+
+
+def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> None:
+    """Write submission.json: two grids for every test input."""
     content = submission(
         {
             task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
@@ -62,28 +73,24 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     )
     check_complete(content, tasks)
     write_submission(out / "submission.json", content)
-    gpu_seconds = seconds * accelerator.num_processes / len(tasks)
-    scores = _report(config, solver, tasks, ranked, known, gpu_seconds, out)
-    if scores is not None and ablated:
-        rows = {"everything": scores} | {
-            name: scoring.score(_predictions(tasks, own), known) for name, own in ablated.items()
-        }
-        _report_ablations(rows, out)
-    return scores
+
+
+def _check_ablations(solver: Solver, config: EvalConfig) -> None:
+    """Refuse ablations of a model alone, before the work."""
+    names = list(config.evaluation.ablate)
+    if names and solver.hybrid is None:
+        raise ConfigError(
+            f"evaluation.ablate = {names}: {solver.name} holds one model, so there is nothing to "
+            "leave out; give a checkpoint of `arctrm joint`"
+        )
 
 
 def _ablated(
     solver: Solver, tasks: list[Task], asked: Asked, config: EvalConfig, accelerator: Accelerator
 ) -> dict[str, dict[Key, list[Ranked]]]:
     """The rankings without one part of the whole, by the name of the ablation."""
-    names = config.evaluation.ablate
-    if names and solver.hybrid is None:
-        raise ConfigError(
-            f"evaluation.ablate = {list(names)}: {solver.name} holds one model, so there is "
-            "nothing to leave out; give a checkpoint of `arctrm joint`"
-        )
     rankings: dict[str, dict[Key, list[Ranked]]] = {}
-    for name in names:
+    for name in config.evaluation.ablate:
         if accelerator.is_main_process:
             note(f"ablation {name}")
         found = answer_all(solver, asked, config, accelerator, name)

@@ -58,6 +58,10 @@ class Run:
     step: int = 0
     elapsed: float = 0.0
     examples: int = 0
+    smallest_batch: int = SMALLEST_BATCH
+    """Tokens of the longest sequence: no batch may be smaller."""
+    width_key: str = "trm.hidden_size"
+    """Key of the model's width."""
     schedule: Schedule = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +100,7 @@ def train_step(run: Run) -> None:
     """Gradients of all batches, reduced over processes, clipped; one optimiser and EMA step."""
     factor = run.schedule.factor(run.step, run.elapsed)
     run.gradients.zero()
-    with memory_errors(run.config):
+    with memory_errors(run.config, run.smallest_batch, run.width_key):
         for step in run.steps:
             step()
     if run.accelerator.num_processes > 1:
@@ -110,16 +114,21 @@ def train_step(run: Run) -> None:
 
 
 @contextmanager
-def memory_errors(config: TrainingConfig) -> Iterator[None]:
-    """Turn out of memory into the ResourceError that says which key to lower."""
+def memory_errors(
+    config: TrainingConfig, smallest: int = SMALLEST_BATCH, width: str = "trm.hidden_size"
+) -> Iterator[None]:
+    """Turn out of memory into the ResourceError that says which key to lower.
+
+    `smallest` is the least number of tokens of a batch, `width` the key of the model's size.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         tokens = config.tokens_per_batch
         cure = f"training.tokens_per_batch={tokens // 2} --set training.grad_accum="
         cure += str(config.grad_accum * 2)
-        if tokens < 2 * SMALLEST_BATCH:
-            cure = "trm.hidden_size=256 (the batch is as small as it gets)"
+        if tokens < 2 * smallest:
+            cure = f"{width}=256 (the batch is as small as it gets)"
         raise ResourceError(
             f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
             f"--set {cure}"

@@ -18,6 +18,7 @@ from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
 from arctrm.errors import CheckpointError, ConfigError
+from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoints import (
     check_id_map,
     check_names,
@@ -75,7 +76,7 @@ def run(
     if checkpoint is not None:
         _restore(job, checkpoint)
     if capturable and _can_capture(config.training, job):
-        with memory_errors(config.training):
+        with memory_errors(config.training, job.smallest_batch, job.width_key):
             job.steps = [GraphedStep(step) for step in job.steps]
     is_main = accelerator.is_main_process
     if is_main:
@@ -133,6 +134,9 @@ def _build(
         notes={"task_fingerprints": base.task_fingerprints()},
         began_at=began_at,
     )
+    if isinstance(stage.model, TinyReader):
+        run.smallest_batch = stage.model.config.longest_sequence
+        run.width_key = "reader.hidden_size"
     return run, stage.capturable
 
 
