@@ -30,6 +30,8 @@ from arctrm.adapters import (
 from arctrm.config.joint import CouplingConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.trm import TRMConfig
+from arctrm.reader.hub import HubReader
+from arctrm.reader.hub_module import HubModule
 from arctrm.reader.tiny import INIT_STD, TinyReader
 from arctrm.trm.layers import Sequences
 from arctrm.trm.model import TRM, Latents, Prediction, Table
@@ -136,6 +138,11 @@ class Hybrid(nn.Module):
         """The reader, where it is a tiny one."""
         return self.reader if isinstance(self.reader, TinyReader) else None
 
+    @property
+    def hub(self) -> HubReader | None:
+        """The reader, where it is a hub model."""
+        return self.reader.hub if isinstance(self.reader, HubModule) else None
+
     def start(self, states: ReaderStates | None, tokens: TokenMap, longest: int) -> Start:
         """What the reader's states give to the rows; zeros where there is no reader.
 
@@ -218,9 +225,20 @@ def empty_hybrid(
     reader: ReaderConfig, trm: TRMConfig, coupling: CouplingConfig, num_tasks: int
 ) -> Hybrid:
     """An untrained hybrid of a tiny reader and a TRM, both with `num_tasks` task embeddings."""
-    slots = coupling.num_context_slots if coupling.context else 0
-    joined = TRM(trm.model_copy(update={"num_context_slots": slots}), num_tasks)
+    joined = _joined_trm(trm, coupling, num_tasks)
     return Hybrid(TinyReader(reader, num_tasks), reader.hidden_size, joined, coupling)
+
+
+def hub_hybrid(hub: HubReader, trm: TRMConfig, coupling: CouplingConfig, num_tasks: int) -> Hybrid:
+    """A hub reader, as it was loaded, with untrained adapters and an untrained TRM."""
+    reader = HubModule(hub)
+    joined = _joined_trm(trm, coupling, num_tasks)
+    return Hybrid(reader, hub.hidden_size, joined, coupling, reader.embedding_scale())
+
+
+def _joined_trm(trm: TRMConfig, coupling: CouplingConfig, num_tasks: int) -> TRM:
+    slots = coupling.num_context_slots if coupling.context else 0
+    return TRM(trm.model_copy(update={"num_context_slots": slots}), num_tasks)
 
 
 def visible_states(states: ReaderStates, longest: int) -> tuple[Tensor, Tensor]:

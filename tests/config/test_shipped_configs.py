@@ -15,6 +15,7 @@ MODELS = {
     "debug": PretrainConfig,
     "eval": EvalConfig,
     "joint": JointConfig,
+    "joint_llama": JointConfig,
     "pretrain": PretrainConfig,
     "pretrain_reader": PretrainConfig,
     "smoke": PretrainConfig,

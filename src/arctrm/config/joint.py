@@ -99,6 +99,9 @@ class CouplingConfig(StrictModel):
     drafted_pairs: int = Field(2048, ge=1)
     """Pairs that the reader drafts anew in a round, at random."""
 
+    draft_batch_size: int | None = Field(None, ge=1)
+    """Prompts that are drafted at once; by default 512 on a GPU, else 16."""
+
     no_draft_share: float = Field(0.1, ge=0, le=1)
     """Share of rows that are shown no draft, so that TRM also answers without one."""
 
@@ -125,6 +128,7 @@ class JointConfig(JointModelConfig):
     data: DataConfig = DataConfig()
     trm: TRMConfig = TRMConfig()
     reader: ReaderConfig = ReaderConfig()
+    """The tiny reader; sequence, max_pairs and max_tokens also say what a hub model is shown."""
     hub: HubReaderConfig = HubReaderConfig()
     coupling: CouplingConfig = CouplingConfig()
     training: TrainingConfig = TrainingConfig()

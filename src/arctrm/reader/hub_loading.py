@@ -46,6 +46,33 @@ def load_hub_reader(config: HubReaderConfig, device: torch.device | None = None)
     if config.mode == "lora":
         _require_peft()
     place = _place(config, device)
+    source, settings = _settings(config)
+    with reading(config.name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    probe(tokenizer, config.cells, config.name)  # before gigabytes are read
+    if config.prompt == "chat":
+        check_chat_template(tokenizer, config.name)
+    model = _load_model(config, source, settings, place)
+    return HubReader(model, tokenizer, config)
+
+
+def empty_hub_model(config: HubReaderConfig) -> tuple[nn.Module, int]:
+    """The model without its weights, and its width; only its configuration is read.
+
+    Raises:
+        ConfigError: there is no such model, or it may not be read.
+    """
+    check_name(config.name)
+    _, settings = _settings(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            settings, trust_remote_code=config.trust_remote_code
+        )
+    return model, settings.get_text_config(decoder=True).hidden_size
+
+
+def _settings(config: HubReaderConfig) -> tuple[dict[str, Any], Any]:
+    """Where a model is read from, and its configuration."""
     folder, revision = Path(config.name).expanduser(), config.revision or "main"
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(folder) if folder.is_dir() else config.name,
@@ -56,13 +83,7 @@ def load_hub_reader(config: HubReaderConfig, device: torch.device | None = None)
     with reading(config.name, "config.json"):
         settings = AutoConfig.from_pretrained(**source)
     check_is_causal(config.name, settings, type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING)
-    with reading(config.name, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    probe(tokenizer, config.cells, config.name)  # before gigabytes are read
-    if config.prompt == "chat":
-        check_chat_template(tokenizer, config.name)
-    model = _load_model(config, source, settings, place)
-    return HubReader(model, tokenizer, config)
+    return source, settings
 
 
 def _load_model(

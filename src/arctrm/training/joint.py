@@ -14,25 +14,29 @@ from torch import nn
 from arctrm.adapters import count_parameters
 from arctrm.config.data import DataConfig
 from arctrm.config.joint import TINY, JointConfig
+from arctrm.config.reader import ReaderConfig
+from arctrm.config.training import TrainingConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
-from arctrm.hybrid import Hybrid
+from arctrm.errors import ConfigError
+from arctrm.hybrid import Hybrid, empty_hybrid, hub_hybrid
+from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
 from arctrm.training.drafts import DraftPool
 from arctrm.training.joint_data import steps_of, with_data_path
-from arctrm.training.joint_reader import TinyJointReader
+from arctrm.training.joint_hub import HubJointReader, check_fits, marks_of
+from arctrm.training.joint_reader import JointReader, TinyJointReader
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
-from arctrm.training.reader_stream import ReaderStream
+from arctrm.training.reader_stream import Marks, ReaderStream
 from arctrm.training.source import PairSource
 from arctrm.training.stages import RANK_SEED_STEP, TOKENS_PER_ROW, Stage, compute_dtype
 from arctrm.training.starting import load_reader, load_trm
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
-from arctrm.trm.model import TRM
 
 
 def run(config: JointConfig, out: Path, resume: bool) -> None:
@@ -42,9 +46,8 @@ def run(config: JointConfig, out: Path, resume: bool) -> None:
 
 def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) -> Stage:
     """The hybrid and its training steps, on this process's device."""
-    device = accelerator.device
     torch.manual_seed(config.seed)
-    hybrid = new_hybrid(config, base)
+    hybrid = new_hybrid(config, base, accelerator.device)
     for load, checkpoint in (
         (load_trm, config.trm_checkpoint),
         (load_reader, config.reader_checkpoint),
@@ -54,13 +57,7 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
             if accelerator.process_index == 0:
                 note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)
-    hybrid.to(device)
-    dtype = compute_dtype(config.training.dtype, device)
-    hybrid.trm.dtype = tiny(hybrid).dtype = dtype
-    compiled = config.training.compile
-    if compiled == "on" or (compiled == "auto" and device.type == "cuda"):
-        hybrid.trm.level = torch.compile(run_level, dynamic=False)
-        tiny(hybrid).compile_layers()
+    _to_device(hybrid.to(accelerator.device), config.training)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     steps = [_step(config, hybrid, base) for _ in range(config.training.grad_accum)]
     counts = [step.counts for step in steps]
@@ -72,34 +69,55 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     return Stage(hybrid, list(steps), metrics, capturable=False, num_steps=num_steps)
 
 
-def new_hybrid(config: JointConfig, base: BaseSet) -> Hybrid:
-    """An untrained hybrid with the task embeddings of a base set."""
-    assert config.llama_model == TINY
-    reader = TinyReader(config.reader, base.num_tasks)
-    slots = config.coupling.num_context_slots if config.coupling.context else 0
-    trm = TRM(config.trm.model_copy(update={"num_context_slots": slots}), base.num_tasks)
-    return Hybrid(reader, config.reader.hidden_size, trm, config.coupling)
+def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None = None) -> Hybrid:
+    """An untrained hybrid with the task embeddings of a base set; a hub reader is on `device`."""
+    if config.llama_model == TINY:
+        return empty_hybrid(config.reader, config.trm, config.coupling, base.num_tasks)
+    hub = load_hub_reader(config.hub, device)
+    if device is not None and hub.device.type != device.type:
+        raise ConfigError(
+            f"hub.device = {config.hub.device!r}: TRM is trained on {device}; leave hub.device out"
+        )
+    return hub_hybrid(hub, config.trm, config.coupling, base.num_tasks)
 
 
-def tiny(hybrid: Hybrid) -> TinyReader:
-    """The hybrid's tiny reader."""
-    assert hybrid.tiny is not None
-    return hybrid.tiny
+def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
+    """Arithmetic and compilation of the parts, which stand on their device."""
+    device, tiny = hybrid.trm.H_init.device, hybrid.tiny
+    hybrid.train()
+    hybrid.trm.dtype = compute_dtype(training.dtype, device)
+    compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    if compiled:
+        hybrid.trm.level = torch.compile(run_level, dynamic=False)
+    if tiny is not None:
+        tiny.dtype = hybrid.trm.dtype
+        if compiled:
+            tiny.compile_layers()
+
+
+def _reader(hybrid: Hybrid) -> tuple[JointReader, torch.dtype, Marks]:
+    """The hybrid's reader as training sees it, its arithmetic, and the marks of its sequences."""
+    if hybrid.tiny is not None:
+        return TinyJointReader(hybrid.tiny), hybrid.tiny.dtype, Marks()
+    assert hybrid.hub is not None
+    return HubJointReader(hybrid.hub), torch.float32, marks_of(hybrid.hub)
 
 
 def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     training, coupling = config.training, config.coupling
-    source = PairSource(base, config.data, config.seed, tiny(hybrid).device)
-    reader = ReaderStream(source, config.reader, tiny(hybrid).dtype)
+    source = PairSource(base, config.data, config.seed, hybrid.trm.H_init.device)
+    reader, dtype, marks = _reader(hybrid)
+    sequences = ReaderStream(source, config.reader, dtype, marks)
+    if hybrid.hub is not None:
+        check_fits(hybrid.hub, sequences.longest)
     trm = PairStream(base, config.data, hybrid.trm.config, config.seed, source.device, source)
-    per_sequence = config.reader.pairs_per_sequence
-    num_sequences = training.tokens_per_batch // TOKENS_PER_ROW // per_sequence
+    num_sequences = training.tokens_per_batch // TOKENS_PER_ROW // sequences.num_pairs
     if config.batch_size is not None:
         num_sequences = min(num_sequences, config.batch_size)
     stream = JointStream(
-        reader,
+        sequences,
         trm,
-        DraftPool(reader),
+        DraftPool(sequences),
         reader_tokens=coupling.reader_tokens_per_batch,
         trm_tokens=training.tokens_per_batch,
         num_sequences=max(2, num_sequences // 2 * 2),
@@ -109,7 +127,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     )
     return JointStep(
         hybrid,
-        TinyJointReader(tiny(hybrid)),
+        reader,
         stream,
         max_attempts=config.max_attempts,
         loss_scale=1 / training.grad_accum,
@@ -148,12 +166,17 @@ def describe(config: JointConfig) -> Table:
     config = with_data_path(config)
     base = prepare(_without_writing(config.data))
     with torch.device("meta"):
-        hybrid = new_hybrid(config, base)
+        reader, width = _empty_reader(config, base)
+        own = empty_hybrid(ReaderConfig(), config.trm, config.coupling, base.num_tasks)
+        hybrid = Hybrid(reader, width, own.trm, config.coupling)
     table = Table(title="joint (dry run)", title_justify="left", show_header=False)
     table.add_row("tasks, pairs", f"{base.num_tasks:,}, {base.num_pairs:,}")
     table.add_row("evaluated split", f"{base.meta.test_set} ({sum(base.meta.in_test_set)} tasks)")
     table.add_row("data fingerprint", base.meta.fingerprint[:16])
-    for name, module in (("reader", hybrid.reader), ("TRM", hybrid.trm)):
+    how = " (frozen)" if config.llama_frozen else ""
+    if config.llama_model != TINY:
+        how = f" ({config.llama_model}, {config.hub.mode})"
+    for name, module in ((f"reader{how}", hybrid.reader), ("TRM", hybrid.trm)):
         table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,} parameters")
     for name, number in count_parameters(dict(hybrid.adapters.items())).items():
         table.add_row(f"adapters: {name}", f"{number:,} parameters")
@@ -161,6 +184,13 @@ def describe(config: JointConfig) -> Table:
     length = f"{schedule.budget:.0f} s" if schedule.budget else f"{schedule.max_steps:,} steps"
     table.add_row("length", f"{config.epochs:,} epochs" if config.epochs else length)
     return table
+
+
+def _empty_reader(config: JointConfig, base: BaseSet) -> tuple[nn.Module, int]:
+    """The reader without its weights, and its width."""
+    if config.llama_model != TINY:
+        return empty_hub_model(config.hub)
+    return TinyReader(config.reader, base.num_tasks), config.reader.hidden_size
 
 
 def _without_writing(data: DataConfig) -> DataConfig:

@@ -93,10 +93,9 @@ class JointStep:
             self.counts += torch.stack([value.detach().double() for value in sums])
 
     def _draft(self) -> None:
-        on_gpu = self.stream.device.type == "cuda"
-        made = self.stream.drafts.refresh(
-            self.reader, self.hybrid.config.drafted_pairs, 512 if on_gpu else 16
-        )
+        config, on_gpu = self.hybrid.config, self.stream.device.type == "cuda"
+        at_once = config.draft_batch_size or (512 if on_gpu else 16)
+        made = self.stream.drafts.refresh(self.reader, config.drafted_pairs, at_once)
         self.drafts_made.copy_(torch.tensor(made))
 
     def loss(self, batch: JointBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -11,6 +11,9 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from arctrm.config.training import OptimiserConfig
 
+PRETRAINED = ".pretrained."
+"""In the names of a hub reader's weights: others trained them with AdamW, and so do we."""
+
 FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
 """Matrices in one, stacked along the rows."""
 
@@ -73,7 +76,7 @@ def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if not use_muon or ".layers." not in name or p.ndim < 2:
+        if not use_muon or ".layers." not in name or PRETRAINED in name or p.ndim < 2:
             others.append(p)
             continue
         parts = next((n for key, n in FUSED_PARTS.items() if key in name), 1)

@@ -16,7 +16,6 @@ from arctrm.config.trm import TRMConfig
 from arctrm.data.task import MAX_SIDE
 from arctrm.trm.layers import Sequences, rotary_tables
 
-
 DUMMY = 256
 """Tokens of a dummy sequence: attention costs their square, so they are short."""
 

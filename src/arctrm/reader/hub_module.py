@@ -1,0 +1,47 @@
+"""What is trained of a hub reader, as a module: the rest of the model is in no checkpoint.
+
+The model itself is no submodule, so that `state_dict`, optimisers and averages of a hybrid see only
+the trained tensors (LoRA matrices, or all weights), under the names that the model gives them.
+"""
+
+from torch import Tensor, nn
+
+from arctrm.reader.hub import HubReader
+
+
+class HubModule(nn.Module):
+    """The trained parameters of a hub reader; `hub` is the reader.
+
+    They stand below `pretrained`: AdamW trains them, whatever trains the matrices of TRM.
+    """
+
+    def __init__(self, hub: HubReader):
+        super().__init__()
+        self.hub = hub
+        self.pretrained = _tree(hub.trainable_parameters())
+
+    def train(self, mode: bool = True) -> "HubModule":
+        """Training mode (dropout of LoRA) where something is trained."""
+        super().train(mode)
+        self.hub.train(mode)
+        return self
+
+    def embedding_scale(self) -> float:
+        """Root mean square of the embeddings of the tokens that spell grids."""
+        tokens = self.hub.grid_tokens
+        ids = Tensor((*tokens.colours, tokens.row_end)).long().to(self.hub.device)
+        return float(self.hub.embed(ids[None]).detach().float().square().mean().sqrt())
+
+
+def _tree(parameters: dict[str, nn.Parameter]) -> nn.Module:
+    """Modules in modules, so that a parameter has the dotted name that it is listed under."""
+    root = nn.Module()
+    for name, parameter in parameters.items():
+        *path, last = name.split(".")
+        place = root
+        for part in path:
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.register_parameter(last, parameter)
+    return root
