@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 
 import pytest
 
-from arctrm.config import PretrainConfig
+from arctrm.config import JointConfig, PretrainConfig
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 
@@ -141,6 +141,52 @@ def trained_reader(tmp_path_factory, trained):
 def tiny_reader(trained_reader) -> Path:
     """A run folder of a tiny reader that sees one pair at a time."""
     return trained_reader()
+
+
+@pytest.fixture(scope="session")
+def joined(tmp_path_factory, trained, tiny_reader):
+    """Run folder of a tiny hybrid of `trained` and `tiny_reader`: `joined(coupled, sequence)`."""
+    from arctrm.training import joint
+
+    done = {}
+
+    def run(coupled=True, sequence="pair"):
+        if (coupled, sequence) in done:
+            return done[coupled, sequence]
+        paths = dict.fromkeys(("context", "draft", "back"), coupled)
+        sizes = {"num_context_slots": 4, "adapter_heads": 2, "drafted_pairs": 8, "draft_every": 4}
+        config = {
+            "batch_size": 4,
+            "reader_checkpoint": str(tiny_reader),
+            "trm_checkpoint": str(trained.run),
+            "data": {"subsets": [str(trained.folder)], "test_set": str(trained.folder)},
+            "trm": {
+                "hidden_size": 32,
+                "num_heads": 2,
+                "num_layers": 1,
+                "H_cycles": 2,
+                "L_cycles": 1,
+                "halt_max_steps": 4,
+            },
+            "reader": {
+                "hidden_size": 32,
+                "num_heads": 2,
+                "num_layers": 2,
+                "sequence": sequence,
+                "max_pairs": 3,
+            },
+            "coupling": {**paths, **sizes, "reader_tokens_per_batch": 8400},
+            "training": {
+                "tokens_per_batch": 5472,
+                "ema_decay": 0.9,
+                "schedule": {"max_steps": 4, "warmup_steps": 1},
+            },
+        }
+        out = tmp_path_factory.mktemp("hybrid")
+        joint.run(JointConfig.model_validate_json(json.dumps(config)), out, False)
+        return done.setdefault((coupled, sequence), out)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ COMMANDS = {
     "eval": SHARED | {"--checkpoint", "--blank-task-embedding", "--views"},
     "baseline": SHARED
     | {"--checkpoint", "--model", "--subset", "--views", "--attempts", "--resume"},
-    "solve": SHARED | {"--checkpoint", "--budget", "--views", "--check", "--keep-going"},
+    "solve": SHARED
+    | {"--checkpoint", "--budget", "--views", "--attempts", "--trace", "--check", "--keep-going"},
 }
 """The whole command line: a flag added or dropped has to be changed here too."""
 PAGES = ["", "data", *COMMANDS]

@@ -189,3 +189,26 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(solve, task_
     monkeypatch.setattr(module, "solve_task", lambda *given: pytest.fail("a task was solved"))
     Path("answers").write_text("a file")
     refused(solve(task_file, "--out", "answers"), "answers")
+
+
+# -- the planner
+
+
+def test_trace_shows_the_attempts_of_a_coupled_checkpoint(solve, task_file, joined):
+    code, out, err = solve(task_file, "--trace", "--attempts", "2", checkpoint=joined(True))
+    assert (code, "error" in err) == (0, False), err
+    for words in ("test 1: attempts", "score", "feedback", "* kept: attempt"):
+        assert words in out
+
+
+def test_trace_says_where_there_is_nothing_to_plan_with(solve, task_file, joined, tiny_reader):
+    for checkpoint in (None, joined(False), tiny_reader):
+        given = {} if checkpoint is None else {"checkpoint": checkpoint}
+        code, _, err = solve(task_file, "--trace", **given)
+        assert code == 0
+        assert "has no coupling of a reader and a TRM to plan with" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("attempts", ["0", "17"])
+def test_a_number_of_attempts_out_of_range_is_refused(solve, task_file, attempts):
+    refused(solve(task_file, "--attempts", attempts), f"attempts = {attempts}")

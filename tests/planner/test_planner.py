@@ -54,6 +54,15 @@ def test_it_stops_when_every_row_is_right(reader):
     assert len(reader.prompts) == 1
 
 
+def test_without_time_for_more_the_first_attempt_stands(reader):
+    plan = {row: [wrong(0, "fault")] * 4 for row in range(3)}
+    times = iter([True, False])
+    results = ARCPlanner(reader, max_attempts=4).solve_batch(
+        PROBLEMS, scripted(plan), more=lambda: next(times)
+    )
+    assert [result.total_attempts for result in results] == [2, 2, 2]
+
+
 def test_each_row_gets_its_own_latest_feedback_and_reads_it(reader):
     plan = {row: [wrong(0, f"fault {row}.{n}") for n in range(3)] for row in range(3)}
     results = ARCPlanner(reader, max_attempts=3).solve_batch(PROBLEMS, scripted(plan))

@@ -185,6 +185,16 @@ def test_answers_of_an_adapted_reader_are_computed_in_its_own_arithmetic(solvers
     assert torch.equal(next(answering.parameters()), weights.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", ["pooled", "coupled"])
+def test_everything_also_runs_in_bfloat16(joined, trained, kind):
+    """Adaptation keeps float32 weights, and drafts with them in narrower arithmetic."""
+    settings = config(inference={**QUICK, "dtype": "bfloat16"})
+    solver = load_solver(joined(kind == "coupled"), settings.inference, torch.device("cpu"))
+    [solution] = solve_task(solver, trained.others[1].without_answers(), settings)
+    assert solution.adaptation_steps == 4
+    assert (solution.history is not None) == (kind == "coupled")
+
+
 # -- the judgement, and Ctrl-C
 
 
@@ -213,6 +223,7 @@ def test_an_interrupt_keeps_the_best_so_far(solvers, trained, monkeypatch, kind,
         solve_task(solvers(kind), task, config())
     [solution] = stop.value.solutions
     assert all(np.ndim(grid) == 2 for grid in solution.attempts)
-    assert solution.evidence[0].views == (
-        1 if where == "answer_views" else QUICK["views"] * (1 if kind == "reader" else 2)
-    )
+    per_view = {"reader": 1, "coupled": 2}[kind]
+    by_planner = kind == "coupled"
+    answered = QUICK["views"] * per_view + by_planner
+    assert solution.evidence[0].views == (1 if where == "answer_views" else answered)

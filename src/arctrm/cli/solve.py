@@ -32,6 +32,14 @@ def solve(
         typer.Option("--budget", help="Time per task: 60s, 5m.", metavar="DURATION"),
     ] = None,
     views: Views = None,
+    attempts: Annotated[
+        int | None,
+        typer.Option("--attempts", help="Rounds of reader and TRM, where adapters join the two."),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Show the planner's attempts: text, score, feedback."),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Say at the end whether the answers are right, if known."),
@@ -51,6 +59,7 @@ def solve(
         "checkpoint": checkpoint,
         "budget": budget,
         "inference.views": views,
+        "attempts": attempts,
         "keep_going": keep_going or None,
         "out": out,
         "seed": seed,
@@ -63,4 +72,4 @@ def solve(
 
         console().print(describe(settings, target))
         return
-    run(settings, target, settings.out, check)
+    run(settings, target, settings.out, check, trace)

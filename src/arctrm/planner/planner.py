@@ -176,16 +176,20 @@ class ARCPlanner:
         return self.solve_batch([problem_description], verify)[0]
 
     def solve_batch(
-        self, problems: Sequence[str], verifier_fn: BatchVerifier
+        self,
+        problems: Sequence[str],
+        verifier_fn: BatchVerifier,
+        more: Callable[[], bool] = lambda: True,
     ) -> list[PlannerResult]:
         """Attempt many problems side by side; one result each, in order.
 
-        `verifier_fn` gets z_init [b, H], the texts, and which problems they belong to.
+        `verifier_fn` gets z_init [b, H], the texts, and which problems they belong to; `more` is
+        asked before every attempt but the first whether there is time for it.
         """
         histories: list[list[Attempt]] = [[] for _ in problems]
-        for _ in range(self.max_attempts):
+        for number in range(self.max_attempts):
             running = [i for i, done in enumerate(histories) if not (done and done[-1].success)]
-            if not running:
+            if not running or (number and not more()):
                 break
             read = self._read(problems, histories, running)
             z_init = torch.stack([z for z, _, _ in read])

@@ -138,7 +138,7 @@ class TinyReader(nn.Module):
         embedded = self.llama.model.embed_tokens(tokens_BS) + condition
         with self._arithmetic():
             out = self.llama.model(
-                inputs_embeds=embedded.to(self._stream_dtype()),
+                inputs_embeds=embedded.to(self.dtype),
                 attention_mask=attention_mask,
                 position_ids=positions_BS,
                 past_key_values=cache,

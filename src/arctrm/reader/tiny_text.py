@@ -120,7 +120,7 @@ class TinyText:
         """Hidden states after the final norm, float32 [B, S, D], of embeddings [B, S, D]."""
         with self.model._arithmetic():
             out = self.model.llama.model(
-                inputs_embeds=inputs.to(self.model._stream_dtype()),
+                inputs_embeds=inputs.to(self.model.dtype),
                 attention_mask=attention_mask,
                 position_ids=positions_BS,
                 past_key_values=cache,

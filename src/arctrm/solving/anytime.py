@@ -1,9 +1,9 @@
 """One task within a wall-clock budget: a first answer early, better ones as the time allows.
 
 A first answer comes from the model as it is (the reader's where there is one, else TRM's). Then the
-model adapts to the demonstrations; the answers of the adapted model, under as many views as the
-budget allows, replace the first one; last, the reader judges the best of them. Votes are never
-pooled over different weights.
+model adapts to the demonstrations; the answers of the adapted model, the planner's and those under
+as many views as the budget allows, replace the first one; last, the reader judges the best of them.
+Votes are never pooled over different weights.
 """
 
 import time
@@ -21,6 +21,7 @@ from arctrm.data.task import Task
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
 from arctrm.solving.pace import Pace
+from arctrm.solving.planning import plan
 from arctrm.solving.pool import pooled, proposals, questions
 from arctrm.solving.report import Solution
 from arctrm.solving.rounds import (
@@ -77,6 +78,7 @@ class _Work:
                     best.adaptation_steps,
                     best.seconds,
                     self.solver.row_of(self.task) is not None,
+                    best.histories[index] if best.histories else None,
                 )
             )
         return found
@@ -117,12 +119,15 @@ def solve_task(
 
 
 def _answer_later(work: _Work, later: Round) -> None:
-    """Adapt, answer view by view, judge."""
+    """Adapt, plan, answer view by view, judge."""
     adapter = _adapt(work)
     solver = work.solver
     if adapter is not None:
         later.adaptation_steps, solver = adapter.steps, adapter.answering()
     common = (solver, work.task, work.config, work.pace, work.tell)
+    planned = plan(*common)
+    later.histories = planned.histories
+    later.add(planned.candidates)
     answer_views(later, *common)
     if later.complete(work.task):
         judge_best(later, *common)

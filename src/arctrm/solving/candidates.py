@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arctrm.config import InferenceConfig
 from arctrm.data import canvas
-from arctrm.data.task import MAX_SIDE, Task
+from arctrm.data.task import MAX_SIDE, Grid, Task
 from arctrm.data.views import DIHEDRALS, View, distinct_views, fixed_colours
 from arctrm.errors import ResourceError, TaskError
 from arctrm.hybrid import Rows, refine
@@ -164,14 +164,26 @@ def answer_batch(
             f"out of memory with inference.tokens_per_batch = {tokens}; lower it, for example "
             f"--set inference.tokens_per_batch={tokens // 2}"
         ) from error
-    found, begin = [], 0
-    for query, q, length in zip(batch, q_halt, lengths, strict=True):
-        cells = codes[begin + solver.trm.config.num_slots : begin + length]
+    source = "trm" if guides is None else "hybrid"
+    grids = grids_on(batch, codes, lengths)
+    return [
+        (query.key, Candidate(grid, float(q), source))
+        for query, grid, q in zip(batch, grids, q_halt, strict=True)
+    ]
+
+
+def grids_on(
+    batch: Sequence[Query], codes: np.ndarray, lengths: Sequence[int]
+) -> list[Grid | None]:
+    """The grids on the canvases of packed `codes` [T], turned back; None where there is none."""
+    grids: list[Grid | None] = []
+    begin = 0
+    for query, length in zip(batch, lengths, strict=True):
         begin += length
+        cells = codes[begin - query.codes.size : begin]
         grid = canvas.decode(cells.reshape(query.codes.shape))
-        grid = None if grid is None else query.view.inverse(grid)
-        found.append((query.key, Candidate(grid, float(q), "trm" if guides is None else "hybrid")))
-    return found
+        grids.append(None if grid is None else query.view.inverse(grid))
+    return grids
 
 
 def run_batch(
@@ -186,22 +198,12 @@ def run_batch(
     `static`: shapes that depend on the configuration only, so that one compiled graph serves every
     batch; the room that is not used holds dummies.
     """
-    trm, device = solver.trm, solver.trm.H_init.device
-    slots = trm.config.num_slots
-    lengths = [slots + query.codes.size for query in batch]
-    num_tokens, num_rows = sum(lengths), len(batch)
+    num_tokens = num_rows = 0
     if static:
-        bound = batch_tokens(solver, inference)
-        num_tokens, num_rows = max(bound, num_tokens), max(bound // TOKENS_PER_ROW, num_rows)
-    columns = _columns(batch, lengths, num_rows).to(device)
-    length_R, width_R, row_R, dihedral_R, flag_R = columns.unbind(1)
-    tokens = token_map(length_R, width_R, num_tokens, longest_row(trm.config), slots)
-    codes = torch.zeros(num_tokens, dtype=torch.long)
-    codes[: sum(lengths)] = torch.from_numpy(
-        np.concatenate([np.pad(query.codes.ravel(), (slots, 0)) for query in batch])
-    ).long()
-    seq = sequences(tokens, trm.config, trm.dtype)
-    rows = Rows(row_R, dihedral_R, flag_R, codes.to(device), tokens, seq)
+        num_tokens = batch_tokens(solver, inference)
+        num_rows = num_tokens // TOKENS_PER_ROW
+    rows, lengths = packed_rows(solver, batch, num_tokens, num_rows)
+    trm, tokens, num_rows = solver.trm, rows.tokens, rows.embedding.shape[0]
     start = None
     if guides is not None:
         assert solver.hybrid is not None
@@ -212,6 +214,25 @@ def run_batch(
     _, prediction = deque(refine(trm, rows, start, num_steps, blank), maxlen=1).pop()
     predicted = prediction.logits.argmax(-1).to(torch.uint8).cpu().numpy()
     return predicted, prediction.q_halt[: len(batch)].cpu().numpy(), lengths
+
+
+def packed_rows(
+    solver: Solver, batch: Sequence[Query], num_tokens: int = 0, num_rows: int = 0
+) -> tuple[Rows, list[int]]:
+    """The queries as TRM's rows, with room for `num_tokens` and `num_rows`, and their lengths."""
+    trm, device = solver.trm, solver.trm.H_init.device
+    slots = trm.config.num_slots
+    lengths = [slots + query.codes.size for query in batch]
+    num_tokens, num_rows = max(num_tokens, sum(lengths)), max(num_rows, len(batch))
+    columns = _columns(batch, lengths, num_rows).to(device)
+    length_R, width_R, row_R, dihedral_R, flag_R = columns.unbind(1)
+    tokens = token_map(length_R, width_R, num_tokens, longest_row(trm.config), slots)
+    codes = torch.zeros(num_tokens, dtype=torch.long)
+    codes[: sum(lengths)] = torch.from_numpy(
+        np.concatenate([np.pad(query.codes.ravel(), (slots, 0)) for query in batch])
+    ).long()
+    seq = sequences(tokens, trm.config, trm.dtype)
+    return Rows(row_R, dihedral_R, flag_R, codes.to(device), tokens, seq), lengths
 
 
 def _columns(batch: Sequence[Query], lengths: list[int], num_rows: int) -> Tensor:

@@ -19,6 +19,7 @@ from arctrm.hybrid import Hybrid
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import grid_length, pair_length
 from arctrm.training.drafts import DraftPool
+from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.joint_step import JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.optimisers import FlatGradients, Optimisers
@@ -137,8 +138,6 @@ def _joint_step(
     data: DataConfig,
     seed: int,
 ) -> JointStep:
-    from arctrm.training.joint_reader import TinyJointReader
-
     reader, coupling = _reader(hybrid), hybrid.config
     source = PairSource(base, data, seed, reader.device)
     own = ReaderStream(source, reader.config, reader.dtype)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
+from arctrm.planner import PlannerResult
 from arctrm.solving.candidates import Key, batches, by_key
 from arctrm.solving.pace import Pace
 from arctrm.solving.pool import Question, pooled, proposals, questions
@@ -32,6 +33,8 @@ class Round:
     candidates: dict[Key, list[Candidate]] = field(default_factory=dict)
     judged: list[tuple[Key, list[float]]] = field(default_factory=list)
     """The reader's log-probabilities of the best grids of a test input, one entry per view."""
+    histories: tuple[PlannerResult, ...] = ()
+    """The planner's attempts at each test input, where it made some."""
     adaptation_steps: int = 0
     seconds: float = 0.0
     """From the start of the task to these answers."""
@@ -88,7 +91,7 @@ def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pac
 
 def asking_seconds(asked: Sequence[Question], pace: Pace) -> float:
     """What reading and refining should take."""
-    return pace.seconds("read", _reading_work(asked)) + pace.seconds("refine", _cells(asked))
+    return pace.seconds("read", reading_work(asked)) + pace.seconds("refine", cells(asked))
 
 
 def judging_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
@@ -145,11 +148,11 @@ def _ask(
     drafts, begin = None, time.monotonic()
     if solver.reader is not None:
         drafts = proposals(solver, asked, config)
-        pace.record("read", _reading_work(asked), time.monotonic() - begin)
+        pace.record("read", reading_work(asked), time.monotonic() - begin)
     begin = time.monotonic()
     result.add(pooled(solver, asked, drafts, config, ablation=ablation))
     if solver.has_trm and ablation != "no-trm":
-        pace.record("refine", _cells(asked), time.monotonic() - begin)
+        pace.record("refine", cells(asked), time.monotonic() - begin)
     result.seconds = pace.elapsed()
 
 
@@ -180,7 +183,7 @@ def _batch(
     return batch_size(solver.reader, config.reader)
 
 
-def _reading_work(asked: Sequence[Question]) -> int:
+def reading_work(asked: Sequence[Question]) -> int:
     """Tokens of the reader's batch, padding included."""
     lengths = [
         len(question.reading.prompt.tokens) + question.reading.max_output_tokens
@@ -190,7 +193,8 @@ def _reading_work(asked: Sequence[Question]) -> int:
     return max(LEAST_ROWS, len(lengths)) * max(lengths, default=0)
 
 
-def _cells(asked: Sequence[Question]) -> int:
+def cells(asked: Sequence[Question]) -> int:
+    """Cells of TRM's canvases."""
     return sum(question.query.codes.size for question in asked if question.query is not None)
 
 

@@ -11,19 +11,24 @@ from arctrm.console import console, note
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.errors import CheckpointError
+from arctrm.planner.trace import attempts_table
 from arctrm.solving import scoring
 from arctrm.solving.anytime import Interrupted, solve_task
 from arctrm.solving.candidates import require_test_inputs
+from arctrm.solving.planning import can_plan
 from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.files import disk_errors, write_text_atomically
 
 
-def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None:
+def run(
+    config: SolveConfig, target: str, out: Path | None, check: bool, trace: bool = False
+) -> None:
     """Solve the tasks of `target`, print each, write submission.json to `out`.
 
-    `check` says at the end whether the answers are right, where they are known.
+    `check` says at the end whether the answers are right, where they are known; `trace` shows the
+    planner's attempts.
 
     Raises:
         UserError: the target or the checkpoint cannot be used; with `keep_going` a bad task in a
@@ -35,6 +40,8 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
     known = scoring.answers(tasks)
     solver = load_solver(config.checkpoint, config.inference, device)
     _check_solver(solver)
+    if trace and not can_plan(solver):
+        note(escape(f"{solver.name} has no coupling of a reader and a TRM to plan with"))
     if out is not None:
         _open_folder(out)
     answered: dict[str, list[Solution]] = {}
@@ -50,6 +57,8 @@ def run(config: SolveConfig, target: str, out: Path | None, check: bool) -> None
         answered[task.id] = solutions
         correct = scoring.judge([s.attempts for s in solutions], known[task.id]) if check else None
         console().print(solution_report(task.without_answers(), solutions, correct))
+        if trace and can_plan(solver):
+            _show_attempts(solutions)
         if correct is not None:
             verdicts += [any(pair) for pair in correct if None not in pair]
         if out is not None:  # after every task, so that an interrupt loses none
@@ -77,6 +86,14 @@ def _open_folder(out: Path) -> None:
     probe = out / ".probe"
     write_text_atomically(probe, "\n")
     probe.unlink()
+
+
+def _show_attempts(solutions: list[Solution]) -> None:
+    for number, solution in enumerate(solutions, 1):
+        if solution.history is None:
+            note(f"test {number}: no attempt of the planner fitted into the budget")
+        else:
+            console().print(attempts_table(solution.history, f"test {number}: attempts"))
 
 
 def _write(answered: dict[str, list[Solution]], tasks: list[Task], out: Path) -> None:
