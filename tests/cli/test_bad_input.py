@@ -39,6 +39,7 @@ COMMANDS = {
     "solve": ["solve", "{}", "--out", "written"],
     "baseline": ["baseline", "--subset", "{}", "--out", "written"],
     "eval": ["eval", "--set", "evaluation.test_set={}", "--out", "written"],
+    "joint": ["joint", "--set", "data_path={}", "--out", "written"],
     "pretrain": [
         *("pretrain", "--set", 'data.subsets=["{}"]', "--set", "data.test_set="),
         *("--out", "written"),
