@@ -190,7 +190,7 @@ def test_everything_also_runs_in_bfloat16(joined, trained, kind):
     """Adaptation keeps float32 weights, and drafts with them in narrower arithmetic."""
     settings = config(inference={**QUICK, "dtype": "bfloat16"})
     solver = load_solver(joined(kind == "coupled"), settings.inference, torch.device("cpu"))
-    [solution] = solve_task(solver, trained.others[1].without_answers(), settings)
+    solution = solve_task(solver, trained.others[1].without_answers(), settings)[0]
     assert solution.adaptation_steps == 4
     assert (solution.history is not None) == (kind == "coupled")
 
