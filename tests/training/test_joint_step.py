@@ -10,6 +10,7 @@ from torch import nn
 from arctrm.adapters import DraftAdapter
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.sources import load_tasks
+from arctrm.errors import ResourceError
 from arctrm.hybrid import ReaderStates
 from arctrm.training import reader_stream as reading
 from arctrm.training.joint import gradient_norms
@@ -394,6 +395,17 @@ def test_swapping_a_context_that_names_the_answer_costs_loss():
         step()
         optimiser.step()
     assert step.swap_difference() > 0.1
+
+
+def test_out_of_memory_while_drafting_names_the_key_to_lower(monkeypatch):
+    hybrid, step = make({"coupling.draft_batch_size": 8})
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(hybrid.reader, "logits", full)
+    with pytest.raises(ResourceError, match=r"coupling\.draft_batch_size = 8; lower it"):
+        step()
 
 
 def test_the_carry_holds_what_the_next_step_needs():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arctrm.errors import ResourceError
 from arctrm.hybrid import Hybrid, ReaderStates, Start
 from arctrm.reader.tokens import SIDE
 from arctrm.training import reader_stream as reading
@@ -95,7 +96,11 @@ class JointStep:
     def _draft(self) -> None:
         config, on_gpu = self.hybrid.config, self.stream.device.type == "cuda"
         at_once = config.draft_batch_size or (512 if on_gpu else 16)
-        made = self.stream.drafts.refresh(self.reader, config.drafted_pairs, at_once)
+        try:
+            made = self.stream.drafts.refresh(self.reader, config.drafted_pairs, at_once)
+        except ResourceError as error:  # decoding names the key of `baseline`
+            said = str(error).replace("reader.batch_size", "coupling.draft_batch_size")
+            raise ResourceError(said) from error
         self.drafts_made.copy_(torch.tensor(made))
 
     def loss(self, batch: JointBatch) -> tuple[Tensor, dict[str, Tensor]]:
