@@ -122,7 +122,6 @@ def test_a_dry_run_writes_nothing(arctrm, words):
 
 def test_what_is_given_wrongly_is_refused(arctrm, words, trained):
     cases = [
-        ((), "bundled weights", "--model"),
         (("--attempts", "0"), "--attempts: attempts = 0, allowed is a number of at least 1"),
         (("--set", "attempts=0"), "--set: attempts = 0, allowed is a number of at least 1"),
         (("--views", "0"), "--views: views = 0"),

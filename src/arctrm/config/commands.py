@@ -92,7 +92,7 @@ class EvalConfig(StrictModel):
     """Checkpoint folder or file; the bundled weights when absent."""
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
-    reader: DecodingConfig = DecodingConfig()
+    reader: DecodingConfig = DecodingConfig(rank="experts")
 
 
 class SolveConfig(StrictModel):
