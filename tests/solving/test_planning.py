@@ -1,5 +1,6 @@
 """The planner at solve time: probes are held out, attempts build on each other, time is kept."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -137,11 +138,21 @@ def test_it_stops_when_every_probe_is_right(solver, task, monkeypatch):
     assert [result.success, result.total_attempts, result.best.number] == [True, 2, 2]
 
 
-def test_without_time_no_attempt_is_made_or_no_second_one(solver, task):
+def test_without_time_no_attempt_is_made(solver, task):
     pace = Pace(60.0)
     pace.record("read", 1, 1000.0)
     assert plan(solver, task, config(), pace).histories == ()
-    assert planned(solver, task, seconds=0.01).histories[0].total_attempts == 1
+
+
+def test_without_time_for_another_one_there_is_one_attempt(solver, task, monkeypatch):
+    refine = RowsOfTask.refine
+
+    def slow(self, *given):
+        time.sleep(2.0)
+        return refine(self, *given)
+
+    monkeypatch.setattr(RowsOfTask, "refine", slow)
+    assert planned(solver, task, seconds=10.0).histories[0].total_attempts == 1
 
 
 def test_the_soft_prefix_changes_what_an_attempt_says(solver, task):

@@ -94,6 +94,22 @@ def test_the_first_answer_is_one_view_of_the_reader(solvers, trained):
         assert candidate.source == "reader"
 
 
+def test_where_reading_takes_too_long_trm_answers_alone(solvers, trained, monkeypatch):
+    """Also first, where the answer may be long; a short reading then tells the pace."""
+    monkeypatch.setattr(rounds, "LONG_FIRST", 5)
+    task = trained.known[1].without_answers()
+    for kind, source in (("pooled", "trm"), ("coupled", "hybrid")):
+        pace, common = anytime.Pace(30.0), (solvers(kind), task, config())
+        first, later = rounds.Round(), rounds.Round()
+        rounds.answer_first(first, *common, pace)
+        assert [candidate.source for candidate in first.candidates[task.id, 0]] == [source]
+        assert pace.knows("read")
+        pace.record("read", 1, 1000.0)
+        rounds.answer_views(later, *common, pace, lambda text: None)
+        sources = [candidate.source for candidate in later.candidates[task.id, 0]]
+        assert sources == [source] * QUICK["views"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, kind):
     for task in (trained.known[0], trained.others[0]):

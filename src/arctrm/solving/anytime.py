@@ -39,6 +39,8 @@ PROBE_VIEWS = 2
 """Views under which a held-out demonstration is asked for."""
 PROBE_SHARE = 0.5
 """Share of the adaptation time before the probe."""
+PROBE_TIME = 0.3
+"""Share of the rest of that time that the probe may take."""
 RESERVE = 1.2
 """Time kept for the answers, as a multiple of what they should take."""
 
@@ -171,7 +173,7 @@ def _probe(work: _Work, adapter: Adapter, index: int, until: float) -> float | N
     """Share of answers that get the held-out demonstration exactly; None without time for it."""
     config, solver = work.config, adapter.answering()
     asked = questions(solver, [probe_task(work.task, index)], PROBE_VIEWS, config.seed)
-    if asking_seconds(asked, work.pace) > until - time.monotonic():
+    if asking_seconds(asked, work.pace) > PROBE_TIME * (until - time.monotonic()):
         return None
     drafts = None if solver.reader is None else proposals(solver, asked, config)
     found = pooled(solver, asked, drafts, config)

@@ -2,8 +2,8 @@
 
 import time
 
-WARM_SHARE = 0.5
-"""Guess of how much of the very first batch's time was not warming up."""
+WARM_SHARE, WARM_SECONDS = 0.5, 1.0
+"""Guess of what the very first batch took to warm up: this share of its time, at most so long."""
 
 
 class Pace:
@@ -34,9 +34,10 @@ class Pace:
 
     def record(self, work: str, amount: int, seconds: float) -> None:
         """Learn from a batch; the very first one, which pays for warming up, is soon forgotten."""
-        now = seconds / max(1, amount)
         if work not in self._rates:
-            self._rates[work] = now * WARM_SHARE
+            warming = min(seconds * WARM_SHARE, WARM_SECONDS)
+            self._rates[work] = (seconds - warming) / max(1, amount)
             return
+        now = seconds / max(1, amount)
         self._rates[work] = (self._rates[work] + now) / 2 if work in self._warm else now
         self._warm.add(work)

@@ -88,9 +88,9 @@ def _verdict(right: bool | None) -> list[Text]:
 
 
 def _evidence(evidence: Evidence) -> Text:
-    by_one = set(evidence.votes_by) <= {"trm"}
-    lines = [f"{evidence.votes} of {evidence.views} {'views' if by_one else 'answers'}"]
-    if not by_one:
+    by_trm = set(evidence.votes_by) <= {"trm"} and evidence.reader_score is None
+    lines = [f"{evidence.votes} of {evidence.views} {'views' if by_trm else 'answers'}"]
+    if not by_trm and evidence.votes:
         lines.append(", ".join(f"{who} {votes}" for who, votes in evidence.votes_by.items()))
     if evidence.votes:
         lines.append(f"mean q {evidence.mean_q:.2f}")

@@ -6,11 +6,12 @@ Work is done in chunks that are expected to end in time. What each chunk costs i
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
 from arctrm.planner import PlannerResult
+from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, batches, by_key
 from arctrm.solving.pace import Pace
 from arctrm.solving.pool import Question, pooled, proposals, questions
@@ -18,8 +19,15 @@ from arctrm.solving.reading import Reading, batch_size, judge, reranked, task_re
 from arctrm.solving.vote import Candidate, Ranked, vote
 from arctrm.solving.weights import Solver
 
-LEAST_ROWS = 4
-"""Reading one prompt takes nearly as long as reading so many side by side."""
+ROWS_OF_A_STEP = 8
+"""Every token decoded costs as much as so many rows, beside the rows themselves (measured)."""
+PROMPT_TOKENS = 16
+"""Tokens of a prompt, read at once, that cost as much as one that is decoded."""
+LONG_FIRST = 300
+"""Output tokens above which TRM, where there is one, gives the first answer: it writes all cells
+at once."""
+SAMPLE_TOKENS = 8
+"""Output tokens of a reading that only learns the pace."""
 JUDGE_SHARE = 0.25
 """Share of the time left that is kept for the reader's judgement, at most."""
 
@@ -58,24 +66,47 @@ class Round:
 def answer_first(
     result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace
 ) -> None:
-    """One view of every test input, whatever the time: by the reader, else by TRM."""
+    """One view of every test input, whatever the time: by the reader where it is quick, or TRM."""
     asked = questions(solver, [task], 1, config.seed)
-    _ask(result, solver, asked, config, pace, "no-trm" if solver.reader is not None else None)
+    long = max((q.reading.max_output_tokens for q in asked if q.reading is not None), default=0)
+    if solver.reader is None or (long > LONG_FIRST and solver.has_trm):
+        _ask(result, solver, asked, config, pace, reading=False)
+    else:
+        _ask(result, solver, asked, config, pace, refining=False)
     judge_best(result, solver, task, config, pace, views=1)
+    if solver.reader is not None and not pace.knows("read") and pace.left():
+        _sample_reading(solver, asked[0], config, pace)
+
+
+def _sample_reading(solver: Solver, question: Question, config: SolveConfig, pace: Pace) -> None:
+    """Learn the pace of reading from the first tokens of an answer."""
+    assert question.reading is not None
+    short = replace(question.reading, max_output_tokens=SAMPLE_TOKENS)
+    sample, begin = [replace(question, reading=short)], time.monotonic()
+    proposals(solver, sample, config)
+    pace.record("read", reading_work(sample), time.monotonic() - begin)
 
 
 def answer_views(
     result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace, tell: Tell
 ) -> None:
-    """Answer view by view, into `result`, until the views or the time are used up."""
+    """Answer view by view, into `result`, until the views or the time are used up.
+
+    Where reading takes too long, TRM answers alone.
+    """
     views = config.inference.views
     rest = questions(solver, [task], views, config.seed)
     done, kept = 0, judging_seconds(solver, task, config, pace)
+    reading = solver.reader is not None
     while rest:
-        chunk = _next_chunk(rest, solver, len(task.test), config, pace, pace.left() - kept)
+        seconds = pace.left() - kept
+        chunk = _next_chunk(rest, solver, len(task.test), config, pace, seconds, reading)
+        if not chunk and reading and solver.has_trm:
+            reading = False
+            continue
         if not chunk:
             break
-        _ask(result, solver, chunk, config, pace)
+        _ask(result, solver, chunk, config, pace, reading=reading)
         rest, done = rest[len(chunk) :], done + len(chunk)
         tell(f"answering, view {-(-done // len(task.test))} of {views}")
 
@@ -89,9 +120,10 @@ def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pac
     return asking_seconds(asked, pace) + judging_seconds(solver, task, config, pace)
 
 
-def asking_seconds(asked: Sequence[Question], pace: Pace) -> float:
-    """What reading and refining should take."""
-    return pace.seconds("read", reading_work(asked)) + pace.seconds("refine", cells(asked))
+def asking_seconds(asked: Sequence[Question], pace: Pace, reading: bool = True) -> float:
+    """What reading (unless it is left out) and refining should take."""
+    read = pace.seconds("read", reading_work(asked)) if reading else 0.0
+    return read + pace.seconds("refine", cells(asked))
 
 
 def judging_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
@@ -142,16 +174,20 @@ def _ask(
     asked: Sequence[Question],
     config: SolveConfig,
     pace: Pace,
-    ablation: str | None = None,
+    reading: bool = True,
+    refining: bool = True,
 ) -> None:
     """The candidates of some questions into `result`, and what they cost into `pace`."""
-    drafts, begin = None, time.monotonic()
+    drafts: list[list[Decoded]] | None = None
     if solver.reader is not None:
-        drafts = proposals(solver, asked, config)
-        pace.record("read", reading_work(asked), time.monotonic() - begin)
+        drafts, begin = [[] for _ in asked], time.monotonic()
+        if reading:
+            drafts = proposals(solver, asked, config)
+            pace.record("read", reading_work(asked), time.monotonic() - begin)
     begin = time.monotonic()
+    ablation = None if refining else "no-trm"
     result.add(pooled(solver, asked, drafts, config, ablation=ablation))
-    if solver.has_trm and ablation != "no-trm":
+    if solver.has_trm and refining:
         pace.record("refine", cells(asked), time.monotonic() - begin)
     result.seconds = pace.elapsed()
 
@@ -163,19 +199,25 @@ def _next_chunk(
     config: SolveConfig,
     pace: Pace,
     seconds: float,
+    reading: bool,
 ) -> Sequence[Question]:
     """The next questions: as many as one batch holds and `seconds` allow; may be none."""
-    chunk = rest[: _batch(rest, solver, step, config, pace)]
-    while chunk and asking_seconds(chunk, pace) > seconds:
+    chunk = rest[: _batch(rest, solver, step, config, pace, reading)]
+    while chunk and asking_seconds(chunk, pace, reading) > seconds:
         chunk = chunk[: len(chunk) // 2]
     return chunk
 
 
 def _batch(
-    rest: Sequence[Question], solver: Solver, step: int, config: SolveConfig, pace: Pace
+    rest: Sequence[Question],
+    solver: Solver,
+    step: int,
+    config: SolveConfig,
+    pace: Pace,
+    reading: bool,
 ) -> int:
     """Questions of a batch; `step` where TRM's pace is still to be learned."""
-    if solver.reader is None:
+    if solver.reader is None or not reading:
         queries = [question.query for question in rest if question.query is not None]
         return len(next(batches(solver, queries, config.inference)))
     if solver.has_trm and not pace.knows("refine"):
@@ -184,13 +226,10 @@ def _batch(
 
 
 def reading_work(asked: Sequence[Question]) -> int:
-    """Tokens of the reader's batch, padding included."""
-    lengths = [
-        len(question.reading.prompt.tokens) + question.reading.max_output_tokens
-        for question in asked
-        if question.reading is not None
-    ]
-    return max(LEAST_ROWS, len(lengths)) * max(lengths, default=0)
+    """What reading costs, in tokens of one row: a batch is as long as its longest answer."""
+    readings = [question.reading for question in asked if question.reading is not None]
+    lengths = [r.max_output_tokens + len(r.prompt.tokens) // PROMPT_TOKENS for r in readings]
+    return (ROWS_OF_A_STEP + len(lengths)) * max(lengths, default=0)
 
 
 def cells(asked: Sequence[Question]) -> int:
