@@ -31,6 +31,7 @@ from arctrm.solving.rounds import (
     answering_seconds,
     asking_seconds,
     judge_best,
+    least_seconds,
 )
 from arctrm.solving.vote import attempts, evidence
 from arctrm.solving.weights import Solver
@@ -159,6 +160,7 @@ def _adapt(work: _Work) -> Adapter | None:
     # What the answers do not need adapts, too.
     spare = 0.0 if answers is None else left - answers * RESERVE
     until = now + max(left * share, spare)
+    until = min(until, pace.end - least_seconds(solver, task, config, pace) * RESERVE)
     told = lambda steps: work.tell(f"adapting, step {steps}")
     index = None if known else held_out(task, config.seed)
     if index is not None:

@@ -32,9 +32,12 @@ class Pace:
         """Seconds that so much of it will take; 0 where nothing is known."""
         return amount * self._rates.get(work, 0.0)
 
-    def record(self, work: str, amount: int, seconds: float) -> None:
-        """Learn from a batch; the very first one, which pays for warming up, is soon forgotten."""
-        if work not in self._rates:
+    def record(self, work: str, amount: int, seconds: float, warm: bool = False) -> None:
+        """Learn from a batch; the very first one, which pays for warming up, is soon forgotten.
+
+        `warm`: this one did not have to warm up.
+        """
+        if work not in self._rates and not warm:
             warming = min(seconds * WARM_SHARE, WARM_SECONDS)
             self._rates[work] = (seconds - warming) / max(1, amount)
             return

@@ -21,13 +21,15 @@ from arctrm.solving.weights import Solver
 
 ROWS_OF_A_STEP = 8
 """Every token decoded costs as much as so many rows, beside the rows themselves (measured)."""
-PROMPT_TOKENS = 16
+PROMPT_TOKENS = 64
 """Tokens of a prompt, read at once, that cost as much as one that is decoded."""
 LONG_FIRST = 300
 """Output tokens above which TRM, where there is one, gives the first answer: it writes all cells
 at once."""
-SAMPLE_TOKENS = 8
+SAMPLE_TOKENS = 16
 """Output tokens of a reading that only learns the pace."""
+LONGER = 1.5
+"""A token of a long answer costs so many times one of the sample: its cache is longer."""
 JUDGE_SHARE = 0.25
 """Share of the time left that is kept for the reader's judgement, at most."""
 
@@ -84,7 +86,7 @@ def _sample_reading(solver: Solver, question: Question, config: SolveConfig, pac
     short = replace(question.reading, max_output_tokens=SAMPLE_TOKENS)
     sample, begin = [replace(question, reading=short)], time.monotonic()
     proposals(solver, sample, config)
-    pace.record("read", reading_work(sample), time.monotonic() - begin)
+    pace.record("read", reading_work(sample), LONGER * (time.monotonic() - begin), warm=True)
 
 
 def answer_views(
@@ -99,7 +101,7 @@ def answer_views(
     done, kept = 0, judging_seconds(solver, task, config, pace)
     reading = solver.reader is not None
     while rest:
-        seconds = pace.left() - kept
+        seconds = pace.left() - (kept if done else 0.0)  # an answer comes before its judgement
         chunk = _next_chunk(rest, solver, len(task.test), config, pace, seconds, reading)
         if not chunk and reading and solver.has_trm:
             reading = False
@@ -118,6 +120,12 @@ def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pac
         return None
     asked = questions(solver, [task], config.inference.views, config.seed)
     return asking_seconds(asked, pace) + judging_seconds(solver, task, config, pace)
+
+
+def least_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
+    """What one view should take: of TRM, where there is one."""
+    asked = questions(solver, [task], 1, config.seed)
+    return asking_seconds(asked, pace, reading=not solver.has_trm)
 
 
 def asking_seconds(asked: Sequence[Question], pace: Pace, reading: bool = True) -> float:
@@ -201,11 +209,14 @@ def _next_chunk(
     seconds: float,
     reading: bool,
 ) -> Sequence[Question]:
-    """The next questions: as many as one batch holds and `seconds` allow; may be none."""
-    chunk = rest[: _batch(rest, solver, step, config, pace, reading)]
-    while chunk and asking_seconds(chunk, pace, reading) > seconds:
-        chunk = chunk[: len(chunk) // 2]
-    return chunk
+    """The next views, whole: as many as one batch holds and `seconds` allow; may be none.
+
+    A view is `step` questions.
+    """
+    count = max(1, _batch(rest, solver, step, config, pace, reading) // step)
+    while count and asking_seconds(rest[: count * step], pace, reading) > seconds:
+        count //= 2
+    return rest[: count * step]
 
 
 def _batch(
