@@ -110,6 +110,28 @@ def test_where_reading_takes_too_long_trm_answers_alone(solvers, trained, monkey
         assert sources == [source] * QUICK["views"]
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_first_view_of_trm_goes_alone_so_that_its_pace_is_learned(
+    solvers, trained, monkeypatch, reads
+):
+    asked = []
+    ask = rounds._ask
+    monkeypatch.setattr(
+        rounds,
+        "_ask",
+        lambda result, solver, chunk, *rest, **named: (
+            asked.append(len(chunk)),
+            ask(result, solver, chunk, *rest, **named),
+        ),
+    )
+    task, pace = trained.others[1].without_answers(), anytime.Pace(30.0)
+    pace.record("read", 1, 1e-6 if reads else 1000.0)
+    common = (solvers("pooled"), task, config(), pace, lambda text: None)
+    rounds.answer_views(rounds.Round(), *common)
+    assert asked[0] == len(task.test)
+    assert sum(asked) == len(task.test) * QUICK["views"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, kind):
     for task in (trained.known[0], trained.others[0]):

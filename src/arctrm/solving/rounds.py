@@ -228,11 +228,11 @@ def _batch(
     reading: bool,
 ) -> int:
     """Questions of a batch; `step` where TRM's pace is still to be learned."""
+    if solver.has_trm and not pace.knows("refine"):
+        return step
     if solver.reader is None or not reading:
         queries = [question.query for question in rest if question.query is not None]
         return len(next(batches(solver, queries, config.inference)))
-    if solver.has_trm and not pace.knows("refine"):
-        return step
     return batch_size(solver.reader, config.reader)
 
 
