@@ -188,7 +188,8 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             "[solver]\nx = 1",
-            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, tracking",
+            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, "
+            "tracking",
         ),
         (
             "[tracking]\nx = 1",
@@ -277,7 +278,8 @@ def test_fields_that_contradict_name_every_layer_they_came_from(toml):
         ),
         (
             "ARCTRM_SOLVER__X",
-            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, tracking",
+            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, "
+            "tracking",
         ),
         ("ARCTRM_SEED__X", 'seed = {"x": 1}, allowed is a whole number; the default is 0'),
     ],
@@ -295,7 +297,8 @@ def test_a_text_where_a_variable_wants_a_list_gives_the_sentence():
 
 def test_a_table_of_another_command_is_refused_with_that_command(toml):
     assert sentence(model=BuildConfig, files=[toml("[trm]\nhidden_size = 64")]) == (
-        "a.toml: unknown key trm; trm belongs to arctrm pretrain and arctrm joint, allowed here: seed, out, data"
+        "a.toml: unknown key trm; trm belongs to arctrm pretrain and arctrm joint, "
+        "allowed here: seed, out, data"
     )
 
 
