@@ -21,12 +21,12 @@ from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import SEPARATOR, START, pair_length, pair_tokens, prompt
 from arctrm.solving.reading import (
     Reading,
+    as_candidates,
     as_logit,
     batch_size,
     judge,
     output_room,
     propose,
-    read,
     reranked,
     task_readings,
     to_judge,
@@ -43,6 +43,11 @@ OUTPUTS = {
 }
 """Always the same, whatever the input: colours that no view may move, seen from eight sides."""
 VIEWS = 16
+
+
+def read(reader, readings, decoding):
+    """What `eval` makes of the reader's proposals."""
+    return as_candidates(readings, propose(reader, readings, decoding))
 
 
 def memory_task(name):

@@ -52,11 +52,11 @@ def answer_all(
     ablation: str | None = None,
 ) -> dict[Key, list[Candidate]]:
     """Candidates of every test input, from all processes."""
-    if solver.has_trm:
+    if solver.has_trm and ablation != "no-trm":
         work: Work = lambda mine, told: pooled(solver, mine, asked.drafts, config, told, ablation)
         found = _with_bar("answering", asked.questions, accelerator, work)
     else:  # the reader has answered already
-        found = pooled(solver, asked.questions, asked.drafts, config)
+        found = pooled(solver, asked.questions, asked.drafts, config, ablation=ablation)
     return by_key(gather_object(found) if accelerator.num_processes > 1 else found)
 
 

@@ -111,7 +111,8 @@ def _open_folder(out: Path, config: EvalConfig) -> None:
         raise DataError(f"{out}: is the folder of a training run; choose another --out")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        (out / "scores.json").unlink(missing_ok=True)
+        for older in ("scores.json", "ablations.json"):
+            (out / older).unlink(missing_ok=True)
     write_run_record(out, run_record(config))
 
 

@@ -15,7 +15,7 @@ from arctrm.data.task import Grid, Task
 from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, Query, answer, task_queries
 from arctrm.solving.guidance import Guide
-from arctrm.solving.reading import Reading, as_candidate, propose, task_readings
+from arctrm.solving.reading import Reading, as_candidates, propose, task_readings
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 
@@ -66,8 +66,11 @@ def proposals(
 ) -> list[list[Decoded]]:
     """What the reader writes for each question, the likeliest first."""
     assert solver.reader is not None
-    readings = [question.reading for question in asked if question.reading is not None]
-    return propose(solver.reader, readings, config.reader, told)
+    return propose(solver.reader, _readings(asked), config.reader, told)
+
+
+def _readings(asked: Sequence[Question]) -> list[Reading]:
+    return [question.reading for question in asked if question.reading is not None]
 
 
 def pooled(
@@ -85,12 +88,7 @@ def pooled(
     """
     found: list[tuple[Key, Candidate]] = []
     if drafts is not None and ablation != "no-reader":
-        found += [
-            as_candidate(question.reading, one)
-            for question, own in zip(asked, drafts, strict=True)
-            for one in own
-            if question.reading is not None
-        ]
+        found += as_candidates(_readings(asked), drafts)
     if solver.has_trm and ablation != "no-trm":
         queries = [question.query for question in asked if question.query is not None]
         guides = None if ablation == "no-reader" else _guides(solver, asked, drafts, ablation)
@@ -108,9 +106,8 @@ def _guides(
     if drafts is None or solver.hybrid is None or not solver.hybrid.adapters:
         return None
     guides = [
-        Guide(question.reading.prompt, None if ablation == "no-draft" else _first_grid(own))
-        for question, own in zip(asked, drafts, strict=True)
-        if question.reading is not None
+        Guide(reading.prompt, None if ablation == "no-draft" else _first_grid(own))
+        for reading, own in zip(_readings(asked), drafts, strict=True)
     ]
     if ablation == "swap-context":
         half = len(guides) // 2

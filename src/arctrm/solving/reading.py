@@ -89,21 +89,13 @@ def _context(
     return chosen
 
 
-def read(
-    reader: GridReader,
-    readings: Sequence[Reading],
-    decoding: DecodingConfig,
-    advance: Callable[[int], None] = lambda done: None,
+def as_candidates(
+    readings: Sequence[Reading], proposed: Sequence[Sequence[Decoded]]
 ) -> list[tuple[Key, Candidate]]:
-    """What the reader proposes for each reading, turned back; q is the logit of its probability.
-
-    Raises:
-        ResourceError: out of memory; says which key to lower.
-    """
-    found = propose(reader, readings, decoding, advance)
+    """What `propose` gave for each reading, turned back; q is the logit of its probability."""
     return [
         as_candidate(reading, one)
-        for reading, several in zip(readings, found, strict=True)
+        for reading, several in zip(readings, proposed, strict=True)
         for one in several
     ]
 
