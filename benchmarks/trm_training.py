@@ -9,11 +9,11 @@ examples/s at 133.5 GiB on one H200.
 """
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 
 import torch
+from common import matrix_rate, measure, peak_memory, show_profile
 from rich.table import Table
 
 from arctrm.config import DataConfig, OptimiserConfig, PretrainConfig, TrainingConfig, TRMConfig
@@ -21,7 +21,7 @@ from arctrm.console import console
 from arctrm.data.build import prepare
 from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import operations_per_token
-from arctrm.training.loop import train_step
+from arctrm.training.loop import Run
 from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.step import GraphedStep
@@ -32,34 +32,29 @@ REFERENCE_EXAMPLES_PER_SECOND, REFERENCE_GIB = 939, 133.5
 def main() -> None:
     args = arguments()
     job = build(args)
-    device = job.accelerator.device
-    for _ in range(args.warmup):
-        train_step(job)
-    job.metrics()
-    rounds = [measure(job, args.steps) for _ in range(args.rounds)]
-    rate = statistics.median(r["examples_per_second"] for r in rounds)
-    spread = max(r["examples_per_second"] for r in rounds) - min(
-        r["examples_per_second"] for r in rounds
+    result = measure(job, args.steps, args.rounds, args.warmup)
+    rate, tokens = (
+        result.median(values) for values in (result.examples_per_second, result.tokens_per_second)
     )
-    tokens = statistics.median(r["tokens_per_second"] for r in rounds)
-    step_ms = statistics.median(r["seconds"] for r in rounds) / args.steps * 1000
-    table = Table(title=f"TRM training, {git_revision()[:12]}, {hardware()}", show_header=False)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
-    ceiling = matrix_rate(device)
+    ceiling = matrix_rate(job.accelerator.device)
     used = operations_per_token(job.model.config) * tokens
+    table = Table(title=f"TRM training, {git_revision()[:12]}, {hardware()}", show_header=False)
     for name, value in {
         "model": f"d{args.hidden} x {args.layers} layers, H{args.H_cycles}/L{args.L_cycles}",
-        "batch": f"{args.tokens:,} tokens, {rounds[-1]['rows']:.0f} pairs",
-        "optimiser step": f"{step_ms:.1f} ms",
-        "examples/s": f"{rate:,.0f} (spread {spread:,.0f} over {args.rounds} rounds)",
+        "batch": f"{args.tokens:,} tokens, {result.rows:.0f} pairs",
+        "optimiser step": f"{result.median(result.seconds_per_step) * 1000:.1f} ms",
+        "examples/s": f"{rate:,.0f} (spread {result.spread(result.examples_per_second):,.0f} over "
+        f"{args.rounds} rounds)",
         "tokens/s": f"{tokens:,.0f}",
         "against the reference's 939/s": f"{rate / REFERENCE_EXAMPLES_PER_SECOND:.2f}x",
-        "peak memory": f"{peak:.1f} GiB (reference: {REFERENCE_GIB})",
+        "peak memory": f"{peak_memory()} (reference: {REFERENCE_GIB})",
         "matrix rate used": f"{used / 1e12:.0f} of {ceiling / 1e12:.0f} TFLOP/s "
         f"({used / ceiling:.0%}, attention not counted)",
     }.items():
         table.add_row(name, value)
     console().print(table)
+    if args.profile:
+        show_profile(job, args.steps)
 
 
 def arguments() -> argparse.Namespace:
@@ -74,10 +69,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tasks", type=int, default=None)
+    parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
 
 
-def build(args: argparse.Namespace):
+def build(args: argparse.Namespace) -> Run:
     config = PretrainConfig(
         data=DataConfig(max_tasks=args.max_tasks),
         trm=TRMConfig(
@@ -94,37 +90,6 @@ def build(args: argparse.Namespace):
     if accelerator.device.type == "cuda":
         job.steps = [GraphedStep(step) for step in job.steps]
     return job
-
-
-def measure(job, steps: int) -> dict[str, float]:
-    """`steps` optimiser steps; the metrics call waits for the device."""
-    job.metrics()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        train_step(job)
-    metrics = job.metrics()
-    return {
-        **metrics,
-        "seconds": time.perf_counter() - begin,
-        "rows": metrics["examples"] / steps,
-    }
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Operations per second of a large matrix product on random data."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (1024, 10)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 2 * size**3 * repeats / (time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
