@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from common import matrix_rate, measure, peak_memory, show_profile
 from rich.table import Table
 
 from arctrm.config import DataConfig, PretrainConfig, TrainingConfig
@@ -26,6 +25,7 @@ from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.step import GraphedStep
 from arctrm.trm.model import count_parameters
+from common import matrix_rate, measure, peak_memory, show_profile
 
 REFERENCE_TOKENS_PER_SECOND = 294_000
 

@@ -12,8 +12,6 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-from common import matrix_rate, measure, peak_memory, show_profile
 from rich.table import Table
 
 from arctrm.config import DataConfig, OptimiserConfig, PretrainConfig, TrainingConfig, TRMConfig
@@ -25,6 +23,7 @@ from arctrm.training.loop import Run
 from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.step import GraphedStep
+from common import matrix_rate, measure, peak_memory, show_profile
 
 REFERENCE_EXAMPLES_PER_SECOND, REFERENCE_GIB = 939, 133.5
 
