@@ -115,8 +115,10 @@ def test_dummies_fill_what_rows_leave_and_none_is_too_long(lengths):
     assert tokens.offsets[-1] == 2048
     assert sizes[:2].tolist() == lengths
     assert (sizes >= 0).all()
-    assert (sizes[2:] <= DUMMY).all()
-    assert len(sizes) == 2 + 2048 // DUMMY  # the shape depends on the budget only
+    assert (sizes[2:6] <= DUMMY).all()
+    assert (sizes[6:] <= 908).all()
+    assert len(sizes) == 2 + 4 + 2  # the shape depends on the budget only
+    assert (sizes[6:] == 0).all() or sum(lengths) + 4 * DUMMY < 2048  # long ones come last
 
 
 def cell_tables(height, width):

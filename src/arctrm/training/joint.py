@@ -33,7 +33,7 @@ from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
 from arctrm.training.reader_stream import Marks, ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import RANK_SEED_STEP, TOKENS_PER_ROW, Stage, compute_dtype
+from arctrm.training.stages import RANK_SEED_STEP, Stage, compute_dtype, rows_of
 from arctrm.training.starting import load_reader, load_trm
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
@@ -111,7 +111,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     if hybrid.hub is not None:
         check_fits(hybrid.hub, sequences.longest)
     trm = PairStream(base, config.data, hybrid.trm.config, config.seed, source.device, source)
-    num_sequences = training.tokens_per_batch // TOKENS_PER_ROW // sequences.num_pairs
+    num_sequences = rows_of(training.tokens_per_batch) // sequences.num_pairs
     if config.batch_size is not None:
         num_sequences = min(num_sequences, config.batch_size)
     stream = JointStream(

@@ -26,7 +26,10 @@ from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
 
 TOKENS_PER_ROW = 64
-"""Rows of a packed batch = tokens / this: a bound on the offsets, rarely reached (mean: 195)."""
+"""Rows of a small packed batch = tokens / this: a bound on the offsets."""
+MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 16, 192
+"""The same for the rows beyond so many: attention launches blocks for every offset, used or not,
+and a pair of the training mix has 250 tokens (TRM) or 400 (reader)."""
 RANK_SEED_STEP = 1_000_003
 
 
@@ -135,5 +138,11 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     ]
 
 
+def rows_of(num_tokens: int) -> int:
+    """Rows that a packed training batch of `num_tokens` has room for."""
+    few = min(num_tokens // TOKENS_PER_ROW, MANY_ROWS)
+    return max(few, num_tokens // TOKENS_PER_ROW_OF_MANY)
+
+
 def _num_rows(training: TrainingConfig) -> int:
-    return training.max_rows or training.tokens_per_batch // TOKENS_PER_ROW
+    return training.max_rows or rows_of(training.tokens_per_batch)

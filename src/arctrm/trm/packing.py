@@ -17,7 +17,7 @@ from arctrm.data.task import MAX_SIDE
 from arctrm.trm.layers import Sequences, rotary_tables
 
 DUMMY = 256
-"""Tokens of a dummy sequence: attention costs their square, so they are short."""
+"""Tokens of the first dummy sequences: attention costs their square, so they are short."""
 
 
 class TokenMap(NamedTuple):
@@ -43,10 +43,16 @@ def longest_row(config: TRMConfig) -> int:
 
 
 def dummy_lengths(num_tokens: int, unused: Tensor, max_len: int) -> Tensor:
-    """Lengths of as many dummy sequences as an axis of `num_tokens` may need, for `unused` ones."""
-    size = min(DUMMY, max_len)
-    starts = torch.arange(-(-num_tokens // size), device=unused.device) * size
-    return (unused - starts).clamp(0, size)
+    """Lengths of as many dummy sequences as an axis of `num_tokens` may need, for `unused` ones.
+
+    Short ones hold what a row that did not fit leaves over; there is more only where rows run out.
+    """
+    short = min(DUMMY, max_len)
+    num_short = -(-min(max_len, num_tokens) // short)
+    num_long = -(-max(num_tokens - num_short * short, 0) // max_len)
+    number = torch.arange(num_short + num_long, device=unused.device)
+    sizes = torch.where(number < num_short, short, max_len)
+    return (unused - sizes.cumsum(0) + sizes).clamp(min=0).minimum(sizes)
 
 
 def token_map(
