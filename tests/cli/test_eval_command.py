@@ -98,6 +98,48 @@ def test_the_ablation_is_one_flag_and_is_recorded(arctrm, trained):
     assert json.loads(Path("blank/scores.json").read_text())["blank_task_embedding"] is True
 
 
+@pytest.fixture
+def settings_of(arctrm, monkeypatch):
+    """The configuration that `arctrm eval` would run with."""
+    from arctrm.solving import evaluate
+
+    def call(*words):
+        ran = []
+        monkeypatch.setattr(evaluate, "run", lambda settings, out: ran.append(settings))
+        assert arctrm("eval", *words)[0] == 0
+        return ran[0]
+
+    return call
+
+
+def test_ablations_are_listed_repeated_or_set(settings_of):
+    expected = ("no-reader", "no-draft", "swap-context")
+    listed = '["no-reader", "no-draft", "swap-context"]'
+    for words in (
+        ("--ablate", "no-reader", "--ablate", "no-draft", "--ablate", "swap-context"),
+        ("--ablate", "no-reader,no-draft", "--ablate", "no-draft, swap-context"),
+        ("--set", f"evaluation.ablate={listed}"),
+    ):
+        assert settings_of(*words).evaluation.ablate == expected
+
+
+def test_the_bundled_weights_can_be_asked_for(settings_of, arctrm):
+    Path("eval.toml").write_text('checkpoint = "runs/first"')
+    assert settings_of("--config", "eval.toml").checkpoint == Path("runs/first")
+    assert settings_of("--config", "eval.toml", "--bundled").checkpoint is None
+    result = arctrm("eval", "--bundled", "--checkpoint", "runs/first", "--out", "scores")
+    refused(result, "--bundled contradicts --checkpoint runs/first")
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry_run"])
+def test_an_ablation_that_does_not_apply_is_refused(arctrm, trained, dry_run):
+    words = ("--checkpoint", trained.run, "--out", "scores", *(["--dry-run"] if dry_run else []))
+    words += ("--set", f"evaluation.test_set={trained.folder}")
+    refused(arctrm("eval", *words, "--ablate", "no-reader"), "holds one model")
+    refused(arctrm("eval", *words, "--ablate", "no-readr"), "--ablate", "'no-readr'")
+    assert not Path("scores").exists()
+
+
 def test_bundled_tasks_are_evaluated_by_name(arctrm, trained):
     code, _, err = arctrm(
         *("eval", "--checkpoint", trained.run, *SMALL, "--out", "scores"),

@@ -12,7 +12,7 @@ COMMANDS = {
     "data show": SHARED | {"--statistics", "--limit"},
     "pretrain": SHARED | {"--resume"},
     "joint": SHARED | {"--resume"},
-    "eval": SHARED | {"--checkpoint", "--blank-task-embedding", "--views"},
+    "eval": SHARED | {"--checkpoint", "--bundled", "--blank-task-embedding", "--views", "--ablate"},
     "baseline": SHARED
     | {"--checkpoint", "--model", "--subset", "--views", "--attempts", "--resume"},
     "solve": SHARED

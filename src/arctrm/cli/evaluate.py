@@ -22,11 +22,23 @@ def evaluate(
     config: Config = None,
     overrides: Set = None,
     checkpoint: Checkpoint = None,
+    bundled: Annotated[
+        bool, typer.Option("--bundled", help="Use the weights that come with the package.")
+    ] = False,
     views: Views = None,
     blank_task_embedding: Annotated[
         bool,
         typer.Option("--blank-task-embedding", help="Ablation: hide from TRM which task it is."),
     ] = False,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ablate",
+            help="Score again with one thing left out: no-reader, no-trm, swap-context, no-draft. "
+            "Repeat it, or list them with commas.",
+            metavar="NAME",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, out_option("Folder of the scores; runs/eval-<time> unless given.")
     ] = None,
@@ -35,11 +47,18 @@ def evaluate(
 ) -> None:
     """Answer a test set with one checkpoint and score it: scores.json, submission.json, a table."""
     from arctrm.config import EvalConfig
+    from arctrm.errors import ConfigError
 
+    if bundled and checkpoint is not None:
+        raise ConfigError(
+            f"--bundled contradicts --checkpoint {checkpoint}: one set of weights answers; leave "
+            "one of the two out"
+        )
     flags = {
-        "checkpoint": checkpoint,
+        "checkpoint": "" if bundled else checkpoint,  # empty: none, also where a file names one
         "inference.views": views,
         "inference.blank_task_embedding": blank_task_embedding or None,
+        "evaluation.ablate": _listed(ablate),
         "out": out,
         "seed": seed,
     }
@@ -52,3 +71,10 @@ def evaluate(
         console().print(describe(settings))
         return
     run(settings, settings.out or run_folder("eval"))
+
+
+def _listed(ablate: list[str] | None) -> list[str] | None:
+    """The names of a repeated option, each of which may hold several, every one once."""
+    if not ablate:
+        return None
+    return list(dict.fromkeys(name.strip() for text in ablate for name in text.split(",")))

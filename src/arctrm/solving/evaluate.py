@@ -184,6 +184,7 @@ def describe(config: EvalConfig) -> Table:
     """What `eval` would run."""
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
+    _check_ablations(solver, config)
     inputs = sum(len(task.test) for task in tasks)
     table = Table(title="eval (dry run)", title_justify="left", show_header=False)
     table.add_row("checkpoint", escape(solver.name))
