@@ -91,7 +91,7 @@ def test_a_right_draft_is_counted_as_right_under_any_view(monkeypatch):
     asked = pool.questions(torch.randperm(pool.num_pairs))
     answers = [question.view.apply(question.answer) for question in asked]
 
-    def spell(reader, prompts, *, batch_size, max_output_tokens):
+    def spell(reader, prompts, *, max_output_tokens, **how):
         assert all(
             grid_length(*g.shape) < n for g, n in zip(answers, max_output_tokens, strict=True)
         )
@@ -100,10 +100,34 @@ def test_a_right_draft_is_counted_as_right_under_any_view(monkeypatch):
     monkeypatch.setattr(drafts, "decode", spell)
     torch.manual_seed(11)
     assert pool.refresh(step.reader, 100, batch_size=4) == (1, 1)
+    assert pool.right.all()
     for pair in range(pool.num_pairs):
         offset, height, width = pool.source.pairs[pair, OUTPUT].tolist()
         answer = pool.source.cells[offset : offset + height * width].view(height, width)
         assert np.array_equal(stored(pool, pair), answer.numpy())
+
+
+def test_sampled_drafts_differ_from_round_to_round_and_greedy_ones_do_not():
+    _, step, pool = writer()
+    made = {}
+    for temperature in (0.0, 2.0):
+        for seed in (1, 2):
+            torch.manual_seed(11)
+            asked = pool.questions  # the same views in every round
+
+            def same(chosen, asked=asked):
+                torch.manual_seed(11)
+                found = asked(torch.arange(len(chosen)))
+                torch.manual_seed(seed)
+                return found
+
+            pool.questions = same
+            torch.manual_seed(11)
+            pool.refresh(step.reader, 100, batch_size=4, temperature=temperature)
+            pool.questions = asked
+            made[temperature, seed] = pool.source.pairs[pool.num_pairs :, OUTPUT].clone()
+    assert torch.equal(made[0.0, 1], made[0.0, 2])
+    assert not torch.equal(made[2.0, 1], made[2.0, 2])
 
 
 def test_true_pairs_are_never_overwritten_nor_drawn_as_drafts():

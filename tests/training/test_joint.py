@@ -109,7 +109,7 @@ def test_ctrl_c_saves_and_resume_needs_no_configuration(run_of, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loss_falls(run_of, tmp_path, form):
     changes = {
-        "training.schedule.max_steps": 20,
+        "training.schedule.max_steps": 24,
         "lr": 1e-2,
         "coupling.draft_every": 100,
         "data.num_aug": 1,

@@ -141,7 +141,7 @@ def test_another_reader_input_gives_other_logits_on_the_same_grid(form):
 @BOTH
 @torch.no_grad()
 def test_a_row_says_the_same_alone_and_among_16_sequences(form):
-    changes = {"training.tokens_per_batch": 8192} if form == "task" else {}
+    changes = {"training.tokens_per_batch": 9216, "batch_size": 16} if form == "task" else {}
     _, step = make(changes, form=form)
     fill_drafts(step)
     stream = step.stream
@@ -360,6 +360,6 @@ def test_the_carry_holds_what_the_next_step_needs():
     _, step = make()
     assert set(step.carry()) == {
         *("counts", "steps", "drafts_made"),
-        *("drafts.cells", "drafts.sizes", "drafts.there"),
+        *("drafts.cells", "drafts.sizes", "drafts.there", "drafts.right"),
     }
     assert new_config().coupling.draft

@@ -134,6 +134,22 @@ def test_a_pair_without_a_draft_is_shown_without_one():
     assert any(batch.drafted.any() for batch in there)
 
 
+def test_right_drafts_are_shown_as_rarely_as_configured():
+    _, step = make({"coupling.right_draft_share": 0.25})
+    fill_drafts(step)
+    drafts = step.stream.drafts
+    drafts.right[::2] = True
+    shown = {True: [], False: []}
+    for seed in range(60):
+        batch = drawn(step, seed)
+        there = batch.sequences[:, -1, reading.LENGTH] > 0
+        right = drafts.right[batch.sequences[:, -1, reading.PAIR]]
+        for known in shown:
+            shown[known] += batch.drafted[there & (right == known)].tolist()
+    assert all(shown[False])
+    assert 0.15 < sum(shown[True]) / len(shown[True]) < 0.35
+
+
 @BOTH
 def test_output_cells_are_those_of_drafts_only(form):
     _, step = make({"coupling.no_draft_share": 0.5}, form=form)

@@ -102,8 +102,15 @@ class CouplingConfig(StrictModel):
     draft_batch_size: int | None = Field(None, ge=1)
     """Prompts that are drafted at once; by default 512 on a GPU, else 16."""
 
+    draft_temperature: float = Field(1.0, ge=0)
+    """Temperature at which drafts are sampled; 0 = greedy."""
+
     no_draft_share: float = Field(0.1, ge=0, le=1)
     """Share of rows that are shown no draft, so that TRM also answers without one."""
+
+    right_draft_share: float = Field(0.2, ge=0, le=1)
+    """Of the rows whose draft is right, the share that is shown it. The reader knows most training
+    pairs by heart, but not test pairs: shown every draft, TRM would learn to copy."""
 
     trm_weight: float = Field(1.0, ge=0)
     """Weight of TRM's loss."""

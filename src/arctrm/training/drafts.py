@@ -69,6 +69,8 @@ class DraftPool:
         source.pairs = torch.cat((source.pairs, drafts))
         self.begin = begin
         self.there = torch.zeros(self.num_pairs, dtype=torch.bool, device=device)
+        self.right = torch.zeros_like(self.there)
+        """Drafts that are the answer: rare on test inputs, frequent on pairs trained on."""
 
     def row_of(self, pair: Tensor) -> Tensor:
         """Rows of the drafts of pairs."""
@@ -80,11 +82,12 @@ class DraftPool:
             "drafts.cells": self.source.cells[self.begin :],
             "drafts.sizes": self.source.pairs[self.num_pairs :],
             "drafts.there": self.there,
+            "drafts.right": self.right,
         }
 
-    def write(self, pair: int, grid: Grid | None) -> None:
-        """Keep a draft (None: there is none for this pair)."""
-        self.there[pair] = grid is not None
+    def write(self, pair: int, grid: Grid | None, right: bool = False) -> None:
+        """Keep a draft (None: there is none for this pair), and whether it is the answer."""
+        self.there[pair], self.right[pair] = grid is not None, right
         if grid is None:
             return
         place = self.begin + pair * ROOM
@@ -93,8 +96,10 @@ class DraftPool:
         size = torch.tensor(grid.shape, device=self.source.device)
         self.source.pairs[self.num_pairs + pair, OUTPUT.start + 1 : OUTPUT.stop] = size
 
-    def refresh(self, reader: Drafter, count: int, batch_size: int) -> tuple[float, float]:
-        """Draft `count` random pairs anew, each under a random view.
+    def refresh(
+        self, reader: Drafter, count: int, batch_size: int, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Draft `count` random pairs anew, each under a random view: sampled, or greedily (0).
 
         Returns the share of drafts that are right and their mean length in tokens.
 
@@ -105,14 +110,23 @@ class DraftPool:
         prompts = [reader.prompt(one.pairs, one.query, one.condition) for one in asked]
         # Longer than the answer is wrong whatever it says; some room keeps wrong sizes possible.
         bounds = [grid_length(*_roomy(one.view, one.answer)) + 1 for one in asked]
-        found = decode(reader.grids, prompts, batch_size=batch_size, max_output_tokens=bounds)
-        right = 0
+        found = decode(
+            reader.grids,
+            prompts,
+            mode="sampled" if temperature else "greedy",
+            temperature=temperature or 1.0,
+            seed=int(torch.randint(2**31, (), device=self.source.device)),
+            batch_size=batch_size,
+            max_output_tokens=bounds,
+        )
+        num_right = 0
         for pair, question, one in zip(chosen.tolist(), asked, found, strict=True):
             draft = None if one.grid is None else question.view.inverse(one.grid)
-            self.write(pair, draft)
-            right += draft is not None and np.array_equal(draft, question.answer)
+            right = draft is not None and np.array_equal(draft, question.answer)
+            self.write(pair, draft, right)
+            num_right += right
         lengths = [one.num_tokens for one in found]
-        return right / len(found), sum(lengths) / len(lengths)
+        return num_right / len(found), sum(lengths) / len(lengths)
 
     def questions(self, chosen: Tensor) -> list[Question]:
         """A question for each of the pairs: a random view and what comes before, as in training."""

@@ -123,6 +123,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
         num_sequences=max(2, num_sequences // 2 * 2),
         num_soft=coupling.num_back_vectors if coupling.back else 0,
         no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
+        right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
     )
     return JointStep(

@@ -97,7 +97,9 @@ class JointStep:
         config, on_gpu = self.hybrid.config, self.stream.device.type == "cuda"
         at_once = config.draft_batch_size or (512 if on_gpu else 16)
         try:
-            made = self.stream.drafts.refresh(self.reader, config.drafted_pairs, at_once)
+            made = self.stream.drafts.refresh(
+                self.reader, config.drafted_pairs, at_once, config.draft_temperature
+            )
         except ResourceError as error:  # decoding names the key of `baseline`
             said = str(error).replace("reader.batch_size", "coupling.draft_batch_size")
             raise ResourceError(said) from error

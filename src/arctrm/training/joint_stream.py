@@ -58,13 +58,19 @@ class JointStream:
         num_sequences: int,
         num_soft: int,
         no_draft_share: float,
+        right_draft_share: float = 1.0,
         trm_dtype: torch.dtype,
     ):
-        """Budgets of tokens for both models; `num_soft` vectors of the soft prefix."""
+        """Budgets of tokens for both models; `num_soft` vectors of the soft prefix.
+
+        Of the rows, `no_draft_share` are shown no draft, and of those whose draft is right all but
+        `right_draft_share`.
+        """
         self.reader, self.trm, self.drafts = reader, trm, drafts
         self.reader_tokens, self.trm_tokens = reader_tokens, trm_tokens
         self.num_sequences, self.num_soft = num_sequences, num_soft
-        self.no_draft_share, self.trm_dtype = no_draft_share, trm_dtype
+        self.no_draft_share, self.right_draft_share = no_draft_share, right_draft_share
+        self.trm_dtype = trm_dtype
         self.device = reader.device
 
     def draw(self) -> JointBatch:
@@ -106,8 +112,13 @@ class JointStream:
         view = torch.rand(task.shape[0], device=self.device, dtype=torch.float64)
         _, dihedral, colours = stream.source.draw_views(task, view)
         drawn = stream.sequences(twos, task, dihedral, colours)
-        shown = torch.rand(task.shape[0], device=self.device) >= self.no_draft_share
-        return drawn, shown & self.drafts.there[drawn[:, -1, reading.PAIR]]
+        return drawn, self._shows_draft(drawn[:, -1, reading.PAIR])
+
+    def _shows_draft(self, pair_N: Tensor) -> Tensor:
+        """bool [N]: the pairs that are shown with their draft, by chance."""
+        chance = torch.rand(2, pair_N.shape[0], device=self.device)
+        trusted = ~self.drafts.right[pair_N] | (chance[1] < self.right_draft_share)
+        return self.drafts.there[pair_N] & (chance[0] >= self.no_draft_share) & trusted
 
     def _trm_rows(self, drawn_NKC: Tensor) -> Tensor:
         """The same pairs as TRM's rows, int64 [N x K, columns]."""

@@ -27,7 +27,7 @@ from arctrm.trm.model import TRM
 
 TOKENS_PER_ROW = 64
 """Rows of a small packed batch = tokens / this: a bound on the offsets."""
-MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 16, 192
+MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 32, 192
 """The same for the rows beyond so many: attention launches blocks for every offset, used or not,
 and a pair of the training mix has 250 tokens (TRM) or 400 (reader)."""
 RANK_SEED_STEP = 1_000_003
