@@ -1,10 +1,12 @@
-"""What the benchmarks share: timing of a training job, the machine's matrix rate, the profile."""
+"""What the benchmarks share: timing of a training job, the machine's rates, the profile."""
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from arctrm.console import console
@@ -32,16 +34,12 @@ class Rounds:
 
 def measure(job: Run, steps: int, rounds: int, warmup: int) -> Rounds:
     """Time `rounds` x `steps` optimiser steps; reading the metrics waits for the device."""
-    for _ in range(warmup):
-        train_step(job)
-    job.metrics()
+    run_steps(job, warmup)
     result = Rounds([], [], [], 0.0)
     rows = 0.0
     for _ in range(rounds):
         begin = time.perf_counter()
-        for _ in range(steps):
-            train_step(job)
-        metrics = job.metrics()
+        metrics = run_steps(job, steps)
         seconds = time.perf_counter() - begin
         rows = metrics["examples"] / steps
         result.examples_per_second.append(metrics["examples"] / seconds)
@@ -52,6 +50,13 @@ def measure(job: Run, steps: int, rounds: int, warmup: int) -> Rounds:
     )
 
 
+def run_steps(job: Run, steps: int) -> dict[str, float]:
+    """Run optimiser steps; reading the metrics, which are returned, waits for the device."""
+    for _ in range(steps):
+        train_step(job)
+    return job.metrics()
+
+
 def peak_memory() -> str:
     """Peak of the device's allocations."""
     if not torch.cuda.is_available():
@@ -59,22 +64,35 @@ def peak_memory() -> str:
     return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
-def show_profile(job: Run, steps: int, rows: int = 30) -> None:
-    """Device time by kernel over `steps` optimiser steps, and how busy the device was."""
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    begin = time.perf_counter()
-    with profile(activities=activities) as trace:
-        for _ in range(steps):
-            train_step(job)
-        job.metrics()
-    wall = time.perf_counter() - begin
-    events = trace.key_averages()
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    busy = sum(e.self_device_time_total for e in events) / 1e6
-    console().print(events.table(sort_by=key, row_limit=rows, max_name_column_width=90))
-    console().print(f"{steps} steps in {wall:.3f} s of wall time; device kernels {busy:.3f} s")
+def show_profile(work: Callable[[], object], rows: int = 30) -> None:
+    """Device time of `work` by kernel, and the share of the wall time that the device was busy.
+
+    Only the device is traced, which costs the host next to nothing; on a CPU, the operators are.
+    `work` must wait for the device.
+    """
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as trace:
+        begin = time.perf_counter()
+        work()
+        wall = time.perf_counter() - begin
+    events = [e for e in trace.key_averages() if not e.is_user_annotation]
+    if gpu:
+        events = [e for e in events if e.device_type != DeviceType.CPU]
+    spent = {e: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6 for e in events}
+    busy = sum(spent.values())
+    for event in sorted(events, key=lambda e: -spent[e])[:rows]:
+        line = f"{spent[event]:9.4f} s {spent[event] / busy:6.1%} {event.count:8,} x "
+        console().print(line + event.key[:120], markup=False, soft_wrap=True)
+    what = "device kernels" if gpu else "operators of the CPU"
+    console().print(f"{wall:.3f} s of wall time; {what} {busy:.3f} s ({busy / wall:.0%})")
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a large copy."""
+    size, repeats = (2**31, 10) if device.type == "cuda" else (2**27, 5)
+    source = torch.ones(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size * repeats / _seconds(lambda: target.copy_(source), repeats, device)
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -82,13 +100,22 @@ def matrix_rate(device: torch.device) -> float:
     size, repeats = (8192, 10) if device.type == "cuda" else (1024, 10)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 * repeats / _seconds(lambda: a @ b, repeats, device)
+
+
+def _seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Time of `repeats` runs of `work`, after a few unmeasured ones."""
     for _ in range(3):
-        a @ b
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        work()
+    wait(device)
     begin = time.perf_counter()
     for _ in range(repeats):
-        a @ b
+        work()
+    wait(device)
+    return time.perf_counter() - begin
+
+
+def wait(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return 2 * size**3 * repeats / (time.perf_counter() - begin)

@@ -25,7 +25,7 @@ from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.step import GraphedStep
 from arctrm.trm.model import count_parameters
-from common import matrix_rate, measure, peak_memory, show_profile
+from common import matrix_rate, measure, peak_memory, run_steps, show_profile
 
 REFERENCE_TOKENS_PER_SECOND = 294_000
 
@@ -54,7 +54,7 @@ def main() -> None:
         table.add_row(name, value)
     console().print(table)
     if args.profile:
-        show_profile(job, args.steps)
+        show_profile(lambda: run_steps(job, args.steps))
 
 
 def arguments() -> argparse.Namespace:
