@@ -57,6 +57,13 @@ def run_steps(job: Run, steps: int) -> dict[str, float]:
     return job.metrics()
 
 
+def fresh_peak() -> None:
+    """Forget the peak so far."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> str:
     """Peak of the device's allocations."""
     if not torch.cuda.is_available():

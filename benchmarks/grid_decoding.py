@@ -60,7 +60,7 @@ from arctrm.training.devices import new_accelerator
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.model import count_parameters
-from common import matrix_rate, memory_rate, peak_memory, show_profile
+from common import fresh_peak, matrix_rate, memory_rate, peak_memory, show_profile
 
 REFERENCE_GRIDS_PER_SECOND = 25
 """mdlARC, measured on one H200."""
@@ -253,12 +253,6 @@ def timed(work: Callable[[], list], rounds: int = 1) -> Timed:
         result = work()
         seconds.append(time.perf_counter() - begin)
     return Timed(result, statistics.median(seconds))
-
-
-def fresh_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def decoding_figures(job: Job, machine: Machine, rounds: int, plain: int) -> dict[str, str]:
