@@ -23,7 +23,6 @@ from arctrm.training.devices import new_accelerator
 from arctrm.training.loop import Run
 from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
-from arctrm.training.step import GraphedStep
 from arctrm.trm.model import count_parameters
 from common import matrix_rate, measure, peak_memory, run_steps, show_profile
 
@@ -87,7 +86,7 @@ def build(args: argparse.Namespace) -> Run:
     accelerator = new_accelerator()
     job = build_run(config, prepare(config.data), Path("unused"), accelerator, time.monotonic())
     if torch.cuda.is_available():
-        job.steps = [GraphedStep(step) for step in job.steps]
+        job.capture()
     return job
 
 

@@ -22,7 +22,6 @@ from arctrm.training.estimate import operations_per_token
 from arctrm.training.loop import Run
 from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
-from arctrm.training.step import GraphedStep
 from common import matrix_rate, measure, peak_memory, run_steps, show_profile
 
 REFERENCE_EXAMPLES_PER_SECOND, REFERENCE_GIB = 939, 133.5
@@ -87,7 +86,7 @@ def build(args: argparse.Namespace) -> Run:
     accelerator = new_accelerator()
     job = build_run(config, prepare(config.data), Path("unused"), accelerator, time.monotonic())
     if accelerator.device.type == "cuda":
-        job.steps = [GraphedStep(step) for step in job.steps]
+        job.capture()
     return job
 
 

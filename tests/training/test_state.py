@@ -22,6 +22,7 @@ from arctrm.training.checkpoints import (
     unpack_optimiser,
     write_checkpoint,
 )
+from arctrm.training.muon import Muon
 
 
 class Run:
@@ -32,7 +33,7 @@ class Run:
         matrices = [self.model[0].weight]
         rest = list(self.model[2].parameters())
         self.optimisers = {
-            "muon": torch.optim.Muon(matrices, lr=0.02),
+            "muon": Muon(matrices, lr=0.02),
             "adamw": torch.optim.AdamW(rest, lr=0.01, fused=fused),
         }
         self.draws = np.random.default_rng(7)

@@ -31,7 +31,7 @@ class OptimiserConfig(StrictModel):
     """Muon for the matrices of the blocks, AdamW for everything else."""
 
     kind: Literal["muon", "adamw"] = "muon"
-    """muon: `torch.optim.Muon` on block matrices + AdamW; adamw: AdamW on all."""
+    """muon: Muon on block matrices + AdamW; adamw: AdamW on all."""
 
     muon_lr: float = Field(6e-3, gt=0)
     """Peak learning rate of Muon."""
@@ -98,7 +98,7 @@ class TrainingConfig(StrictModel):
     """torch.compile of the blocks; auto: on a GPU only."""
 
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Capture forward and backward in one CUDA graph; auto: on a GPU."""
+    """Replay forward and backward as one CUDA graph, the update as another; auto: on a GPU."""
 
     halt_max_steps: int | None = Field(None, ge=1)
     """Supervision steps before a row is replaced in training; by default trm.halt_max_steps."""

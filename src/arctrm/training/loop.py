@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,9 @@ from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_che
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.schedule import Schedule
 from arctrm.training.state import pack_optimiser, restore_rng, rng_state, unpack_optimiser
+from arctrm.training.step import GraphedStep
 from arctrm.training.tracking import Tracker, TrainingProgress
+from arctrm.training.update import Update
 
 SYNC_EVERY = 20
 """Optimiser steps between two looks at the clock and at the interrupt flag."""
@@ -63,9 +65,19 @@ class Run:
     width_key: str = "trm.hidden_size"
     """Key of the model's width."""
     schedule: Schedule = field(init=False)
+    update: Update = field(init=False)
+    """What turns a gradient into new weights and averages."""
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config.schedule)
+        clip_norm = self.config.optimiser.clip_norm
+        self.update = Update(self.gradients, self.optimisers, self.ema, clip_norm)
+
+    def capture(self) -> None:
+        """Replay steps and update as CUDA graphs from now on; after a checkpoint is restored."""
+        with memory_errors(self.config, self.smallest_batch, self.width_key):
+            self.steps = [GraphedStep(step) for step in self.steps]
+        self.update.capture()
 
 
 def train(run: Run, tracker: Tracker, progress: TrainingProgress) -> None:
@@ -103,14 +115,9 @@ def train_step(run: Run) -> None:
     with memory_errors(run.config, run.smallest_batch, run.width_key):
         for step in run.steps:
             step()
-    if run.accelerator.num_processes > 1:
-        torch.distributed.all_reduce(run.gradients.flat, torch.distributed.ReduceOp.AVG)
-    if run.config.optimiser.clip_norm > 0:
-        run.gradients.clip(run.config.optimiser.clip_norm)
-    run.optimisers.step(factor)
+    run.gradients.average()
+    run.update(factor, run.step + 1)
     run.step += 1
-    if run.ema is not None:
-        run.ema.update(run.step)
 
 
 @contextmanager
@@ -196,10 +203,19 @@ def restore(
     run.step, run.elapsed, run.examples = meta.step, meta.elapsed, meta.examples
 
 
+class Timed(Protocol):
+    """What is told its time."""
+
+    accelerator: Accelerator
+    began_at: float
+    step: int
+    elapsed: float
+
+
 class SharedClock:
     """Seconds of training, the same number on every process."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Timed):
         self.run = run
         self.begin = run.began_at - run.elapsed
         self.first_step = run.step + 1

@@ -1,15 +1,19 @@
-"""Optimisers from torch over one flat gradient: Muon for block matrices, AdamW for the rest.
+"""Optimisers over one flat gradient: Muon for block matrices, AdamW for the rest.
 
 All gradients live in one buffer, so zeroing, clipping and the reduction over processes are one
 operation each. Muon sees the fused matrices (q/k/v, gate/up) as the separate matrices they are:
 it is given views that share their storage.
+
+On a GPU, what changes from step to step (learning rates, the decay of the average) stands in
+tensors, which a captured update reads.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from arctrm.config.training import OptimiserConfig
+from arctrm.training.muon import Muon
 
 PRETRAINED = ".pretrained."
 """In the names of a hub reader's weights: others trained them with AdamW, and so do we."""
@@ -33,6 +37,11 @@ class FlatGradients:
         """Forget the gradient."""
         self.flat.zero_()
 
+    def average(self) -> None:
+        """Replace the gradient by its mean over the processes, where there are several."""
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.flat, torch.distributed.ReduceOp.AVG)
+
     def clip(self, max_norm: float) -> None:
         """Scale the gradient down to `max_norm` (L2 over everything)."""
         scale = (max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0)
@@ -44,29 +53,53 @@ class Optimisers:
 
     def __init__(self, model: nn.Module, config: OptimiserConfig):
         matrices, others = _split(model, use_muon=config.kind == "muon")
+        device = others[0].device
         self.all: dict[str, Optimizer] = {}
         if matrices:
             self.all["muon"] = Muon(
                 matrices,
-                lr=config.muon_lr,
+                lr=_rate(config.muon_lr, device),
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
             )
         self.all["adamw"] = AdamW(
             others,
-            lr=config.adamw_lr,
+            lr=_rate(config.adamw_lr, device),
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=others[0].is_cuda,
+            fused=device.type == "cuda",
         )
         self.peaks = {"muon": config.muon_lr, "adamw": config.adamw_lr}
 
     def step(self, factor: float) -> None:
         """One step of each at `factor` x its peak learning rate."""
+        self.set_rates(factor)
+        self.apply()
+
+    def set_rates(self, factor: float) -> None:
+        """`factor` x the peak learning rates, for the next steps."""
         for name, optimiser in self.all.items():
             for group in optimiser.param_groups:
-                group["lr"] = self.peaks[name] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.peaks[name] * factor)
+                else:
+                    group["lr"] = self.peaks[name] * factor
+
+    def apply(self) -> None:
+        """One step of each at the rates that were set."""
+        for optimiser in self.all.values():
             optimiser.step()
+
+    def make_capturable(self) -> None:
+        """Allow a CUDA graph to capture `apply`; AdamW warns of steps outside one from then on."""
+        for optimiser in self.all.values():
+            for group in optimiser.param_groups:
+                group["capturable"] = True
+
+
+def _rate(value: float, device: torch.device) -> float | Tensor:
+    """A learning rate that changes in place on a GPU."""
+    return torch.tensor(value, device=device) if device.type == "cuda" else value
 
 
 def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -97,11 +130,22 @@ class EMA:
         self.names = [name for name, _ in trained]
         self.weights = [p.detach() for _, p in trained]
         self.averages = [w.clone() for w in self.weights]
+        self.distance = torch.zeros((), device=self.weights[0].device)
+        """1 - decay of the next move."""
 
     def update(self, step: int) -> None:
         """Move towards the weights after optimiser step number `step` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        self.set_decay(step)
+        self.move()
+
+    def set_decay(self, step: int) -> None:
+        """The decay after optimiser step number `step` (from 1)."""
+        self.distance.fill_(1 - min(self.decay, (1 + step) / (10 + step)))
+
+    def move(self) -> None:
+        """Move towards the weights with the decay that was set."""
+        # One weight for all must be a number; a captured update needs a tensor, hence one for each.
+        torch._foreach_lerp_(self.averages, self.weights, [self.distance] * len(self.weights))
 
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter name."""

@@ -31,12 +31,11 @@ from arctrm.training.checkpoints import (
 )
 from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import estimate
-from arctrm.training.loop import Run, memory_errors, restore, train
+from arctrm.training.loop import Run, restore, train
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.progress import TrainingProgress
 from arctrm.training.provenance import git_revision, run_record, write_run_record
 from arctrm.training.stages import Stage, new_model, new_stage
-from arctrm.training.step import GraphedStep
 from arctrm.training.tracking import Tracker
 from arctrm.trm.model import count_parameters
 
@@ -76,8 +75,7 @@ def run(
     if checkpoint is not None:
         _restore(job, checkpoint)
     if capturable and _can_capture(config.training, job):
-        with memory_errors(config.training, job.smallest_batch, job.width_key):
-            job.steps = [GraphedStep(step) for step in job.steps]
+        job.capture()
     is_main = accelerator.is_main_process
     if is_main:
         out.mkdir(parents=True, exist_ok=True)

@@ -121,11 +121,17 @@ class GraphedStep:
             for _ in range(warmup):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) may touch CUDA meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            step()
+        self.graph = captured(step)
 
     def __call__(self) -> None:
         """Replay."""
         self.graph.replay()
+
+
+def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `work`, which is not run; keep alive what it reads and writes."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (NCCL's watchdog) may touch CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph
