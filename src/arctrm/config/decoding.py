@@ -11,7 +11,8 @@ class DecodingConfig(StrictModel):
     """Decoding and scoring with a reader."""
 
     batch_size: int | None = Field(None, ge=1)
-    """Prompts decoded side by side; by default 512 on a GPU and 16 on a CPU, 8 by a hub model."""
+    """Prompts decoded side by side, at most; by default 4096 on a GPU (fewer where memory has no
+    room, 512 in float32 or with min_probability) and 16 on a CPU, 8 by a hub model."""
 
     min_probability: float = Field(0.0, ge=0, lt=1)
     """Propose every grid at least this likely beside the greedy one; 0 = the greedy one alone."""

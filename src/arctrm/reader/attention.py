@@ -7,6 +7,7 @@ none does (decoding with a cache). The weights load into any LLaMA implementatio
 Legend: T tokens of a packed batch, N sequences in it, A heads, K head width.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,39 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, .
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
     done = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
     return torch.cat(done, dim=2).transpose(1, 2)
+
+
+def ragged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begin_q: Tensor,
+    begin_k: Tensor,
+    max_q: int,
+    max_k: int,
+) -> Tensor:
+    """Causal attention without gradient, [T, A, K], of queries that are the last of their sequence.
+
+    Sequence n is queries begin_q[n] : begin_q[n + 1] over keys begin_k[n] : begin_k[n + 1] (int32
+    [N + 1]); one without queries may have any keys. On a CPU (tests) one sequence after another.
+    """
+    if query.is_cuda:
+        window = (-1, -1) if max_q == 1 else (-1, 0)  # aligned at the last query
+        out = varlen_attn(query, key, value, begin_q, begin_k, max_q, max_k, window_size=window)
+        assert isinstance(out, Tensor)
+        return out
+    result = torch.zeros_like(query)
+    for (q0, q1), (k0, k1) in zip(_pairs(begin_q), _pairs(begin_k), strict=True):
+        if q1 > q0:
+            seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+            q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+            done = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            result[q0:q1] = done.transpose(0, 1)
+    return result
+
+
+def _pairs(begins: Tensor) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(begins.tolist()))
 
 
 AttentionInterface.register(PACKED, packed_attention)

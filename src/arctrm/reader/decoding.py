@@ -3,14 +3,15 @@
 A batch has one shape from its first output token to its last, apart from the few times when more
 than half of its rows are finished and dropped; the host looks for that only now and then. What
 comes out for a prompt does not depend on the batch: rows do not see each other, and every prompt
-draws from a random stream of its own.
+draws from a random stream of its own. The tiny reader on a GPU goes another way to the same results
+(`reader.packed_decoding`); here is the one through transformers' cache, for all others.
 
 Legend: R rows of the batch still decoded, B prompts of the batch, T output tokens, 12 choices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from arctrm.data.task import MAX_SIDE, Grid
 from arctrm.reader import grammar
-from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES
+from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, choice_ids
 from arctrm.reader.interface import GridReader, Prompt
+from arctrm.reader.packed_decoding import CHECK_EVERY, PackedDecoder
+from arctrm.reader.places import is_packed
 from arctrm.reader.rows import (
     Rows,
     by_length,
@@ -28,9 +31,7 @@ from arctrm.reader.rows import (
     output_bounds,
     split,
 )
-
-CHECK_EVERY = 8
-"""Output tokens between two looks at which rows are finished: each look waits for the device."""
+from arctrm.reader.tiny import TinyReader
 
 BATCH_SIZE = 64
 
@@ -62,6 +63,11 @@ class Sampling:
     """Of sampling; probabilities are raised to the power 1 / temperature."""
     seed: int = 0
 
+    @property
+    def power(self) -> float | None:
+        """The temperature, None for greedy decoding."""
+        return None if self.mode == "greedy" else self.temperature
+
 
 def decode(
     reader: GridReader,
@@ -92,32 +98,76 @@ def decode(
     bounds = output_bounds(max_output_tokens, len(prompts))
     numbers = range(len(prompts)) if streams is None else streams
     found: dict[int, Decoded] = {}
-    for batch in split(by_length(prompts, bounds), batch_size):
+    with memory_guard(batch_size):
+        decoder = _new_decoder(reader, prompts, bounds, sampling, max_side)
+    for batch in decoder.batches(by_length(prompts, bounds), batch_size):
         own_prompts, own_bounds = [prompts[i] for i in batch], [bounds[i] for i in batch]
         noise = _noise([numbers[i] for i in batch], max(own_bounds), sampling)
         with memory_guard(batch_size):
-            results = _decode_batch(reader, own_prompts, own_bounds, noise, sampling, max_side)
+            spelled = decoder.decode(own_prompts, own_bounds, noise)
+        results = _results(*spelled, own_bounds, choice_ids(reader.grid_tokens))
         found |= zip(batch, results, strict=True)
         advance(len(batch))
     return [found[index] for index in range(len(prompts))]
 
 
-@torch.no_grad()
-def _decode_batch(
+class _Decoder(Protocol):
+    """How batches are formed and decoded."""
+
+    def batches(self, order: Sequence[int], batch_size: int) -> Iterable[list[int]]:
+        """The prompts, in this order, at most `batch_size` together."""
+
+    def decode(
+        self, prompts: Sequence[Prompt], bounds: Sequence[int], noise_TB12: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
+
+
+def _new_decoder(
     reader: GridReader,
     prompts: Sequence[Prompt],
     bounds: Sequence[int],
-    noise: Tensor | None,
     sampling: Sampling,
     max_side: int,
+) -> _Decoder:
+    if not is_packed(reader):
+        return _CachedDecoder(reader, sampling, max_side)
+    assert isinstance(reader, TinyReader)
+    sizes = [len(prompt.tokens) + bound for prompt, bound in zip(prompts, bounds, strict=True)]
+    return PackedDecoder(reader, sizes, sampling.power, max_side)
+
+
+@dataclass(frozen=True, eq=False)
+class _CachedDecoder:
+    """Decoding through the cache of transformers: hub models, CPUs, float32."""
+
+    reader: GridReader
+    sampling: Sampling
+    max_side: int
+
+    def batches(self, order: Sequence[int], batch_size: int) -> list[list[int]]:
+        return split(order, batch_size)
+
+    @torch.no_grad()
+    def decode(
+        self, prompts: Sequence[Prompt], bounds: Sequence[int], noise_TB12: Tensor | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows, logits = encode_distinct(self.reader, prompts, room=max(bounds))
+        batch = _Batch(rows, bounds, noise_TB12, self.sampling, self.max_side)
+        count, more = 0, batch.step(logits, 0)
+        while more is not None:
+            count += 1
+            more = batch.step(more, count)
+        return batch.spelled()
+
+
+def _results(
+    choices_BT: np.ndarray, log_p_B: np.ndarray, bounds: Sequence[int], ids: Sequence[int]
 ) -> list[Decoded]:
-    rows, logits = encode_distinct(reader, prompts, room=max(bounds))
-    batch = _Batch(rows, bounds, noise, sampling, max_side)
-    count, more = 0, batch.step(logits, 0)
-    while more is not None:
-        count += 1
-        more = batch.step(more, count)
-    return batch.results()
+    return [
+        decoded(own[:bound], float(log_p), ids)
+        for own, log_p, bound in zip(choices_BT, log_p_B, bounds, strict=True)
+    ]
 
 
 class _Batch:
@@ -175,14 +225,11 @@ class _Batch:
         self.place_R = self.place_R.index_select(0, index)
         self.bound_R = self.bound_R.index_select(0, index)
 
-    def results(self) -> list[Decoded]:
-        """What was decoded for each prompt of the batch."""
-        ids = self.rows.grid_ids.tolist()
-        choices, log_p = self.choices_TB.T.cpu().numpy(), self.log_p_TB.T.cpu().double().numpy()
-        return [
-            decoded(own[:bound], float(own_log_p[:bound].sum()), ids)
-            for own, own_log_p, bound in zip(choices, log_p, self.bounds, strict=True)
-        ]
+    def spelled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Choices [B, T] and the log-probability [B] of each prompt's row up to its bound."""
+        log_p_TB = self.log_p_TB.cpu().double().numpy()
+        within = np.arange(len(log_p_TB))[:, None] < np.array(self.bounds)
+        return self.choices_TB.T.cpu().numpy(), (log_p_TB * within).sum(0)
 
 
 def decoded(choices: np.ndarray, log_probability: float, ids: Sequence[int]) -> Decoded:

@@ -2,7 +2,8 @@
 
 A prompt is read once; its place in the cache is then repeated for all its candidates, which go
 through the reader whole, in one call, padded on the right. Log-probabilities are counted exactly as
-in decoding (`reader.grammar`).
+in decoding (`reader.grammar`). The tiny reader on a GPU scores without padding
+(`reader.packed_scoring`).
 
 Legend: R rows (prompt and candidate), S output tokens of the longest candidate, 12 choices.
 """
@@ -19,7 +20,10 @@ from arctrm.reader import grammar
 from arctrm.reader.decoding import BATCH_SIZE
 from arctrm.reader.grammar import END, GridState
 from arctrm.reader.interface import GridReader, Prompt
+from arctrm.reader.packed_scoring import PackedScorer
+from arctrm.reader.places import is_packed
 from arctrm.reader.rows import Rows, by_length, distinct, encode, memory_guard, split
+from arctrm.reader.tiny import TinyReader
 
 
 def product_of_experts(scores: Sequence[Sequence[float]]) -> list[float]:
@@ -48,16 +52,28 @@ def score(
     """
     lengths = [max(map(num_tokens, grids), default=0) for grids in candidates]
     found: list[list[float]] = [[] for _ in prompts]
+    with memory_guard(batch_size):
+        scores_of = _scorer(reader, max_side)
     for group in _groups(by_length(prompts, lengths), candidates, batch_size):
         pairs = [(index, grid) for index in group for grid in candidates[index]]
         if pairs:
             with memory_guard(batch_size):
                 rows = [(prompts[index], grid) for index, grid in pairs]
-                scores = _score_group(reader, rows, batch_size, max_side)
+                scores = scores_of(rows, batch_size)
             for (index, _), value in zip(pairs, scores, strict=True):
                 found[index].append(value)
         advance(len(group))
     return found
+
+
+def _scorer(
+    reader: GridReader, max_side: int
+) -> Callable[[Sequence[tuple[Prompt, Grid]], int], list[float]]:
+    """What scores the (prompt, candidate) pairs of a group, `batch_size` of them at a time."""
+    if not is_packed(reader):
+        return lambda pairs, batch_size: _score_group(reader, pairs, batch_size, max_side)
+    assert isinstance(reader, TinyReader)
+    return PackedScorer(reader, max_side).scores
 
 
 def num_tokens(grid: Grid) -> int:

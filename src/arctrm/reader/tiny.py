@@ -61,6 +61,7 @@ class TinyReader(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
+        self.compiled = False
         width = config.hidden_size
         self.llama = LlamaForCausalLM(llama_config(config))
         self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
@@ -85,6 +86,7 @@ class TinyReader(nn.Module):
 
     def compile_layers(self) -> None:
         """torch.compile of every layer, in place (the names of the weights stay)."""
+        self.compiled = True
         for layer in self.llama.model.layers:
             layer.compile(dynamic=False)
 
@@ -136,7 +138,7 @@ class TinyReader(nn.Module):
         """Next-token logits, float32 [B, S or `keep`, 16]; the tokens are appended to the cache."""
         condition = self.condition(*condition_B3.unbind(1))[:, None]
         embedded = self.llama.model.embed_tokens(tokens_BS) + condition
-        with self._arithmetic():
+        with self._uncompiled(), self._arithmetic():
             out = self.llama.model(
                 inputs_embeds=embedded.to(self.dtype),
                 attention_mask=attention_mask,
@@ -149,6 +151,10 @@ class TinyReader(nn.Module):
     def _stream_dtype(self) -> torch.dtype:
         """Of the residual stream: that of the weights."""
         return self.llama.lm_head.weight.dtype
+
+    def _uncompiled(self) -> AbstractContextManager:
+        """Layers compiled for packed training are not compiled again for every cache."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def _arithmetic(self) -> AbstractContextManager:
         """Autocast while the weights are wider than `dtype` (its cache would outlive a capture)."""

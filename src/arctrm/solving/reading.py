@@ -15,6 +15,7 @@ from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import DIHEDRALS, View
 from arctrm.reader.decoding import Decoded, decode
 from arctrm.reader.interface import GridReader, Prompt
+from arctrm.reader.places import is_packed
 from arctrm.reader.scoring import score
 from arctrm.reader.search import threshold_search
 from arctrm.reader.tiny import TinyReader
@@ -24,8 +25,9 @@ from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
 
-CPU_BATCH, GPU_BATCH, HUB_BATCH = 16, 512, 8
-"""Prompts decoded side by side: by the tiny reader, and by a hub model."""
+CPU_BATCH, PACKED_BATCH, GPU_BATCH, HUB_BATCH = 16, 4096, 512, 8
+"""Prompts decoded side by side: by the tiny reader (on a CPU; on a GPU, where what memory has room
+for bounds them, too; with float32 or a probability threshold there), and by a hub model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ def propose(
     """
     prompts = [reading.prompt for reading in readings]
     bounds = [reading.max_output_tokens for reading in readings]
-    size = batch_size(reader, decoding)
+    size = batch_size(reader, decoding, searching=bool(decoding.min_probability))
     if decoding.min_probability:
         return threshold_search(
             reader,
@@ -184,8 +186,12 @@ def reranked(
     return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
 
 
-def batch_size(reader: GridReader, decoding: DecodingConfig) -> int:
-    """Prompts in one batch."""
+def batch_size(reader: GridReader, decoding: DecodingConfig, searching: bool = False) -> int:
+    """Prompts in one batch, at most; branches when all probable grids are searched for."""
+    if decoding.batch_size:
+        return decoding.batch_size
     if not isinstance(reader, TinyReader):
-        return decoding.batch_size or HUB_BATCH
-    return decoding.batch_size or (GPU_BATCH if reader.device.type == "cuda" else CPU_BATCH)
+        return HUB_BATCH
+    if reader.device.type != "cuda":
+        return CPU_BATCH
+    return PACKED_BATCH if is_packed(reader) and not searching else GPU_BATCH
