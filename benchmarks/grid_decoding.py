@@ -40,9 +40,9 @@ from arctrm.data.task import NUM_COLOURS, Grid, Task
 from arctrm.errors import ConfigError, UserError
 from arctrm.reader import grammar
 from arctrm.reader.decoding import Decoded
+from arctrm.reader.grammar import num_tokens
 from arctrm.reader.interface import Prompt
 from arctrm.reader.rows import by_length, distinct
-from arctrm.reader.scoring import num_tokens
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import END, ROW_END, VOCABULARY
 from arctrm.solving.candidates import Key

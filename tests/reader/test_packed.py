@@ -6,10 +6,12 @@ import torch
 
 from arctrm.config import ReaderConfig
 from arctrm.data.task import Pair
+from arctrm.reader import grammar
 from arctrm.reader.decoding import Sampling, _noise, decode
+from arctrm.reader.lean import Lean
 from arctrm.reader.packed_decoding import PackedDecoder, _num_rows
-from arctrm.reader.packed_scoring import PackedScorer
-from arctrm.reader.places import groups, ranges
+from arctrm.reader.packed_scoring import PackedScorer, _spell, row_size
+from arctrm.reader.places import Places, groups, ranges
 from arctrm.reader.scoring import score
 from arctrm.reader.search import threshold_search
 from arctrm.reader.tiny import TinyReader
@@ -110,7 +112,8 @@ def test_packed_scores_are_cached_scores(batch_size, max_places):
     candidates = [[grid(rng) for _ in range(1 + i % 4)] for i in range(9)]
     expected = score(reader, asked, candidates)
     pairs = [(p, own) for p, several in zip(asked, candidates, strict=True) for own in several]
-    found = PackedScorer(reader, 30, max_places).scores(pairs, batch_size)
+    sizes = [row_size(*pair) for pair in pairs]
+    found = PackedScorer(reader, sizes, 30, max_places).scores(pairs, batch_size)
     np.testing.assert_allclose(found, np.concatenate(expected), atol=5e-4, rtol=1e-5)
 
 
@@ -162,6 +165,18 @@ def test_decoding_and_scoring_compile_nothing():
     score(reader, asked, [[one.grid] for one in found], max_side=SIDE)
     threshold_search(reader, asked, 0.2, max_side=SIDE)
     assert not torch._dynamo.utils.counters["frames"]
+
+
+def test_grids_are_spelled_as_the_grammar_spells_them():
+    rng = np.random.default_rng(0)
+    grids = [np.array([[7]], np.uint8), *(grid(rng) for _ in range(5))]
+    found = _spell(grids, Places(Lean(new_reader()), 0))
+    expected = [grammar.encode_choices(one) for one in grids]
+    assert found.choice_N.tolist() == [c for choices, _ in expected for c in choices]
+    for name in ("y", "x", "width", "finished"):
+        columns = torch.cat([getattr(state, name) for _, state in expected])
+        assert torch.equal(getattr(found.state_N, name), columns)
+    assert found.first_R[found.row_N].unique().tolist() == found.first_R.tolist()
 
 
 def test_groups_hold_what_fits_and_at_least_one():

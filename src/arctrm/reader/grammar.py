@@ -90,6 +90,12 @@ def choice_ids(tokens: GridTokens) -> tuple[int, ...]:
     return (*tokens.colours, tokens.row_end, tokens.end)
 
 
+def num_tokens(grid: Grid) -> int:
+    """Output tokens that spell a grid."""
+    height, width = grid.shape
+    return height * (width + 1) + 1
+
+
 def encode_choices(grid: Grid) -> tuple[np.ndarray, GridState]:
     """Choices int64 [n] that spell a grid, and the state [n] before each of them."""
     height, width = grid.shape

@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from arctrm.data.task import MAX_SIDE, Grid
 from arctrm.reader import grammar
 from arctrm.reader.decoding import BATCH_SIZE
-from arctrm.reader.grammar import END, GridState
+from arctrm.reader.grammar import END, GridState, num_tokens
 from arctrm.reader.interface import GridReader, Prompt
-from arctrm.reader.packed_scoring import PackedScorer
+from arctrm.reader.packed_scoring import PackedScorer, row_size
 from arctrm.reader.places import is_packed
 from arctrm.reader.rows import Rows, by_length, distinct, encode, memory_guard, split
 from arctrm.reader.tiny import TinyReader
@@ -53,7 +53,7 @@ def score(
     lengths = [max(map(num_tokens, grids), default=0) for grids in candidates]
     found: list[list[float]] = [[] for _ in prompts]
     with memory_guard(batch_size):
-        scores_of = _scorer(reader, max_side)
+        scores_of = _scorer(reader, prompts, candidates, max_side)
     for group in _groups(by_length(prompts, lengths), candidates, batch_size):
         pairs = [(index, grid) for index in group for grid in candidates[index]]
         if pairs:
@@ -67,19 +67,18 @@ def score(
 
 
 def _scorer(
-    reader: GridReader, max_side: int
+    reader: GridReader,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Sequence[Grid]],
+    max_side: int,
 ) -> Callable[[Sequence[tuple[Prompt, Grid]], int], list[float]]:
     """What scores the (prompt, candidate) pairs of a group, `batch_size` of them at a time."""
     if not is_packed(reader):
         return lambda pairs, batch_size: _score_group(reader, pairs, batch_size, max_side)
     assert isinstance(reader, TinyReader)
-    return PackedScorer(reader, max_side).scores
-
-
-def num_tokens(grid: Grid) -> int:
-    """Output tokens that spell a grid."""
-    height, width = grid.shape
-    return height * (width + 1) + 1
+    pairs = zip(prompts, candidates, strict=True)
+    sizes = [row_size(prompt, grid) for prompt, own in pairs for grid in own]
+    return PackedScorer(reader, sizes, max_side).scores
 
 
 def _groups(
