@@ -76,7 +76,7 @@ def main() -> None:
     rows = {
         "model": f"d{job.reader.hidden_size} x {job.reader.config.num_layers} layers, "
         f"{job.parameters / 1e6:.1f}M parameters, {job.name}, {job.reader.dtype}",
-        "prompts": f"{len(job.readings):,}, {size} side by side"
+        "prompts": f"{len(job.readings):,}, at most {size:,} side by side"
         f"{', forced to the length of the answer' if job.forced else ''}",
         "first batch, with start-up": f"{first.seconds:.1f} s",
     }

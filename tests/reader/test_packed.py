@@ -167,6 +167,26 @@ def test_decoding_and_scoring_compile_nothing():
     assert not torch._dynamo.utils.counters["frames"]
 
 
+def test_decode_and_score_give_the_same_by_either_way(monkeypatch):
+    reader, asked, done = new_reader(), new_prompts(12), []
+    reader.llama.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 16), requires_grad=False)
+    given = {"batch_size": 5, "max_side": SIDE}
+    expected = decode(reader, asked, **given)
+    spelled = [[one.grid] * (i % 3) for i, one in enumerate(expected)]
+    scores = score(reader, asked, spelled, **given)
+    for module in ("decoding", "scoring"):
+        monkeypatch.setattr(f"arctrm.reader.{module}.is_packed", lambda reader: True)
+        monkeypatch.setattr(f"arctrm.reader.packed_{module}.affordable_places", lambda reader: 500)
+    found = decode(reader, asked, **given, advance=done.append)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert sum(done) == 12
+    again = score(reader, asked, spelled, **given)
+    assert [len(own) for own in again] == [i % 3 for i in range(12)]
+    np.testing.assert_allclose(np.concatenate(again), np.concatenate(scores), atol=5e-4)
+    assert decode(reader, [], **given) == []
+    assert score(reader, asked, [[]] * 12, **given) == [[]] * 12
+
+
 def test_grids_are_spelled_as_the_grammar_spells_them():
     rng = np.random.default_rng(0)
     grids = [np.array([[7]], np.uint8), *(grid(rng) for _ in range(5))]
