@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from arctrm.config import AdaptationConfig, InferenceConfig
+from arctrm.config import InferenceConfig, LearningConfig
 from arctrm.data import canvas
 from arctrm.data.task import Pair, Task
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
 from arctrm.solving.candidates import answer_batch, task_queries
 from arctrm.solving.weights import load_solver
 
-CONFIG = AdaptationConfig(tokens_per_batch=512)
+CONFIG = LearningConfig(tokens_per_batch=512)
 LONG = 60.0
 """Seconds: more than any of these adaptations takes; they end at their max_steps."""
 
@@ -25,8 +25,9 @@ def solver(trained):
 
 
 def adapted(solver, task, steps, seed=0, demonstrations=None):
-    adapter = Adapter(solver, task, CONFIG.model_copy(update={"max_steps": steps}), seed)
-    adapter.train(demonstrations or task.demonstrations, time.monotonic() + LONG)
+    adapter = Adapter(solver, [task], CONFIG, seed)
+    trained_on = replace(task, demonstrations=tuple(demonstrations or task.demonstrations))
+    adapter.train([trained_on], time.monotonic() + LONG, steps)
     return adapter
 
 
@@ -79,25 +80,25 @@ def test_adaptation_changes_a_copy_and_leaves_the_solver_bit_identical(solver, t
 
 
 def test_an_unknown_task_starts_at_the_mean_of_the_trained_embeddings(solver, trained):
-    adapter = Adapter(solver, trained.others[0], CONFIG, 0)
+    adapter = Adapter(solver, [trained.others[0]], CONFIG, 0)
     embedding = adapter.solver.trm.puzzle_emb.weights
     trained_rows = solver.trm.puzzle_emb.weights[: len(trained.known)]
-    assert not adapter.known
+    assert adapter.num_known == 0
     assert embedding.shape[0] == 1
     torch.testing.assert_close(embedding[0].detach(), trained_rows.mean(0))
 
 
 def test_a_known_task_starts_at_its_own_embedding(solver, trained):
     task = replace(trained.known[4], id="renamed")
-    adapter = Adapter(solver, task, CONFIG, 0)
-    assert adapter.known
+    adapter = Adapter(solver, [task], CONFIG, 0)
+    assert adapter.num_known == 1
     row = solver.trm.puzzle_emb.weights[solver.row_of(task)]
     assert torch.equal(adapter.solver.trm.puzzle_emb.weights[0], row)
 
 
 def test_before_any_step_the_copy_answers_as_the_solver_does(solver, trained):
     for task in (trained.known[0], trained.others[0]):
-        copy = Adapter(solver, task, CONFIG, 0).solver
+        copy = Adapter(solver, [task], CONFIG, 0).solver
         queries = task_queries(solver, task, 4, seed=0)
         copied = task_queries(copy, task, 4, seed=0)
         assert {query.row for query in copied} == {0}
@@ -117,7 +118,7 @@ def test_before_any_step_the_copy_answers_as_the_solver_does(solver, trained):
 
 def test_the_loss_on_the_demonstrations_falls(solver, trained, monkeypatch):
     task = trained.others[0]
-    before = demonstration_loss(Adapter(solver, task, CONFIG, 0).solver, task, monkeypatch)
+    before = demonstration_loss(Adapter(solver, [task], CONFIG, 0).solver, task, monkeypatch)
     adapter = adapted(solver, task, 40)
     after = demonstration_loss(adapter.solver, task, monkeypatch)
     assert after < 0.8 * before
@@ -135,17 +136,17 @@ def test_the_same_seed_adapts_to_the_same_weights(solver, trained):
 
 
 def test_no_step_is_taken_after_the_end(solver, trained):
-    adapter = Adapter(solver, trained.others[0], CONFIG, 0)
+    adapter = Adapter(solver, [trained.others[0]], CONFIG, 0)
     before = weights_of(adapter.solver)
-    adapter.train(trained.others[0].demonstrations, time.monotonic() - 1)
+    adapter.train(trained.others[:1], time.monotonic() - 1, 10)
     assert adapter.steps == 0
     assert equal(weights_of(adapter.solver), before)
 
 
 def test_adaptation_ends_on_time(solver, trained):
-    adapter = Adapter(solver, trained.others[0], CONFIG, 0)
+    adapter = Adapter(solver, [trained.others[0]], CONFIG, 0)
     begin = time.monotonic()
-    adapter.train(trained.others[0].demonstrations, begin + 1.5)
+    adapter.train(trained.others[:1], begin + 1.5, 2000)
     assert time.monotonic() - begin < 2.5
     assert adapter.steps > 3
 

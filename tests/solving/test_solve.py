@@ -46,9 +46,9 @@ def rounds(monkeypatch):
     given = []
     train = Adapter.train
 
-    def recorded(self, demonstrations, *rest, **named):
-        given.append(list(demonstrations))
-        return train(self, demonstrations, *rest, **named)
+    def recorded(self, tasks, *rest, **named):
+        given.append(list(tasks[0].demonstrations))
+        return train(self, tasks, *rest, **named)
 
     monkeypatch.setattr(Adapter, "train", recorded)
     return given
@@ -187,10 +187,10 @@ def test_the_held_out_demonstration_is_learned_too_however_fast_steps_are(
     learned = []
     train = Adapter.train
 
-    def recorded(self, demonstrations, *rest, **named):
+    def recorded(self, tasks, *rest, **named):
         before = self.steps
-        train(self, demonstrations, *rest, **named)
-        learned.append((len(demonstrations), self.steps - before))
+        train(self, tasks, *rest, **named)
+        learned.append((len(tasks[0].demonstrations), self.steps - before))
 
     monkeypatch.setattr(Adapter, "train", recorded)
     task = trained.others[1].without_answers()

@@ -177,9 +177,9 @@ def test_solving_leaves_the_model_bit_identical(solvers, trained, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_adaptation_trains_every_part(solvers, trained, kind):
     solver, task = solvers(kind), trained.others[0]
-    adapter = Adapter(solver, task, config(steps=3).adaptation, 0)
+    adapter = Adapter(solver, [task], config().adaptation, 0)
     before = {name: tensor.clone() for name, tensor in adapter.solver.model.state_dict().items()}
-    adapter.train(task.demonstrations, time.monotonic() + 60)
+    adapter.train([task], time.monotonic() + 60, 3)
     after = adapter.solver.model.state_dict()
     still = {name for name in before if torch.equal(before[name], after[name])}
     fixed = {name for name in before if name.split(".")[-1] in ("H_init", "L_init")}
@@ -190,7 +190,7 @@ def test_adaptation_trains_every_part(solvers, trained, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_task_starts_at_the_mean_of_the_trained_embeddings(solvers, trained, kind):
     solver = solvers(kind)
-    model = Adapter(solver, trained.others[0], config().adaptation, 0).solver.model
+    model = Adapter(solver, [trained.others[0]], config().adaptation, 0).solver.model
     for name, tensor in model.state_dict().items():
         if name.endswith("puzzle_emb.weights"):
             rows = solver.model.state_dict()[name][: len(trained.known)]
@@ -205,8 +205,9 @@ def test_a_held_out_demonstration_changes_nothing_before_the_probe(solvers, trai
     learned = []
     for first in (pair, other):
         version = replace(task, demonstrations=(first, *task.demonstrations[1:]))
-        adapter = Adapter(solver, version, config(steps=2).adaptation, 0)
-        adapter.train(task.demonstrations[1:], time.monotonic() + 60)
+        adapter = Adapter(solver, [version], config().adaptation, 0)
+        rest = replace(version, demonstrations=task.demonstrations[1:])
+        adapter.train([rest], time.monotonic() + 60, 2)
         learned.append(adapter.solver.model.state_dict())
     assert all(torch.equal(learned[0][name], tensor) for name, tensor in learned[1].items())
 
@@ -215,7 +216,7 @@ def test_answers_of_an_adapted_reader_are_computed_in_its_own_arithmetic(solvers
     solver = solvers("pooled")
     assert solver.reader is not None
     solver.reader.to(torch.bfloat16).dtype = torch.bfloat16
-    adapter = Adapter(solver, trained.others[0], config().adaptation, 0)
+    adapter = Adapter(solver, [trained.others[0]], config().adaptation, 0)
     weights = next(adapter.solver.reader.parameters())
     answering = adapter.answering().reader
     assert weights.dtype == torch.float32

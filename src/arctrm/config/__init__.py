@@ -6,7 +6,13 @@ from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
 from arctrm.config.joint import CouplingConfig, JointConfig, JointModelConfig
 from arctrm.config.reader import ReaderConfig
-from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
+from arctrm.config.solving import (
+    AdaptationConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    LearningConfig,
+    TaskChoiceConfig,
+)
 from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 
@@ -22,6 +28,7 @@ __all__ = [
     "InferenceConfig",
     "JointConfig",
     "JointModelConfig",
+    "LearningConfig",
     "OptimiserConfig",
     "PretrainConfig",
     "ReaderConfig",
@@ -29,6 +36,7 @@ __all__ = [
     "ShowConfig",
     "SolveConfig",
     "TRMConfig",
+    "TaskChoiceConfig",
     "TrackingConfig",
     "TrainingConfig",
 ]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from arctrm.config.base import StrictModel
 from arctrm.config.decoding import DecodingConfig
 from arctrm.config.reader_hub import HubReaderConfig
-from arctrm.config.solving import EvaluationConfig
+from arctrm.config.solving import TaskChoiceConfig
 
 
 class BaselineHubConfig(HubReaderConfig):
@@ -34,7 +34,7 @@ class BaselineConfig(StrictModel):
     max_new_tokens: int = Field(2048, ge=1)
     """Bound on the tokens of an answer in plain language (hub.prompt = "chat")."""
     hub: BaselineHubConfig = BaselineHubConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: TaskChoiceConfig = TaskChoiceConfig()
     reader: DecodingConfig = DecodingConfig()
 
     @model_validator(mode="after")

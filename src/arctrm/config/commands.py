@@ -11,7 +11,12 @@ from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
 from arctrm.config.joint import JointConfig
 from arctrm.config.reader import ReaderConfig
-from arctrm.config.solving import AdaptationConfig, EvaluationConfig, InferenceConfig
+from arctrm.config.solving import (
+    AdaptationConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    LearningConfig,
+)
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.task import MAX_SIDE
@@ -93,6 +98,16 @@ class EvalConfig(StrictModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     reader: DecodingConfig = DecodingConfig(rank="experts")
+    adaptation: LearningConfig = LearningConfig()
+
+    @model_validator(mode="after")
+    def _adapts_to_what_is_told(self) -> "EvalConfig":
+        if self.inference.blank_task_embedding and self.evaluation.adapts:
+            raise ValueError(
+                "inference.blank_task_embedding = true hides the tasks that "
+                f"evaluation.{self.evaluation.adapted_for} adapts to; leave one of the two out"
+            )
+        return self
 
 
 class SolveConfig(StrictModel):

@@ -1,10 +1,11 @@
 """`[evaluation]` and `[solving]`: inference, vote, adaptation, budget."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
+from arctrm.config.training import Seconds
 
 
 class InferenceConfig(StrictModel):
@@ -29,11 +30,8 @@ class InferenceConfig(StrictModel):
     """Ablation: answer with a blank task embedding."""
 
 
-class AdaptationConfig(StrictModel):
-    """Test-time training on a task's own demonstrations."""
-
-    enabled: bool = True
-    """Adapt before answering."""
+class LearningConfig(StrictModel):
+    """Rates and batch of test-time training on the demonstrations of tasks."""
 
     muon_lr: float = Field(1e-3, gt=0)
     """Learning rate of Muon on the block matrices."""
@@ -47,6 +45,13 @@ class AdaptationConfig(StrictModel):
     halt_max_steps: int = Field(3, ge=1)
     """Supervision steps before a row is replaced."""
 
+
+class AdaptationConfig(LearningConfig):
+    """Test-time training on a task's own demonstrations."""
+
+    enabled: bool = True
+    """Adapt before answering."""
+
     max_steps: int = Field(2000, ge=1)
     """Bound on optimiser steps before and after the probe each, whatever the budget."""
 
@@ -57,8 +62,8 @@ class AdaptationConfig(StrictModel):
     """The same for a task whose demonstrations the model was trained on."""
 
 
-class EvaluationConfig(StrictModel):
-    """Which tasks `eval` answers and scores."""
+class TaskChoiceConfig(StrictModel):
+    """Which tasks are answered and scored."""
 
     test_set: str = "evaluation"
     """Bundled name or path of the tasks to answer."""
@@ -72,8 +77,54 @@ class EvaluationConfig(StrictModel):
     held_out: int = Field(0, ge=0)
     """Only the tasks that `data.held_out` of the same number kept the test pairs of; 0 = all."""
 
-    ablate: tuple[Literal["no-reader", "no-trm", "swap-context", "no-draft"], ...] = ()
-    """Of a hybrid: score again with one thing left out, each in turn."""
-
     solutions: str | None = None
     """Kaggle solutions file, when the tasks come without answers."""
+
+
+class EvaluationConfig(TaskChoiceConfig):
+    """Which tasks `eval` answers and scores, adapted to or not, with what left out."""
+
+    alternatives: ClassVar = (("adapt_steps", "adapt_budget"),)
+
+    adapt_steps: int = Field(0, ge=0)
+    """Optimiser steps on the demonstrations of all evaluated tasks, side by side in one job, before
+    they are answered; 0 = none."""
+
+    adapt_budget: Seconds | None = None
+    """Wall-clock time of that job, such as "60s", instead of its steps."""
+
+    ablate: tuple[
+        Literal["no-reader", "no-trm", "swap-context", "no-draft", "no-adaptation"], ...
+    ] = ()
+    """Score again with one thing left out, each in turn: of a hybrid, or of an evaluation that
+    adapts."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the tasks are adapted to before they are answered."""
+        return self.adapt_steps > 0 or self.adapt_budget is not None
+
+    @property
+    def adapted_for(self) -> str:
+        """The key that says for how long, with its value."""
+        if self.adapt_budget is not None:
+            return f"adapt_budget = {self.adapt_budget}"
+        return f"adapt_steps = {self.adapt_steps}"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "EvaluationConfig":
+        if self.adapt_steps and self.adapt_budget is not None:
+            raise ValueError(
+                f"evaluation.adapt_steps = {self.adapt_steps} and evaluation.adapt_budget = "
+                f"{self.adapt_budget} contradict each other; give one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_leave_out(self) -> "EvaluationConfig":
+        if "no-adaptation" in self.ablate and not self.adapts:
+            raise ValueError(
+                "evaluation.ablate names 'no-adaptation', but nothing is adapted to; set "
+                "evaluation.adapt_steps or evaluation.adapt_budget, or leave that row out"
+            )
+        return self

@@ -1,93 +1,129 @@
-"""Adaptation: test-time training on a task's own demonstrations.
+"""Adaptation: test-time training on the demonstrations of the tasks to be answered.
 
 Everything that answers is fine-tuned on views of the demonstrations (TRM, reader, adapters),
-through the same streams, losses and optimisers as in training, with one task embedding: the task's
-own if the model knows the task, else the mean of the trained ones. A demonstration can be held out
-first and be used as a probe (leave-one-out) before all of them are trained on.
+through the same streams, losses and optimisers as in training, with one task embedding for each
+task: its own if the model knows the task, else the mean of the trained ones. `solve` adapts to one
+task within its time (here), `eval` to all of them side by side (`arctrm.solving.side_by_side`). A
+demonstration can be held out first and be used as a probe (leave-one-out) before all of them are
+trained on.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from arctrm.config import AdaptationConfig
+from arctrm.config import LearningConfig
 from arctrm.data.task import Pair, Task
+from arctrm.errors import CheckpointError, ResourceError
 from arctrm.solving.learners import (
     DRAFT_EVERY,
     Learner,
     batch_tokens,
+    least_tokens,
     new_step,
-    one_task_copy,
+    trainable_copy,
     trained_apart,
 )
 from arctrm.solving.weights import Solver
+from arctrm.training.stages import Step
 
 WARMUP_STEPS = 3
 
 
 class Adapter:
-    """A copy of a solver's model that adapts to one task; `solver` holds it at any time."""
+    """A copy of a solver's model that adapts to some tasks; `solver` holds it at any time."""
 
     def __init__(
         self,
         solver: Solver,
-        task: Task,
-        config: AdaptationConfig,
+        tasks: Sequence[Task],
+        config: LearningConfig,
         seed: int,
         seconds_per_token: float = 0.0,
     ):
         """`seconds_per_token` of answering, if known, guesses the time of the first step."""
-        self.config, self.task, self.seed = config, task, seed
+        self.config, self.seed = config, seed
         self.steps = 0
-        row = solver.row_of(task)
-        self.known = row is not None
-        model = one_task_copy(solver.model, solver.mean_row if row is None else row)
+        tasks = sorted(tasks, key=lambda task: task.id)
+        rows = [solver.row_of(task) for task in tasks]
+        self.num_known = sum(row is not None for row in rows)
+        """Tasks that the model was trained on."""
+        model = trainable_copy(
+            solver.model, [solver.mean_row if row is None else row for row in rows]
+        )
+        own = {task.id: row for row, task in enumerate(tasks)}
         self.solver = replace(
-            solver, model=model, rows={task.id: 0}, by_content=False, views={}, name="adapted"
+            solver, model=model, rows=own, by_content=False, views={}, name="adapted"
         )
         self.parts = trained_apart(model)
         self.learners = [Learner(part, config) for part in self.parts]
-        tokens = sum(batch_tokens(part, task.demonstrations, config) for part in self.parts)
-        self.seconds_per_step = seconds_per_token * tokens
+        self.num_tokens = [batch_tokens(part, tasks, config) for part in self.parts]
+        """Tokens of a batch of each part."""
+        self.smallest = max(least_tokens(part, tasks) for part in self.parts)
+        self.seconds_per_step = seconds_per_token * sum(self.num_tokens)
         torch.manual_seed(seed)
+
+    def new_steps(self, tasks: Sequence[Task]) -> list[Step]:
+        """What adds the gradients of batches of the demonstrations of `tasks`, for each part."""
+        assert sorted(task.id for task in tasks) == list(self.solver.rows)
+        colours = self.solver.identity_colours
+        return [new_step(part, tasks, self.config, self.seed, colours) for part in self.parts]
+
+    def learn(self, steps: Sequence[Callable[[], None]], factor: float) -> None:
+        """One optimiser step of every part at `factor` x the learning rates.
+
+        Raises:
+            ResourceError: out of memory; says which key to lower.
+        """
+        with self.memory_errors():
+            for learner, step in zip(self.learners, steps, strict=True):
+                learner.learn(step, factor)
+        self.steps += 1
 
     def train(
         self,
-        demonstrations: Sequence[Pair],
+        tasks: Sequence[Task],
         until: float,
+        max_steps: int,
         advance: Callable[[int], None] = lambda steps: None,
     ) -> None:
-        """Train on views of `demonstrations` until the monotonic time `until`.
+        """Train on views of the demonstrations of `tasks` until the monotonic time `until`.
 
-        Stops before a step that would end later, and after `config.max_steps`.
+        Stops before a step that would end later, and after `max_steps`.
         """
-        colours = self.solver.identity_colours
-        steps = [
-            new_step(part, demonstrations, self.config, self.seed, colours) for part in self.parts
-        ]
+        steps = self.new_steps(tasks)
         if self.steps == 0:  # a guess from one slow batch must not forbid the first step
             self.seconds_per_step = min(self.seconds_per_step, (until - time.monotonic()) / 2)
         longest = self.seconds_per_step
-        for number in range(self.config.max_steps):
+        for number in range(max_steps):
             expected = self.seconds_per_step if number % DRAFT_EVERY else longest
             if time.monotonic() + expected >= until:
                 break
             begin = time.monotonic()
-            self._step(steps)
+            self.learn(steps, min(1.0, (self.steps + 1) / WARMUP_STEPS))
+            if self.solver.device.type == "cuda":
+                torch.cuda.synchronize()
             self.seconds_per_step = time.monotonic() - begin
             longest = max(longest, self.seconds_per_step)
             advance(self.steps)
 
-    def _step(self, steps: Sequence[Callable[[], None]]) -> None:
-        factor = min(1.0, (self.steps + 1) / WARMUP_STEPS)
-        for learner, step in zip(self.learners, steps, strict=True):
-            learner.learn(step, factor)
-        self.steps += 1
-        if self.solver.device.type == "cuda":
-            torch.cuda.synchronize()
+    @contextmanager
+    def memory_errors(self) -> Iterator[None]:
+        """Turn out of memory into the ResourceError that says which key to lower."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            tokens = max(self.num_tokens)
+            cure = f"lower it, for example --set adaptation.tokens_per_batch={tokens // 2}"
+            if tokens <= self.smallest:
+                cure = "no batch holds less than the largest demonstration; use a smaller model"
+            raise ResourceError(
+                f"out of memory with adaptation.tokens_per_batch = {tokens}; {cure}"
+            ) from error
 
     def answering(self) -> Solver:
         """The solver to answer with, as it is now: its reader's weights in its own arithmetic.
@@ -95,13 +131,35 @@ class Adapter:
         (Decoding would else turn float32 weights into narrower ones at every token.)
         """
         reader = self.solver.reader
-        if reader is None or reader.dtype == torch.float32:
-            return self.solver
-        copy = replace(self.solver, model=one_task_copy(self.solver.model, 0))
-        assert copy.reader is not None
-        copy.reader.to(reader.dtype)
+        return self.solver if reader is None or reader.dtype == torch.float32 else self.frozen()
+
+    def frozen(self) -> Solver:
+        """A copy of the solver, as it is now, that is not trained: what answers after the last
+        step.
+        """
+        rows = range(len(self.solver.rows))
+        copy = replace(self.solver, model=trainable_copy(self.solver.model, rows))
+        if copy.reader is not None:
+            copy.reader.to(copy.reader.dtype)
         copy.model.requires_grad_(False)
         return copy
+
+
+def require_adaptable(solver: Solver, command: str, instead: str) -> None:
+    """Refuse a checkpoint whose task embeddings cannot be adapted; `instead`: what to do.
+
+    Raises:
+        CheckpointError: of a TRM with another layout or with embeddings of single views.
+    """
+    if not solver.has_trm:
+        return
+    config = solver.trm.config
+    if config.layout != "compact" or config.task_embedding != "shared":
+        raise CheckpointError(
+            f"{solver.name}: trm.layout = {config.layout!r} with trm.task_embedding = "
+            f"{config.task_embedding!r} cannot adapt to a task; {command} needs layout 'compact' "
+            f"with 'shared' embeddings ({instead})"
+        )
 
 
 def held_out(task: Task, seed: int) -> int | None:

@@ -154,20 +154,21 @@ def _adapt(work: _Work) -> Adapter | None:
     if not config.adaptation.enabled or share == 0:
         return None
     guess = pace.seconds("refine", 1) + pace.seconds("read", 1)
-    adapter = Adapter(solver, task, config.adaptation, config.seed, guess)
+    adapter = Adapter(solver, [task], config.adaptation, config.seed, guess)
     now, left = time.monotonic(), pace.left()
     answers = answering_seconds(solver, task, config, pace)
     # What the answers do not need adapts, too.
     spare = 0.0 if answers is None else left - answers * RESERVE
     until = now + max(left * share, spare)
     until = min(until, pace.end - least_seconds(solver, task, config, pace) * RESERVE)
+    most = config.adaptation.max_steps
     told = lambda steps: work.tell(f"adapting, step {steps}")
     index = None if known else held_out(task, config.seed)
     if index is not None:
-        rest = [pair for i, pair in enumerate(task.demonstrations) if i != index]
-        adapter.train(rest, now + (until - now) * PROBE_SHARE, told)
+        rest = probe_task(task, index)
+        adapter.train([rest], now + (until - now) * PROBE_SHARE, most, told)
         work.leave_one_out = _probe(work, adapter, index, until) if adapter.steps else None
-    adapter.train(task.demonstrations, until, told)
+    adapter.train([task], until, most, told)
     return adapter if adapter.steps else None
 
 

@@ -1,4 +1,4 @@
-"""The training steps of adaptation: those of pretraining and joint training, on one task.
+"""The training steps of adaptation: those of pretraining and joint training, on a few tasks.
 
 TRM takes a `MicroStep`, a tiny reader a `ReaderStep`; a hybrid without adapters takes both side by
 side, one with adapters a `JointStep`, which trains reader, adapters and TRM together.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from arctrm.config import AdaptationConfig, DataConfig, OptimiserConfig, ReaderConfig
+from arctrm.config import DataConfig, LearningConfig, OptimiserConfig, ReaderConfig
 from arctrm.data.canvas import pair_canvas
 from arctrm.data.dataset import BaseSet, base_set_from_tasks
 from arctrm.data.task import MAX_SIDE, Pair, Task
@@ -26,14 +26,17 @@ from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import TOKENS_PER_ROW
-from arctrm.training.step import MicroStep
+from arctrm.training.stages import TOKENS_PER_ROW, Step
+from arctrm.training.step import GraphedStep, MicroStep
 from arctrm.training.stream import PairStream
+from arctrm.training.update import Update
 from arctrm.trm.model import TRM
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 DRAFT_EVERY = 50
-"""Steps of a coupled hybrid between two rounds of drafting."""
+"""Steps of a coupled hybrid between two rounds of drafting, for each task; of many tasks not more
+than in joint training."""
+CLIP_NORM = 1.0
 MORE = 2
 """Rows and columns that a draft may have beyond the true output (see `DraftPool`)."""
 MAX_ATTEMPTS = 2
@@ -45,17 +48,22 @@ Model = TRM | TinyReader | Hybrid
 class Learner:
     """The optimisers of what is trained together."""
 
-    def __init__(self, model: nn.Module, config: AdaptationConfig):
+    def __init__(self, model: nn.Module, config: LearningConfig):
         self.gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
         rates = OptimiserConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
-        self.optimisers = Optimisers(model, rates)
+        self.update = Update(self.gradients, Optimisers(model, rates), None, CLIP_NORM)
 
     def learn(self, step: Callable[[], None], factor: float) -> None:
         """One step at `factor` x the learning rates."""
         self.gradients.zero()
         step()
-        self.gradients.clip(1.0)
-        self.optimisers.step(factor)
+        self.gradients.average()
+        self.update(factor, 0)  # the number of the step is for a moving average
+
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """`step` as a CUDA graph; the update becomes one, too."""
+        self.update.capture()
+        return GraphedStep(step)
 
 
 def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:
@@ -68,72 +76,80 @@ def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:
 
 def new_step(
     part: Model,
-    demonstrations: Sequence[Pair],
-    config: AdaptationConfig,
+    tasks: Sequence[Task],
+    config: LearningConfig,
     seed: int,
     identity_colours: float,
-) -> Callable[[], None]:
-    """What adds the gradient of a batch of views of the demonstrations."""
-    base = base_set_from_tasks({"task": [Task("task", tuple(demonstrations))]}, None, 0)
+) -> Step:
+    """What adds the gradient of a batch of views of the demonstrations of `tasks`.
+
+    Their embeddings are in the order of their ids. Test pairs are not trained on.
+    """
+    base = base_set_from_tasks({"tasks": list(tasks)}, "tasks", 0)
     data = DataConfig(
-        subsets=("task",),
-        test_set=None,
+        subsets=("tasks",),
+        test_set="tasks",
         num_aug=0,
         identity_colours=identity_colours,
         enlarge_canvas=0.0,
     )
     if isinstance(part, TRM):
-        return _trm_step(part, demonstrations, config, base, data, seed)
+        return _trm_step(part, tasks, config, base, data, seed)
     if isinstance(part, TinyReader):
-        return _reader_step(part, demonstrations, config, base, data, seed)
-    return _joint_step(part, demonstrations, config, base, data, seed)
+        return _reader_step(part, tasks, config, base, data, seed)
+    return _joint_step(part, tasks, config, base, data, seed)
 
 
-def batch_tokens(part: Model, demonstrations: Sequence[Pair], config: AdaptationConfig) -> int:
+def batch_tokens(part: Model, tasks: Sequence[Task], config: LearningConfig) -> int:
     """Tokens of a packed batch: at least the largest demonstration, of a hybrid two of them."""
     device = part.puzzle_emb.weights.device
     wanted = config.tokens_per_batch or (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
+    return max(wanted, least_tokens(part, tasks))
+
+
+def least_tokens(part: Model, tasks: Sequence[Task]) -> int:
+    """Tokens of the smallest batch that holds every demonstration."""
     if isinstance(part, TRM):
-        return max(wanted, _largest_canvas(part, demonstrations))
+        return _largest_canvas(part, tasks)
     if isinstance(part, TinyReader):
-        return max(wanted, _longest_sequence(part.config, demonstrations))
+        return _longest_sequence(part.config, tasks)
     per_sequence = _reader(part).config.pairs_per_sequence
-    return max(wanted, 2 * per_sequence * _largest_canvas(part.trm, demonstrations))
+    return 2 * per_sequence * _largest_canvas(part.trm, tasks)
 
 
 def _trm_step(
     trm: TRM,
-    demonstrations: Sequence[Pair],
-    config: AdaptationConfig,
+    tasks: Sequence[Task],
+    config: LearningConfig,
     base: BaseSet,
     data: DataConfig,
     seed: int,
 ) -> MicroStep:
     stream = PairStream(base, data, trm.config, seed, trm.H_init.device)
-    num_tokens = batch_tokens(trm, demonstrations, config)
+    num_tokens = batch_tokens(trm, tasks, config)
     state = stream.new_state(trm, num_tokens, max(2, num_tokens // TOKENS_PER_ROW))
     return MicroStep(trm, stream, state, config.halt_max_steps, 1.0)
 
 
 def _reader_step(
     reader: TinyReader,
-    demonstrations: Sequence[Pair],
-    config: AdaptationConfig,
+    tasks: Sequence[Task],
+    config: LearningConfig,
     base: BaseSet,
     data: DataConfig,
     seed: int,
 ) -> ReaderStep:
     source = PairSource(base, data, seed, reader.device)
     stream = ReaderStream(source, reader.config, reader.dtype)
-    num_tokens = batch_tokens(reader, demonstrations, config)
+    num_tokens = batch_tokens(reader, tasks, config)
     num_rows = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
     return ReaderStep(reader, stream, num_tokens, max(2, num_rows), 1.0)
 
 
 def _joint_step(
     hybrid: Hybrid,
-    demonstrations: Sequence[Pair],
-    config: AdaptationConfig,
+    tasks: Sequence[Task],
+    config: LearningConfig,
     base: BaseSet,
     data: DataConfig,
     seed: int,
@@ -142,9 +158,9 @@ def _joint_step(
     source = PairSource(base, data, seed, reader.device)
     own = ReaderStream(source, reader.config, reader.dtype)
     trm = PairStream(base, data, hybrid.trm.config, seed, source.device, source)
-    num_tokens = batch_tokens(hybrid, demonstrations, config)
+    num_tokens = batch_tokens(hybrid, tasks, config)
     num_soft = coupling.num_back_vectors if coupling.back else 0
-    sequence = _longest_sequence(reader.config, demonstrations, MORE)
+    sequence = _longest_sequence(reader.config, tasks, MORE)
     num_sequences = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
     stream = JointStream(
         own,
@@ -155,6 +171,7 @@ def _joint_step(
         num_sequences=max(2, num_sequences // 2 * 2),
         num_soft=num_soft,
         no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
+        right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
     )
     return JointStep(
@@ -167,16 +184,21 @@ def _reader(hybrid: Hybrid) -> TinyReader:
     return hybrid.tiny
 
 
-def _largest_canvas(trm: TRM, demonstrations: Sequence[Pair]) -> int:
-    sizes = [pair_canvas(pair) for pair in demonstrations]
+def _largest_canvas(trm: TRM, tasks: Sequence[Task]) -> int:
+    sizes = [pair_canvas(pair) for task in tasks for pair in task.demonstrations]
     return trm.config.num_slots + max(height * width for height, width in sizes)
 
 
-def _longest_sequence(config: ReaderConfig, demonstrations: Sequence[Pair], more: int = 0) -> int:
-    """Tokens of the longest sequence; its last output has `more` rows and columns."""
+def _longest_sequence(config: ReaderConfig, tasks: Sequence[Task], more: int = 0) -> int:
+    """Tokens of the longest sequence of any task; its last output has `more` rows and columns."""
+    longest = max(_longest_of_task(config, task.demonstrations, more) for task in tasks)
+    return min(config.longest_sequence, longest)
+
+
+def _longest_of_task(config: ReaderConfig, demonstrations: Sequence[Pair], more: int) -> int:
     pairs = sorted((pair_length(pair) for pair in demonstrations), reverse=True)
     total = sum(pairs[: config.pairs_per_sequence])
-    return min(config.longest_sequence, total + max(_growth(p, more) for p in demonstrations))
+    return total + max(_growth(pair, more) for pair in demonstrations)
 
 
 def _growth(pair: Pair, more: int) -> int:
@@ -186,14 +208,14 @@ def _growth(pair: Pair, more: int) -> int:
     return grid_length(height, width) - grid_length(*pair.output.shape)
 
 
-def one_task_copy(model: Model, row: int) -> Model:
-    """A trainable float32 copy with the task embedding `row` as its only one."""
+def trainable_copy(model: Model, rows: Sequence[int]) -> Model:
+    """A trainable float32 copy with the task embeddings of `rows`, in that order, and no others."""
     weights = {name: _float32(tensor) for name, tensor in model.state_dict().items()}
     for name in weights:
         if name.endswith("puzzle_emb.weights"):
-            weights[name] = weights[name][row : row + 1].clone()
+            weights[name] = weights[name][list(rows)]
     with torch.device("meta"):
-        copy = _empty_like(model)
+        copy = _empty_like(model, len(rows))
     copy.load_state_dict(weights, assign=True)
     for old, new in zip(_computing(model), _computing(copy), strict=True):
         new.dtype = old.dtype
@@ -207,14 +229,15 @@ def _float32(tensor: torch.Tensor) -> torch.Tensor:
     return copy.float() if copy.is_floating_point() else copy
 
 
-def _empty_like(model: Model) -> Model:
+def _empty_like(model: Model, num_tasks: int) -> Model:
     if isinstance(model, TRM):
-        return TRM(model.config, 1)
+        return TRM(model.config, num_tasks)
     if isinstance(model, TinyReader):
-        return TinyReader(model.config, 1)
-    reader = TinyReader(_reader(model).config, 1)
-    often = model.config.model_copy(update={"draft_every": DRAFT_EVERY})
-    return Hybrid(reader, reader.hidden_size, TRM(model.trm.config, 1), often)
+        return TinyReader(model.config, num_tasks)
+    reader = TinyReader(_reader(model).config, num_tasks)
+    draft_every = min(DRAFT_EVERY * num_tasks, max(DRAFT_EVERY, model.config.draft_every))
+    coupling = model.config.model_copy(update={"draft_every": draft_every})
+    return Hybrid(reader, reader.hidden_size, TRM(model.trm.config, num_tasks), coupling)
 
 
 def _computing(model: Model) -> list[TRM | TinyReader]:

@@ -10,15 +10,15 @@ from arctrm.config import SolveConfig
 from arctrm.console import console, note
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
-from arctrm.errors import CheckpointError
 from arctrm.planner.trace import attempts_table
 from arctrm.solving import scoring
+from arctrm.solving.adaptation import require_adaptable
 from arctrm.solving.anytime import Interrupted, solve_task
 from arctrm.solving.candidates import require_test_inputs
 from arctrm.solving.planning import can_plan
 from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.weights import Solver, load_solver
+from arctrm.solving.weights import load_solver
 from arctrm.training.files import disk_errors, write_text_atomically
 
 
@@ -39,7 +39,7 @@ def run(
     tasks = _load(config, target)
     known = scoring.answers(tasks)
     solver = load_solver(config.checkpoint, config.inference, device)
-    _check_solver(solver)
+    require_adaptable(solver, "solve", "`arctrm eval` takes any checkpoint")
     if trace and not can_plan(solver):
         note(escape(f"{solver.name} has no coupling of a reader and a TRM to plan with"))
     if out is not None:
@@ -102,23 +102,11 @@ def _write(answered: dict[str, list[Solution]], tasks: list[Task], out: Path) ->
     write_submission(out / "submission.json", content)
 
 
-def _check_solver(solver: Solver) -> None:
-    if not solver.has_trm:
-        return
-    config = solver.trm.config
-    if config.layout != "compact" or config.task_embedding != "shared":
-        raise CheckpointError(
-            f"{solver.name}: trm.layout = {config.layout!r} with trm.task_embedding = "
-            f"{config.task_embedding!r} cannot adapt to a task; solve needs layout 'compact' with "
-            "'shared' embeddings (`arctrm eval` takes any checkpoint)"
-        )
-
-
 def describe(config: SolveConfig, target: str) -> Table:
     """What `solve` would run."""
     tasks = _load(config, target)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
-    _check_solver(solver)
+    require_adaptable(solver, "solve", "`arctrm eval` takes any checkpoint")
     table = Table(title="solve (dry run)", title_justify="left", show_header=False)
     table.add_row("checkpoint", escape(solver.name))
     table.add_row("tasks, test inputs", f"{len(tasks)}, {sum(len(t.test) for t in tasks)}")
