@@ -98,6 +98,22 @@ def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str
     )
 
 
+def check_demonstrations(tasks: list[Task], test_set: str) -> None:
+    """Refuse to train on the demonstrations of evaluated tasks that hold another's test pair.
+
+    Raises:
+        OverlapError: some do.
+
+    """
+    bad = refused(find_overlaps({test_set: tasks}, tasks, test_set), test_set)
+    if bad:
+        raise OverlapError(
+            f"{test_set}: demonstrations that would be trained on hold test pairs of other "
+            f"evaluated tasks ({describe(bad)}); leave those tasks out with evaluation.tasks, or "
+            "set evaluation.adapt_steps = 0"
+        )
+
+
 def describe(overlaps: Iterable[Overlap]) -> str:
     """`40853293 (test pair of 070dd51e), ... and 366 more tasks`, each task once."""
     first = {overlap.task_id: overlap for overlap in reversed(list(overlaps))}

@@ -31,8 +31,6 @@ class Asked:
 
 def ask(solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator) -> Asked:
     """This process's share of the questions; the reader answers them, if there is one."""
-    if accelerator.is_main_process:
-        say_what_is_unusual(solver, tasks, config)
     everything = questions(solver, tasks, config.inference.views, config.seed)
     with accelerator.split_between_processes(everything) as mine:
         if solver.reader is None:
@@ -91,12 +89,13 @@ def rank_all(
 
 
 def say_what_is_unusual(
-    solver: Solver, tasks: list[Task], config: EvalConfig | BaselineConfig
+    solver: Solver, tasks: list[Task], config: EvalConfig | BaselineConfig, adapts: bool = False
 ) -> None:
     """Note tasks that the checkpoint does not know, and those it may know too well."""
     known = sum(solver.row_of(task) is not None for task in tasks)
     if known < len(tasks):
-        how = "not answered" if solver.views else "answered from the mean embedding"
+        begin = "adapted" if adapts else "answered"
+        how = "not answered" if solver.views else f"{begin} from the mean embedding"
         note(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
     kept_out = 0 < config.evaluation.held_out <= solver.held_out
     if known and not kept_out and solver.test_set not in (None, config.evaluation.test_set):

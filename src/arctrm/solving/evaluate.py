@@ -12,14 +12,17 @@ from accelerate import Accelerator
 from rich.markup import escape
 from rich.table import Table
 
-from arctrm.config import BaselineConfig, EvalConfig
+from arctrm.config import BaselineConfig, EvalConfig, EvaluationConfig
 from arctrm.console import console, note
+from arctrm.data.overlap import check_demonstrations
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task, held_out_ids
 from arctrm.errors import ConfigError, DataError
 from arctrm.solving import scoring
-from arctrm.solving.answering import Asked, answer_all, ask, rank_all
+from arctrm.solving.adaptation import require_adaptable
+from arctrm.solving.answering import Asked, answer_all, ask, rank_all, say_what_is_unusual
 from arctrm.solving.candidates import Key, require_test_inputs
+from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Ranked, attempts
 from arctrm.solving.weights import Solver, load_solver
@@ -27,6 +30,7 @@ from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
 from arctrm.training.provenance import run_record, write_run_record
 
+NO_ADAPTATION = "no-adaptation"
 PASS_AT_MOST = 10
 """Ranked grids kept per test input."""
 
@@ -42,11 +46,14 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     """
     accelerator = new_accelerator()
     tasks, known = load(config)
-    solver = load_solver(config.checkpoint, config.inference, accelerator.device)
-    _check_ablations(solver, config)
+    before = load_solver(config.checkpoint, config.inference, accelerator.device)
+    _check(before, config)
     if accelerator.is_main_process:
         _open_folder(out, config)  # now, not after hours of answering
+        say_what_is_unusual(before, tasks, config, config.evaluation.adapts)
     begin = time.monotonic()
+    adapted = adapt(before, tasks, config, accelerator) if config.evaluation.adapts else None
+    solver = before if adapted is None else adapted.solver
     asked = ask(solver, tasks, config, accelerator)
     found = answer_all(solver, asked, config, accelerator)
     ranked = rank_all(solver, tasks, found, config, accelerator)
@@ -54,8 +61,8 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     scores = None
     if accelerator.is_main_process:
         _submit(tasks, ranked, out)
-        scores = _report(config, solver, tasks, ranked, known, seconds, out)
-    ablated = _ablated(solver, tasks, asked, config, accelerator)
+        scores = _report(config, before, adapted, tasks, ranked, known, seconds, out)
+    ablated = _ablated(solver, before, tasks, asked, config, accelerator)
     accelerator.end_training()
     if scores is not None and ablated:
         rows = {name: scoring.score(_predictions(tasks, r), known) for name, r in ablated.items()}
@@ -75,9 +82,11 @@ def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> No
     write_submission(out / "submission.json", content)
 
 
-def _check_ablations(solver: Solver, config: EvalConfig) -> None:
-    """Refuse ablations of a model alone, before the work."""
-    names = list(config.evaluation.ablate)
+def _check(solver: Solver, config: EvalConfig) -> None:
+    """Refuse, before the work, ablations of a model alone and what cannot be adapted."""
+    names = [name for name in config.evaluation.ablate if name != NO_ADAPTATION]
+    if config.evaluation.adapts:
+        _check_adaptable(solver, f"evaluation.{config.evaluation.adapted_for}")
     if names and solver.hybrid is None:
         raise ConfigError(
             f"evaluation.ablate = {names}: {solver.name} holds one model, so there is nothing to "
@@ -85,16 +94,36 @@ def _check_ablations(solver: Solver, config: EvalConfig) -> None:
         )
 
 
+def _check_adaptable(solver: Solver, wanted: str) -> None:
+    require_adaptable(solver, "adaptation", f"{wanted} here; leave it out to answer as it is")
+    if solver.hybrid is not None and solver.hybrid.tiny is None:
+        raise ConfigError(
+            f"{wanted}: {solver.name} holds a hub reader, and tiny readers are adapted; leave it "
+            "out to answer as it is"
+        )
+
+
 def _ablated(
-    solver: Solver, tasks: list[Task], asked: Asked, config: EvalConfig, accelerator: Accelerator
+    solver: Solver,
+    before: Solver,
+    tasks: list[Task],
+    asked: Asked,
+    config: EvalConfig,
+    accelerator: Accelerator,
 ) -> dict[str, dict[Key, list[Ranked]]]:
-    """The rankings without one part of the whole, by the name of the ablation."""
+    """The rankings without one part of the whole, by the name of the ablation.
+
+    `before` is the solver before adaptation.
+    """
     rankings: dict[str, dict[Key, list[Ranked]]] = {}
     for name in config.evaluation.ablate:
         if accelerator.is_main_process:
             note(f"ablation {name}")
-        found = answer_all(solver, asked, config, accelerator, name)
-        rankings[name] = rank_all(solver, tasks, found, config, accelerator, name)
+        who, what = solver, asked
+        if name == NO_ADAPTATION:
+            who, what = before, ask(before, tasks, config, accelerator)
+        found = answer_all(who, what, config, accelerator, name)
+        rankings[name] = rank_all(who, tasks, found, config, accelerator, name)
     return rankings
 
 
@@ -134,12 +163,15 @@ def load(config: EvalConfig | BaselineConfig) -> tuple[list[Task], dict[str, lis
         tasks = [task for task in tasks if task.id in ids]
     tasks = tasks[: chosen.max_tasks]
     require_test_inputs(tasks, chosen.test_set)
+    if isinstance(chosen, EvaluationConfig) and chosen.adapts:
+        check_demonstrations(tasks, chosen.test_set)
     return [task.without_answers() for task in tasks], scoring.answers(tasks)
 
 
 def _report(
     config: EvalConfig,
     solver: Solver,
+    adapted: Adapted | None,
     tasks: list[Task],
     ranked: dict[Key, list[Ranked]],
     known: dict[str, list[Grid | None]],
@@ -156,6 +188,7 @@ def _report(
         "views": config.inference.views,
         "steps": _steps(solver, config),
         "reader": config.reader.model_dump() if solver.reader is not None else None,
+        "adaptation": None if adapted is None else adapted.record(),
         "blank_task_embedding": config.inference.blank_task_embedding,
         "seed": config.seed,
         "device": str(solver.device),
@@ -184,7 +217,7 @@ def describe(config: EvalConfig) -> Table:
     """What `eval` would run."""
     tasks, known = load(config)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
-    _check_ablations(solver, config)
+    _check(solver, config)
     inputs = sum(len(task.test) for task in tasks)
     table = Table(title="eval (dry run)", title_justify="left", show_header=False)
     table.add_row("checkpoint", escape(solver.name))
@@ -195,6 +228,10 @@ def describe(config: EvalConfig) -> Table:
     table.add_row("queries", f"{inputs * views:,} ({views} views)")
     if steps is not None:
         table.add_row("supervision steps", str(steps))
+    if config.evaluation.adapts:
+        demonstrations = sum(len(task.demonstrations) for task in tasks)
+        how = f"{config.evaluation.adapted_for}, {demonstrations:,} demonstrations"
+        table.add_row("adapted to before", how)
     return table
 
 
