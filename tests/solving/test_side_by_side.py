@@ -118,6 +118,22 @@ def test_a_batch_holds_the_largest_demonstration_of_any_task(solver_of, tasks):
             assert batch_tokens(part, tasks, config().adaptation) < 900
 
 
+def test_a_large_batch_has_few_rows_that_stay_empty(solver_of, tasks):
+    """And as many as before where few are needed or grids are small."""
+    pair = tasks[0].demonstrations[0]
+    wide = Pair(np.zeros((19, 19), np.uint8), np.zeros((19, 19), np.uint8))
+    for grids, tokens, rows in ((wide, 65536, 208), (wide, 1024, 16), (pair, 65536, 1024)):
+        task = replace(tasks[0], demonstrations=(grids,))
+        learning = config().adaptation.model_copy(update={"tokens_per_batch": tokens})
+        for kind in ("trm", "reader"):
+            adapter = Adapter(solver_of(kind), [task], learning, 0)
+            [step] = adapter.new_steps([task])
+            if kind == "trm":
+                assert len(step.state.rows) == rows
+            else:
+                assert len(step.queue) <= rows
+
+
 def test_a_wall_clock_budget_ends_the_job(solver_of, tasks):
     settings = config(adapt_steps=0, adapt_budget=0.5)
     adapted = adapt(solver_of("trm"), tasks, settings, Accelerator(cpu=True))

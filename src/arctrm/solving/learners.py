@@ -26,7 +26,7 @@ from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import TOKENS_PER_ROW, Step
+from arctrm.training.stages import MANY_ROWS, TOKENS_PER_ROW, Step
 from arctrm.training.step import GraphedStep, MicroStep
 from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
@@ -37,6 +37,8 @@ DRAFT_EVERY = 50
 """Steps of a coupled hybrid between two rounds of drafting, for each task; of many tasks not more
 than in joint training."""
 CLIP_NORM = 1.0
+SPARE_ROWS = 1.3
+"""Rows of a large batch, as a multiple of what it holds on average."""
 MORE = 2
 """Rows and columns that a draft may have beyond the true output (see `DraftPool`)."""
 MAX_ATTEMPTS = 2
@@ -127,7 +129,8 @@ def _trm_step(
 ) -> MicroStep:
     stream = PairStream(base, data, trm.config, seed, trm.H_init.device)
     num_tokens = batch_tokens(trm, tasks, config)
-    state = stream.new_state(trm, num_tokens, max(2, num_tokens // TOKENS_PER_ROW))
+    lengths = [trm.config.num_slots + cells for cells in _canvases(tasks)]
+    state = stream.new_state(trm, num_tokens, max(2, _num_rows(num_tokens, lengths)))
     return MicroStep(trm, stream, state, config.halt_max_steps, 1.0)
 
 
@@ -142,7 +145,8 @@ def _reader_step(
     source = PairSource(base, data, seed, reader.device)
     stream = ReaderStream(source, reader.config, reader.dtype)
     num_tokens = batch_tokens(reader, tasks, config)
-    num_rows = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
+    lengths = [pair_length(pair) for task in tasks for pair in task.demonstrations]
+    num_rows = _num_rows(num_tokens, lengths) // reader.config.pairs_per_sequence
     return ReaderStep(reader, stream, num_tokens, max(2, num_rows), 1.0)
 
 
@@ -184,9 +188,24 @@ def _reader(hybrid: Hybrid) -> TinyReader:
     return hybrid.tiny
 
 
+def _num_rows(num_tokens: int, lengths: Sequence[int]) -> int:
+    """Rows of a batch of pairs of such lengths: more than it holds on average.
+
+    Of the rows that are many, unused ones cost time: attention launches blocks for each.
+    """
+    rows = num_tokens // TOKENS_PER_ROW
+    needed = SPARE_ROWS * num_tokens * len(lengths) / sum(lengths)
+    return rows if rows <= MANY_ROWS else min(rows, max(MANY_ROWS, int(needed)))
+
+
 def _largest_canvas(trm: TRM, tasks: Sequence[Task]) -> int:
+    return trm.config.num_slots + max(_canvases(tasks))
+
+
+def _canvases(tasks: Sequence[Task]) -> list[int]:
+    """Cells of the canvas of each demonstration."""
     sizes = [pair_canvas(pair) for task in tasks for pair in task.demonstrations]
-    return trm.config.num_slots + max(height * width for height, width in sizes)
+    return [height * width for height, width in sizes]
 
 
 def _longest_sequence(config: ReaderConfig, tasks: Sequence[Task], more: int = 0) -> int:
