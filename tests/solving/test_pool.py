@@ -104,6 +104,17 @@ def test_no_trm_is_the_reader_alone(solvers, tasks, kind):
         assert np.array_equal(candidate.grid, expected) or candidate.grid is expected is None
 
 
+@pytest.mark.parametrize("kind", ["pooled", "coupled"])
+def test_no_coupling_pools_what_each_says_alone(solvers, tasks, kind):
+    solver = solvers(kind)
+    asked, drafts = asked_of(solver, tasks)
+    apart = pooled(solver, asked, drafts, CONFIG, ablation="no-coupling")
+    no_trm = pooled(solver, asked, drafts, CONFIG, ablation="no-trm")
+    assert said(apart) == said(no_trm) + said(
+        pooled(solver, asked, drafts, CONFIG, ablation="no-reader")
+    )
+
+
 def test_what_joins_the_models_is_what_changes_trms_answers(solvers, tasks):
     """Each of draft, context and reader matters to a coupled TRM, none to one that only pools."""
     for kind, source in (("coupled", "hybrid"), ("pooled", "trm")):

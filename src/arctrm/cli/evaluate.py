@@ -34,8 +34,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--ablate",
-            help="Score again with one thing left out: no-reader, no-trm, swap-context, no-draft, "
-            "no-adaptation. Repeat it, or list them with commas.",
+            help="Score again with one thing left out: no-reader, no-trm, no-coupling, "
+            "swap-context, no-draft, no-adaptation. Repeat it, or list them with commas.",
             metavar="NAME",
         ),
     ] = None,

@@ -94,7 +94,8 @@ class EvaluationConfig(TaskChoiceConfig):
     """Wall-clock time of that job, such as "60s", instead of its steps."""
 
     ablate: tuple[
-        Literal["no-reader", "no-trm", "swap-context", "no-draft", "no-adaptation"], ...
+        Literal["no-reader", "no-trm", "no-coupling", "swap-context", "no-draft", "no-adaptation"],
+        ...,
     ] = ()
     """Score again with one thing left out, each in turn: of a hybrid, or of an evaluation that
     adapts."""

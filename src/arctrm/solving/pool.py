@@ -2,8 +2,9 @@
 
 A question is one test input under one view. The reader proposes first; where adapters join the two
 models, TRM refines what the reader proposed, else it answers alone. Each ablation leaves out one
-thing of the whole: the reader (TRM answers alone), TRM (the reader answers alone), the draft that
-TRM is shown; or it swaps what the reader says of two tasks.
+thing of the whole: the reader (TRM answers alone), TRM (the reader answers alone), the coupling
+(both answer alone, in one pool), the draft that TRM is shown; or it swaps what the reader says of
+two tasks.
 """
 
 from collections.abc import Callable, Sequence
@@ -91,7 +92,8 @@ def pooled(
         found += as_candidates(_readings(asked), drafts)
     if solver.has_trm and ablation != "no-trm":
         queries = [question.query for question in asked if question.query is not None]
-        guides = None if ablation == "no-reader" else _guides(solver, asked, drafts, ablation)
+        alone = ablation in ("no-reader", "no-coupling")
+        guides = None if alone else _guides(solver, asked, drafts, ablation)
         found += answer(solver, queries, config.inference, told, guides)
     return found
 
