@@ -189,17 +189,21 @@ def restore(
     weights: dict[str, Tensor],
     ema: dict[str, Tensor],
     trainer: dict[str, Tensor],
-    rank_state: dict[str, Tensor],
+    rank_state: dict[str, Tensor] | None,
 ) -> None:
-    """Put a run where the checkpoint was taken."""
+    """Put a run where the checkpoint was taken.
+
+    Without a `rank_state` this process is new to the run: it keeps the batches it drew for itself.
+    """
     run.model.load_state_dict(weights)
     if run.ema is not None:
         run.ema.load(ema)
     for name, optimiser in run.optimisers.all.items():
         unpack_optimiser(name, optimiser, trainer)
-    for name, tensor in run.carry.items():
-        tensor.copy_(rank_state[f"carry.{name}"])
-    restore_rng(rank_state)
+    if rank_state is not None:
+        for name, tensor in run.carry.items():
+            tensor.copy_(rank_state[f"carry.{name}"])
+        restore_rng(rank_state)
     run.step, run.elapsed, run.examples = meta.step, meta.elapsed, meta.examples
 
 

@@ -209,22 +209,22 @@ def _restore(job: Run, checkpoint: Path) -> None:
             f"{checkpoint}: trained on data {meta.data_fingerprint[:12]}, the data set is "
             f"{job.fingerprint[:12]}; resume with the same data"
         )
-    if meta.world_size != job.accelerator.num_processes:
-        raise CheckpointError(
-            f"{checkpoint}: written by {meta.world_size} processes, resumed with "
-            f"{job.accelerator.num_processes}; start as many as before"
+    rank, now = job.accelerator.process_index, job.accelerator.num_processes
+    if meta.world_size != now and rank == 0:
+        note(
+            f"{checkpoint}: written by {meta.world_size} process(es), resumed with {now}: the run "
+            "goes on with other batches than it would have had"
         )
     weights = read_model(checkpoint, ema=False)
     shapes = {name: tuple(t.shape) for name, t in job.model.state_dict().items()}
     check_names(shapes, weights, checkpoint)
-    rank = job.accelerator.process_index
     restore(
         job,
         meta,
         weights,
         read_model(checkpoint, ema=True),
         read_trainer(checkpoint),
-        read_rank(checkpoint, rank),
+        read_rank(checkpoint, rank) if rank < meta.world_size else None,
     )
 
 
