@@ -14,7 +14,7 @@ from arctrm.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
-SECTIONS = "data|trm|training|coupling|evaluation|inference|adaptation|tracking|hub|reader"
+SECTIONS = "data|trm|training|coupling|evaluation|inference|adaptation|tracking|hub|reader|recipe"
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`([^`\n]+)`")

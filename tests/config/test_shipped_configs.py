@@ -11,6 +11,8 @@ from arctrm.config.load import load_config
 CONFIGS = Path(__file__).parents[2] / "configs"
 BUNDLED = Path(arctrm.__file__).parent / "bundled"
 MODELS = {
+    "arc1_1h": JointConfig,
+    "arc2_1h": JointConfig,
     "baseline": BaselineConfig,
     "debug": PretrainConfig,
     "eval": EvalConfig,

@@ -1,9 +1,14 @@
 """`arctrm joint`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from arctrm.cli.options import Config, DryRun, Resume, Seed, Set, out_option, read_training_config
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from arctrm.config import JointConfig
 
 
 def joint(
@@ -14,17 +19,34 @@ def joint(
     seed: Seed = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train reader, adapters and TRM together; Ctrl-C saves, --resume goes on exactly."""
+    """Train reader, adapters and TRM together, with a [recipe] each alone before and scored after;
+    Ctrl-C saves, --resume goes on exactly.
+    """
     from arctrm.config import JointConfig
 
     settings, folder = read_training_config(
         JointConfig, "joint", config, overrides, out, seed, resume
     )
-    from arctrm.training import joint as training
-
     if dry_run:
         from arctrm.console import console
 
-        console().print(training.describe(settings))
+        console().print(_described(settings, folder))
         return
-    training.run(settings, folder, resume)
+    if settings.recipe.is_given:
+        from arctrm.recipe.run import run as run_recipe
+
+        run_recipe(settings, folder, resume)
+        return
+    from arctrm.training.joint import run
+
+    run(settings, folder, resume)
+
+
+def _described(settings: "JointConfig", folder: Path) -> "RenderableType":
+    if settings.recipe.is_given:
+        from arctrm.recipe.stages import describe as describe_recipe
+
+        return describe_recipe(settings, folder)
+    from arctrm.training.joint import describe
+
+    return describe(settings)

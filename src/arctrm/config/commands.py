@@ -5,18 +5,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from arctrm.config.answering import AnsweringConfig
 from arctrm.config.base import StrictModel
 from arctrm.config.baseline import BaselineConfig
 from arctrm.config.data import DataConfig
 from arctrm.config.decoding import DecodingConfig
 from arctrm.config.joint import JointConfig
 from arctrm.config.reader import ReaderConfig
-from arctrm.config.solving import (
-    AdaptationConfig,
-    EvaluationConfig,
-    InferenceConfig,
-    LearningConfig,
-)
+from arctrm.config.solving import AdaptationConfig, InferenceConfig
 from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.task import MAX_SIDE
@@ -86,7 +82,7 @@ class PretrainConfig(StrictModel):
         return self
 
 
-class EvalConfig(StrictModel):
+class EvalConfig(AnsweringConfig):
     """`arctrm eval`."""
 
     seed: int = Field(0, ge=0, lt=2**31)
@@ -95,19 +91,6 @@ class EvalConfig(StrictModel):
     """Folder for scores.json and submission.json."""
     checkpoint: Path | None = None
     """Checkpoint folder or file; the bundled weights when absent."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    inference: InferenceConfig = InferenceConfig()
-    reader: DecodingConfig = DecodingConfig(rank="experts")
-    adaptation: LearningConfig = LearningConfig()
-
-    @model_validator(mode="after")
-    def _adapts_to_what_is_told(self) -> "EvalConfig":
-        if self.inference.blank_task_embedding and self.evaluation.adapts:
-            raise ValueError(
-                "inference.blank_task_embedding = true hides the tasks that "
-                f"evaluation.{self.evaluation.adapted_for} adapts to; leave one of the two out"
-            )
-        return self
 
 
 class SolveConfig(StrictModel):

@@ -15,6 +15,7 @@ from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
 from arctrm.config.reader import PAIR_TOKENS, ReaderConfig
 from arctrm.config.reader_hub import HubReaderConfig
+from arctrm.config.recipe import RecipeConfig
 from arctrm.config.training import TrackingConfig, TrainingConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.task import MAX_SIDE
@@ -140,6 +141,7 @@ class JointConfig(JointModelConfig):
     coupling: CouplingConfig = CouplingConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = TrackingConfig(project="arc-hybrid-joint")
+    recipe: RecipeConfig = RecipeConfig()
 
     @model_validator(mode="after")
     def _spread_known_keys(self) -> "JointConfig":
@@ -189,6 +191,32 @@ class JointConfig(JointModelConfig):
                 f"hub.device_map = {hub.device_map!r} with hub.mode = {hub.mode!r}: what is "
                 "trained must be on one device; leave hub.device_map out or set llama_frozen = true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_fits(self) -> "JointConfig":
+        """What a stage of the recipe trains must not come from somewhere else."""
+        recipe = self.recipe
+        if not recipe.is_given:
+            return self
+        if self.epochs is not None:
+            raise ValueError(
+                f"epochs = {self.epochs} contradicts the length of the recipe (recipe.budget or "
+                "recipe.max_steps); leave one of them out"
+            )
+        if recipe.reader and self.llama_model != TINY:
+            raise ValueError(
+                f"recipe.reader = {recipe.reader} trains the tiny reader, but llama_model = "
+                f"{self.llama_model!r}; set recipe.reader = 0"
+            )
+        for name in ("reader", "trm"):
+            share, checkpoint = getattr(recipe, name), getattr(self, f"{name}_checkpoint")
+            if share and checkpoint is not None:
+                raise ValueError(
+                    f"{name}_checkpoint = {str(checkpoint)!r} contradicts recipe.{name} = {share}, "
+                    "which trains that part from scratch; leave the checkpoint out, or set the "
+                    "share to 0"
+                )
         return self
 
     @model_validator(mode="after")

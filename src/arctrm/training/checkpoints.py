@@ -49,6 +49,8 @@ from arctrm.training.state import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "RECIPE_RECORD",
+    "RECIPE_RESULT",
     "CheckpointMeta",
     "check_id_map",
     "check_names",
@@ -72,6 +74,8 @@ __all__ = [
 
 MODEL = "model.safetensors"
 TRAINER = "trainer.safetensors"
+RECIPE_RECORD, RECIPE_RESULT = "recipe.json", "joint"
+"""What makes a folder that of a recipe, and the run inside it that stands for the whole."""
 _TEMPORARY = ".tmp-"
 _REPLACED = ".old-"
 
@@ -149,12 +153,16 @@ def latest_checkpoint(run: Path) -> Path | None:
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint meant by a run folder (its latest), a checkpoint folder or a bundle folder.
 
+    The folder of a recipe means its joint run.
+
     Raises:
         CheckpointError: there is none.
     """
     if (path / META).is_file():
         return path
     latest = latest_checkpoint(path)
+    if (path / RECIPE_RECORD).is_file():
+        latest = latest_checkpoint(path / RECIPE_RESULT)
     if latest is None:
         what = "no checkpoint" if path.is_dir() else "not a folder"
         raise CheckpointError(

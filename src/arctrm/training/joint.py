@@ -39,9 +39,9 @@ from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 
 
-def run(config: JointConfig, out: Path, resume: bool) -> None:
+def run(config: JointConfig, out: Path, resume: bool, shared: Accelerator | None = None) -> None:
     """Train the hybrid into the run folder `out`; as `pretrain.run`."""
-    pretrain.run(with_data_path(config), out, resume, joint_stage)
+    pretrain.run(with_data_path(config), out, resume, joint_stage, shared)
 
 
 def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) -> Stage:

@@ -20,6 +20,8 @@ from arctrm.data.dataset import BaseSet
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoints import (
+    RECIPE_RECORD,
+    RECIPE_RESULT,
     check_id_map,
     check_names,
     check_same_config,
@@ -45,6 +47,9 @@ MAY_DIFFER_ON_RESUME = (
     "data.path",
     "training.schedule",
     "epochs",
+    "recipe",
+    "reader_checkpoint",
+    "trm_checkpoint",
     "training.compile",
     "training.cuda_graph",
     "training.checkpoint_every",
@@ -52,16 +57,23 @@ MAY_DIFFER_ON_RESUME = (
     "training.keep_last",
     "training.log_every",
 )
-
+"""Keys that do not change what the checkpoint of a run holds, the weights it began with included.
+"""
 
 NewStage = Callable[[Any, BaseSet, Accelerator], Stage]
 """(configuration, data, accelerator) -> what is trained."""
 
 
 def run(
-    config: PretrainConfig | JointConfig, out: Path, resume: bool, stage: NewStage = new_stage
+    config: PretrainConfig | JointConfig,
+    out: Path,
+    resume: bool,
+    stage: NewStage = new_stage,
+    shared: Accelerator | None = None,
 ) -> None:
     """Train a model into the run folder `out`, from its latest checkpoint with `resume`.
+
+    Processes that train more than this are `shared`: they stay joined when this ends.
 
     Raises:
         UserError: data, checkpoint or machine do not allow it.
@@ -69,7 +81,7 @@ def run(
     """
     began_at = time.monotonic()
     checkpoint = _starting_point(out, resume)
-    accelerator = new_accelerator()
+    accelerator = shared or new_accelerator()
     base = _shared_prepare(config, accelerator)
     job, capturable = _build(config, base, out, accelerator, began_at, stage)
     if checkpoint is not None:
@@ -92,7 +104,8 @@ def run(
     train(job, tracker, TrainingProgress(job.schedule, is_main=is_main))
     if is_main:
         note(f"checkpoint: {latest_checkpoint(out)}")
-    accelerator.end_training()
+    if shared is None:
+        accelerator.end_training()
 
 
 def build_run(
@@ -182,6 +195,11 @@ def _can_capture(training: TrainingConfig, job: Run) -> bool:
 
 def _starting_point(out: Path, resume: bool) -> Path | None:
     checkpoint = latest_checkpoint(out)
+    if (out / RECIPE_RECORD).is_file():
+        raise CheckpointError(
+            f"{out}: holds the stages of a recipe; choose another --out, or name one of them, such "
+            f"as {out / RECIPE_RESULT}"
+        )
     if resume and checkpoint is None:
         raise CheckpointError(
             f"{out}: no checkpoint to resume from; leave out --resume to start a run there"

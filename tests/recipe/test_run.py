@@ -1,0 +1,173 @@
+"""A recipe end to end on a CPU: stages, scores, record; interrupted, it goes on exactly."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from arctrm.cli.app import run_app
+from arctrm.config import JointConfig
+from arctrm.errors import CheckpointError
+from arctrm.recipe.run import run
+from arctrm.training import joint, loop
+from arctrm.training.checkpoints import latest_checkpoint, resolve_checkpoint
+
+CONFIG = Path(__file__).parents[2] / "configs" / "arc1_1h.toml"
+STEPS = {"reader": 4, "trm": 3, "joint": 3}
+TRAINING = {"tokens_per_batch": 2048, "checkpoint_every_steps": 2, "keep_last": 9, "log_every": 1}
+SCHEDULE = {"schedule": {"max_steps": 1, "warmup_steps": 0}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, small_tasks, write_tasks):
+    folder = str(write_tasks(tmp_path_factory.mktemp("tasks") / "known", small_tasks[:3]))
+    narrow = {"hidden_size": 16, "num_heads": 2}
+    sizes = {"num_context_slots": 2, "adapter_heads": 2, "drafted_pairs": 4, "draft_every": 3}
+    return JointConfig.model_validate(
+        {
+            "batch_size": 4,
+            "data": {"subsets": [folder], "test_set": folder, "num_aug": 4},
+            "trm": {**narrow, "num_layers": 1, "H_cycles": 1, "L_cycles": 1, "halt_max_steps": 2},
+            "reader": {**narrow, "num_layers": 1},
+            "coupling": {**sizes, "reader_tokens_per_batch": 4096},
+            "training": {**TRAINING, **SCHEDULE},
+            "recipe": {
+                "max_steps": 10,
+                "reader": 0.4,
+                "trm": 0.3,
+                "joint": 0.3,
+                "reader_training": {**TRAINING, **SCHEDULE},
+                "trm_training": {**TRAINING, **SCHEDULE},
+                "evaluation": {
+                    "evaluation": {"test_set": folder, "max_tasks": 1, "ablate": ["no-trm"]},
+                    "inference": {"views": 1},
+                    "reader": {"rank": "votes"},
+                },
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("recipe") / "whole"
+    run(config, out, False)
+    return out
+
+
+def learned(out):
+    names = ("model.safetensors", "trainer.safetensors")
+    return {
+        stage: [(latest_checkpoint(out / stage) / name).read_bytes() for name in names]
+        for stage in STEPS
+    }
+
+
+def record(out):
+    return json.loads((out / "recipe.json").read_text())
+
+
+def test_every_stage_is_a_run_and_the_folder_is_its_last(whole):
+    for stage, steps in STEPS.items():
+        assert latest_checkpoint(whole / stage).name == f"step_{steps:08d}"
+        assert len((whole / stage / "metrics.jsonl").read_text().splitlines()) == steps
+    assert resolve_checkpoint(whole) == latest_checkpoint(whole / "joint")
+    started_from = json.loads((whole / "joint" / "config.json").read_text())["config"]
+    assert started_from["reader_checkpoint"] == str(whole / "reader")
+    assert json.loads((whole / "config.json").read_text())["config"]["recipe"]["max_steps"] == 10
+
+
+def test_the_record_says_what_it_was_what_it_cost_and_what_came_out(whole, config):
+    told = record(whole)
+    assert list(told["stages"]) == [*STEPS, "eval"]
+    assert told["total"]["seconds"] == pytest.approx(
+        sum(row["seconds"] for row in told["stages"].values())
+    )
+    assert (told["seed"], told["gpus"], told["total"]["dollars"]) == (0, 0, 0)
+    assert len(told["config_sha256"]) == 64
+    assert set(told["scores"]) == {"everything", "no-trm"}
+    scores = json.loads((whole / "eval" / "scores.json").read_text())
+    assert told["scores"]["everything"]["task_fraction"] == scores["task_fraction"]
+
+
+def test_an_interrupt_in_a_stage_goes_on_exactly_through_the_later_ones(
+    whole, config, tmp_path, monkeypatch
+):
+    out, step = tmp_path / "cut", loop.train_step
+
+    def interrupted(job):
+        step(job)
+        if job.out.name == "trm" and job.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"saved step 2 in .*--resume goes on"):
+        run(config, out, False)
+    monkeypatch.undo()
+    assert not (out / "joint").exists()
+    before = record(out)["stages"]
+    with pytest.raises(CheckpointError, match=r"already holds a run \(reader, trm\); add --resume"):
+        run(config, out, False)
+    moved = out.rename(tmp_path / "moved")
+    assert run_app(["joint", "--resume", "--out", str(moved)]) == 0
+    assert learned(moved) == learned(whole)
+    after = record(moved)["stages"]
+    assert after["reader"] == before["reader"]
+    assert after["trm"]["seconds"] > before["trm"]["seconds"]
+
+
+def test_a_finished_recipe_trains_nothing_more_but_a_longer_one_goes_on(
+    whole, config, tmp_path, monkeypatch, capsys
+):
+    out = shutil.copytree(whole, tmp_path / "again")
+    run(config, out, True)
+    assert record(out)["stages"] == record(whole)["stages"]
+    assert "no-trm" in capsys.readouterr().out
+    longer = config.recipe.model_copy(update={"max_steps": 17, "evaluate": False})
+    run(config.model_copy(update={"recipe": longer}), out, True)
+    assert latest_checkpoint(out / "joint").name == "step_00000005"
+    assert latest_checkpoint(out / "reader").name == "step_00000004"
+    assert record(out)["scores"] is None
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(whole, config, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "again")
+    content = record(out) | {"evaluated": False}
+    (out / "recipe.json").write_text(json.dumps(content))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("arctrm.solving.evaluate.answer_all", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"finished stages are kept; .*--resume goes on"):
+        run(config, out, True)
+
+
+def test_folders_of_other_runs_are_refused(whole, config, tmp_path):
+    with pytest.raises(CheckpointError, match="no recipe to resume; leave out --resume"):
+        run(config, tmp_path / "new", True)
+    with pytest.raises(CheckpointError, match="already holds a run without a recipe"):
+        run(config, whole / "joint", True)
+    with pytest.raises(CheckpointError, match="holds the stages of a recipe"):
+        joint.run(config, whole, False)
+
+
+def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "dry"
+    words = ["--config", str(CONFIG), "--set", "recipe.budget=20m", "--dry-run"]
+    assert run_app(["joint", *words, "--set", "data.max_tasks=3", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("reader", "720 s", "180 s", "300 s", "adapters: draft", "parameters"):
+        assert part in shown
+    assert not out.exists()
