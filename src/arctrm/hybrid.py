@@ -143,6 +143,12 @@ class Hybrid(nn.Module):
         """The reader, where it is a hub model."""
         return self.reader.hub if isinstance(self.reader, HubModule) else None
 
+    @property
+    def sequences(self) -> ReaderConfig:
+        """What sequences the reader is shown."""
+        assert isinstance(self.reader, TinyReader | HubModule)
+        return self.reader.config
+
     def start(self, states: ReaderStates | None, tokens: TokenMap, longest: int) -> Start:
         """What the reader's states give to the rows; zeros where there is no reader.
 
@@ -229,9 +235,18 @@ def empty_hybrid(
     return Hybrid(TinyReader(reader, num_tasks), reader.hidden_size, joined, coupling)
 
 
-def hub_hybrid(hub: HubReader, trm: TRMConfig, coupling: CouplingConfig, num_tasks: int) -> Hybrid:
-    """A hub reader, as it was loaded, with untrained adapters and an untrained TRM."""
-    reader = HubModule(hub)
+def hub_hybrid(
+    hub: HubReader,
+    shown: ReaderConfig,
+    trm: TRMConfig,
+    coupling: CouplingConfig,
+    num_tasks: int,
+) -> Hybrid:
+    """A hub reader, as it was loaded, with untrained adapters and an untrained TRM.
+
+    `shown` says what sequences the reader is shown.
+    """
+    reader = HubModule(hub, shown)
     joined = _joined_trm(trm, coupling, num_tasks)
     return Hybrid(reader, hub.hidden_size, joined, coupling, reader.embedding_scale())
 

@@ -6,18 +6,19 @@ the trained tensors (LoRA matrices, or all weights), under the names that the mo
 
 from torch import Tensor, nn
 
+from arctrm.config.reader import ReaderConfig
 from arctrm.reader.hub import HubReader
 
 
 class HubModule(nn.Module):
-    """The trained parameters of a hub reader; `hub` is the reader.
+    """The trained parameters of a hub reader; `hub` is the reader, `config` what it is shown.
 
     They stand below `pretrained`: AdamW trains them, whatever trains the matrices of TRM.
     """
 
-    def __init__(self, hub: HubReader):
+    def __init__(self, hub: HubReader, config: ReaderConfig):
         super().__init__()
-        self.hub = hub
+        self.hub, self.config = hub, config
         self.pretrained = _tree(hub.trainable_parameters())
 
     def train(self, mode: bool = True) -> "HubModule":

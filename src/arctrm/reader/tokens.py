@@ -8,6 +8,7 @@ Pair i of a sequence has the parts 4i (start), 4i + 1 (input), 4i + 2 (separator
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,23 @@ START_PART, INPUT_PART, SEPARATOR_PART, OUTPUT_PART = range(4)
 PARTS_PER_PAIR = 4
 SIDE = 32
 """Room for rows and columns 0..30 in a packed position."""
+
+FIRST_MARK = VOCABULARY
+"""Codes of the tokens of a hub reader's marks begin here; below it a code is a token."""
+
+
+class Marks(NamedTuple):
+    """Codes of the tokens around the grids of a pair."""
+
+    start: tuple[int, ...] = ()
+    """Before the first pair of a sequence."""
+    before_input: tuple[int, ...] = (START,)
+    before_output: tuple[int, ...] = (SEPARATOR,)
+
+    def length(self, tokens: int, pairs: int) -> int:
+        """Tokens of a sequence of `pairs` pairs that has `tokens` with the tiny reader's marks."""
+        added = len(self.before_input) + len(self.before_output) - 2
+        return tokens + pairs * added + len(self.start)
 
 
 def pack_position(part: int, y: int = 0, x: int = 0) -> int:

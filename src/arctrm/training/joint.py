@@ -26,12 +26,11 @@ from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
 from arctrm.training.drafts import DraftPool
 from arctrm.training.joint_data import steps_of, with_data_path
-from arctrm.training.joint_hub import HubJointReader, check_fits, marks_of
-from arctrm.training.joint_reader import JointReader, TinyJointReader
+from arctrm.training.joint_hub import check_fits, joint_reader
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
-from arctrm.training.reader_stream import Marks, ReaderStream
+from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
 from arctrm.training.stages import RANK_SEED_STEP, Stage, compute_dtype, rows_of
 from arctrm.training.starting import load_reader, load_trm
@@ -78,7 +77,7 @@ def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None =
         raise ConfigError(
             f"hub.device = {config.hub.device!r}: TRM is trained on {device}; leave hub.device out"
         )
-    return hub_hybrid(hub, config.trm, config.coupling, base.num_tasks)
+    return hub_hybrid(hub, config.reader, config.trm, config.coupling, base.num_tasks)
 
 
 def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
@@ -95,21 +94,12 @@ def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
             tiny.compile_layers()
 
 
-def _reader(hybrid: Hybrid) -> tuple[JointReader, torch.dtype, Marks]:
-    """The hybrid's reader as training sees it, its arithmetic, and the marks of its sequences."""
-    if hybrid.tiny is not None:
-        return TinyJointReader(hybrid.tiny), hybrid.tiny.dtype, Marks()
-    assert hybrid.hub is not None
-    return HubJointReader(hybrid.hub), torch.float32, marks_of(hybrid.hub)
-
-
 def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     training, coupling = config.training, config.coupling
     source = PairSource(base, config.data, config.seed, hybrid.trm.H_init.device)
-    reader, dtype, marks = _reader(hybrid)
-    sequences = ReaderStream(source, config.reader, dtype, marks)
-    if hybrid.hub is not None:
-        check_fits(hybrid.hub, sequences.longest)
+    check_fits(hybrid)
+    reader = joint_reader(hybrid.reader)
+    sequences = ReaderStream(source, reader.config, reader.dtype, reader.marks)
     trm = PairStream(base, config.data, hybrid.trm.config, config.seed, source.device, source)
     num_sequences = rows_of(training.tokens_per_batch) // sequences.num_pairs
     if config.batch_size is not None:

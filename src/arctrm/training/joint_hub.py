@@ -9,20 +9,25 @@ Legend: T tokens, n sequences at once, S tokens of the longest of them, H width 
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arctrm.data.task import Grid, Pair
 from arctrm.errors import ConfigError
+from arctrm.hybrid import Hybrid
 from arctrm.reader.grammar import choice_ids
-from arctrm.reader.hub import HubReader
+from arctrm.reader.hub_codes import HubCodes
+from arctrm.reader.hub_module import HubModule
 from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.prompts import pairs_prompt
-from arctrm.reader.tokens import END, PREFIX, ROW_END
+from arctrm.reader.tiny import TinyReader
+from arctrm.reader.tokens import END, FIRST_MARK, PREFIX, ROW_END, Marks
+from arctrm.training.joint_reader import JointReader, TinyJointReader
 from arctrm.training.losses import IGNORE
 from arctrm.training.reader_step import ReaderLosses, reader_losses
-from arctrm.training.reader_stream import FIRST_MARK, Marks, ReaderBatch
+from arctrm.training.reader_stream import ReaderBatch
 
 SEQUENCES_AT_ONCE = 8
 """Sequences of about the same length that are padded to the longest of them."""
@@ -30,31 +35,16 @@ LABELS_AT_ONCE = 1024
 """Output tokens whose logits over the whole vocabulary are held at once."""
 
 
-def marks_of(reader: HubReader) -> Marks:
-    """Codes of the tokens around the grids, in the order of `_mark_ids`."""
-    spelling, code = reader.spelling, FIRST_MARK
-    codes = []
-    for mark in (spelling.start, spelling.input_mark, spelling.output_mark):
-        codes.append(tuple(range(code, code + len(mark))))
-        code += len(mark)
-    return Marks(*codes)
-
-
-def _mark_ids(reader: HubReader) -> tuple[int, ...]:
-    spelling = reader.spelling
-    return (*spelling.start, *spelling.input_mark, *spelling.output_mark)
-
-
 class HubJointReader:
     """Reads packed sequences with a hub model."""
 
-    def __init__(self, reader: HubReader):
-        self.reader = reader
-        spelt = reader.grid_tokens
-        own = [0] * FIRST_MARK  # of codes without a token: padding, the soft prefix
-        own[: len(spelt.colours)] = spelt.colours
-        own[ROW_END], own[END] = spelt.row_end, spelt.end
-        self.ids = torch.tensor([*own, *_mark_ids(reader)], device=reader.device)
+    dtype = torch.float32
+
+    def __init__(self, module: HubModule):
+        self.reader, self.config = module.hub, module.config
+        self.codes = HubCodes(module.hub)
+        reader, spelt = self.reader, self.reader.grid_tokens
+        self.ids = torch.tensor(self.codes.ids, device=reader.device)
         self.choices = torch.tensor(choice_ids(spelt), device=reader.device)
         choice = torch.full((FIRST_MARK,), IGNORE, device=reader.device)
         choice[: len(spelt.colours)] = torch.arange(len(spelt.colours), device=reader.device)
@@ -65,6 +55,26 @@ class HubJointReader:
     def grids(self) -> GridReader:
         """What decodes grids."""
         return self.reader
+
+    @property
+    def marks(self) -> Marks:
+        """What stands around the grids of its sequences."""
+        return self.codes.marks
+
+    @property
+    def longest_prompt(self) -> int:
+        """Bound on a prompt, in tokens with the tiny reader's marks: hub.max_tokens."""
+        bound, pairs = self.reader.config.max_tokens, self.config.pairs_per_sequence
+        longest = self.config.longest_sequence
+        return longest if bound is None else min(longest, bound - self.marks.length(0, pairs))
+
+    def marked(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What is laid out for the tiny reader, with the model's marks."""
+        return self.codes.marked(tokens, positions)
+
+    def own(self, layout: Prompt) -> Prompt:
+        """A prompt of the tiny reader in the model's own tokens."""
+        return self.codes.prompt(layout)
 
     def prompt(self, pairs: Sequence[Pair], query: Grid, condition: tuple[int, int, int]) -> Prompt:
         """The prompt that asks for the output of `query` after complete `pairs`."""
@@ -103,12 +113,27 @@ class HubJointReader:
         return self.reader.head(hidden).index_select(-1, self.choices)
 
 
-def check_fits(reader: HubReader, longest: int) -> None:
-    """Refuse sequences that the model has no positions for.
+def joint_reader(reader: nn.Module) -> JointReader:
+    """A tiny reader, or what is trained of a hub reader, as training and answering see it."""
+    if isinstance(reader, HubModule):
+        return HubJointReader(reader)
+    assert isinstance(reader, TinyReader)
+    return TinyJointReader(reader)
+
+
+def check_fits(hybrid: Hybrid) -> None:
+    """Refuse sequences that a hub model has no positions for, the soft prefix included.
 
     Raises:
         ConfigError: names both numbers.
     """
+    reader = hybrid.hub
+    if reader is None:
+        return
+    config, coupling = hybrid.sequences, hybrid.config
+    marks = HubCodes(reader).marks
+    longest = marks.length(config.longest_sequence, config.pairs_per_sequence)
+    longest += coupling.num_back_vectors if coupling.back else 0
     if longest > reader.max_tokens:
         raise ConfigError(
             f"reader.max_tokens and the marks make sequences of {longest} tokens, {reader.name} "

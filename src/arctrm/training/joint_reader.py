@@ -8,23 +8,48 @@ Legend: T tokens, H width of the reader.
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from arctrm.config.reader import ReaderConfig
 from arctrm.data.task import Grid, Pair
 from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.tiny import TinyReader
-from arctrm.reader.tokens import prompt
+from arctrm.reader.tokens import Marks, prompt
 from arctrm.training import reader_stream as reading
 from arctrm.training.reader_step import ReaderLosses, reader_losses
 from arctrm.training.reader_stream import ReaderBatch
 
 
 class JointReader(Protocol):
-    """A reader that TRM is trained with."""
+    """A reader that TRM is trained and answers with."""
 
     @property
     def grids(self) -> GridReader:
         """What decodes grids."""
+
+    @property
+    def config(self) -> ReaderConfig:
+        """What sequences it is shown."""
+
+    @property
+    def marks(self) -> Marks:
+        """What stands around the grids of its sequences."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic of packed sequences."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Bound on a prompt, in tokens with the tiny reader's marks."""
+
+    def marked(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and positions, int64 [m], of what is laid out for the tiny reader, int64 [n]."""
+
+    def own(self, layout: Prompt) -> Prompt:
+        """A prompt of the tiny reader in the reader's own tokens."""
 
     def prompt(self, pairs: Sequence[Pair], query: Grid, condition: tuple[int, int, int]) -> Prompt:
         """The prompt that asks for the output of `query` after complete `pairs`."""
@@ -39,13 +64,28 @@ class JointReader(Protocol):
 class TinyJointReader:
     """The tiny reader reads packed sequences as they are."""
 
+    marks = Marks()
+
     def __init__(self, reader: TinyReader):
-        self.reader = reader
+        self.reader, self.config, self.dtype = reader, reader.config, reader.dtype
 
     @property
     def grids(self) -> GridReader:
         """What decodes grids."""
         return self.reader
+
+    @property
+    def longest_prompt(self) -> int:
+        """Bound on a prompt: that on a sequence."""
+        return self.config.longest_sequence
+
+    def marked(self, tokens: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The layout as it is."""
+        return tokens, positions
+
+    def own(self, layout: Prompt) -> Prompt:
+        """The prompt as it is."""
+        return layout
 
     def prompt(self, pairs: Sequence[Pair], query: Grid, condition: tuple[int, int, int]) -> Prompt:
         """The prompt that asks for the output of `query` after complete `pairs`."""

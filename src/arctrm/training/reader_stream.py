@@ -26,12 +26,10 @@ from arctrm.reader.tokens import (
     PARTS_PER_PAIR,
     PREFIX,
     ROW_END,
-    SEPARATOR,
     SEPARATOR_PART,
     SIDE,
-    START,
     START_PART,
-    VOCABULARY,
+    Marks,
 )
 from arctrm.training.losses import IGNORE
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
@@ -45,19 +43,6 @@ NUM_COLUMNS = 7 + NUM_COLOURS
 
 CONTEXT_WINDOW = 16
 """Pairs of a task, at least, among which those that come first are drawn."""
-
-
-FIRST_MARK = VOCABULARY
-"""Codes of the tokens of a hub reader's marks begin here."""
-
-
-class Marks(NamedTuple):
-    """Codes of the tokens around the grids of a pair."""
-
-    start: tuple[int, ...] = ()
-    """Before the first pair of a sequence."""
-    before_input: tuple[int, ...] = (START,)
-    before_output: tuple[int, ...] = (SEPARATOR,)
 
 
 class ReaderBatch(NamedTuple):
@@ -90,8 +75,7 @@ class ReaderStream:
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.num_pairs = config.pairs_per_sequence
         self.window = max(CONTEXT_WINDOW, 2 * self.num_pairs)
-        added = len(marks.before_input) + len(marks.before_output) - 2
-        self.longest = config.longest_sequence + self.num_pairs * added + len(marks.start)
+        self.longest = marks.length(config.longest_sequence, self.num_pairs)
         """Tokens of the longest sequence."""
         order = source.pairs[:, 0].argsort(stable=True)
         self.by_task = order[source.drawable[order]]
