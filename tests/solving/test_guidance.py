@@ -8,6 +8,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
+from hub_models import save_model
 from joint_parts import FORMS, drawn, fill_drafts, make
 
 from arctrm.data.task import Pair
@@ -73,10 +74,18 @@ def seen_by(found, row):
     return found.hidden[own], torch.where(is_own[:, None], cells, NO_CELL)
 
 
+@pytest.fixture(scope="module")
+def hub_model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["draft", "no_draft", "soft_prefix"])
-def test_states_are_those_of_the_training_layout(form, how):
+@pytest.mark.parametrize("reader", ["tiny", "hub"])
+def test_states_are_those_of_the_training_layout(form, how, reader, hub_model):
     changes = {"coupling.no_draft_share": 1.0} if how == "no_draft" else {}
+    if reader == "hub":
+        changes |= {"llama_model": str(hub_model), "llama_frozen": True}
     hybrid, step = make(changes, form=form)
     fill_drafts(step)
     batch = drawn(step)

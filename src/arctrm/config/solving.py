@@ -18,13 +18,22 @@ class InferenceConfig(StrictModel):
     """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
 
     tokens_per_batch: int | None = Field(None, ge=1024)
-    """Tokens in one packed batch; by default 32768 on a GPU and 1024 on a CPU."""
+    """Tokens in one packed batch; by default 32768 on a GPU (8192 with a hub reader) and 1024 on a
+    CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that has it, else float32."""
+    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that has it, else float32. A
+    hub reader on a CPU keeps hub.dtype where this is auto."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto: on a GPU only."""
+
+    llama_model: str | None = Field(None, min_length=1)
+    """Where the hub reader of a hybrid is now: an id on the Hugging Face hub or a local folder; by
+    default where the checkpoint was trained with it."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with that model."""
 
     blank_task_embedding: bool = False
     """Ablation: answer with a blank task embedding."""

@@ -71,6 +71,16 @@ def empty_hub_model(config: HubReaderConfig) -> tuple[nn.Module, int]:
     return model, settings.get_text_config(decoder=True).hidden_size
 
 
+def hub_width(config: HubReaderConfig) -> int:
+    """The model's width; only its configuration is read.
+
+    Raises:
+        ConfigError: there is no such model, or it may not be read.
+    """
+    check_name(config.name)
+    return _settings(config)[1].get_text_config(decoder=True).hidden_size
+
+
 def _settings(config: HubReaderConfig) -> tuple[dict[str, Any], Any]:
     """Where a model is read from, and its configuration."""
     folder, revision = Path(config.name).expanduser(), config.revision or "main"

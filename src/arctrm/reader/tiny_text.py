@@ -69,24 +69,11 @@ class TinyText:
         Raises:
             ConfigError: there is no row and no label in it, or a grid of more than 30 a side.
         """
-        written = _Written(self.name)
-        for line in text.splitlines():
-            label = LABEL.fullmatch(line)
-            if label is not None:
-                written.begin_input() if label[1].lower() == "input" else written.begin_output()
-            elif ROW.fullmatch(line):
-                written.add_row([int(c) for c in line if c.isdigit()])
-        if not written.tokens:
-            raise ConfigError(
-                f"{self.name}: reads rows of digits after the words input and output only, and "
-                "there are none in the text; give such a text or use a reader from the hub"
-            )
-        tokens, positions = (np.array(x, np.int64) for x in (written.tokens, written.positions))
-        return Prompt(tokens, positions, written.place(written.row), self.condition)
+        return written_prompt(text, self.name, self.condition)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of new tokens."""
-        return "".join(WRITTEN.get(token, "") for token in tokens)
+        return text_of(tokens)
 
     def positions_after(self, start_B: Tensor, tokens_BN: Tensor, num_prefix: int) -> Tensor:
         """Positions int64 [B, P + N]: the prefix stands with the mark before the output, new tokens
@@ -135,6 +122,33 @@ class TinyText:
     def train(self, mode: bool = True) -> None:
         """Training mode."""
         self.model.train(mode)
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    """The text of tokens."""
+    return "".join(WRITTEN.get(token, "") for token in tokens)
+
+
+def written_prompt(text: str, name: str, condition: tuple[int, int, int]) -> Prompt:
+    """The tokens of a text for the reader `name`; what is written goes on where the text stops.
+
+    Raises:
+        ConfigError: there is no row and no label in it, or a grid of more than 30 a side.
+    """
+    written = _Written(name)
+    for line in text.splitlines():
+        label = LABEL.fullmatch(line)
+        if label is not None:
+            written.begin_input() if label[1].lower() == "input" else written.begin_output()
+        elif ROW.fullmatch(line):
+            written.add_row([int(c) for c in line if c.isdigit()])
+    if not written.tokens:
+        raise ConfigError(
+            f"{name}: reads rows of digits after the words input and output only, and "
+            "there are none in the text; give such a text or use a reader from the hub"
+        )
+    tokens, positions = (np.array(x, np.int64) for x in (written.tokens, written.positions))
+    return Prompt(tokens, positions, written.place(written.row), condition)
 
 
 class _Written:

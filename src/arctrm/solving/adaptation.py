@@ -130,7 +130,7 @@ class Adapter:
 
         (Decoding would else turn float32 weights into narrower ones at every token.)
         """
-        reader = self.solver.reader
+        reader = self.solver.tiny
         return self.solver if reader is None or reader.dtype == torch.float32 else self.frozen()
 
     def frozen(self) -> Solver:
@@ -139,8 +139,8 @@ class Adapter:
         """
         rows = range(len(self.solver.rows))
         copy = replace(self.solver, model=trainable_copy(self.solver.model, rows))
-        if copy.reader is not None:
-            copy.reader.to(copy.reader.dtype)
+        if copy.tiny is not None:
+            copy.tiny.to(copy.tiny.dtype)
         copy.model.requires_grad_(False)
         return copy
 

@@ -29,6 +29,8 @@ from arctrm.trm.model import TRM
 from arctrm.trm.packing import longest_row, sequences, token_map
 
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
+HUB_TOKENS = 8192
+"""On a GPU with a hub reader, whose states of a whole task belong to every row."""
 
 Key = tuple[str, int]
 """Task id and index of the test input."""
@@ -92,7 +94,8 @@ def _query(trm: TRM, task: Task, index: int, view: View, row: int) -> Query:
 
 def batch_tokens(solver: Solver, inference: InferenceConfig) -> int:
     """Tokens of a packed batch; on a CPU small ones, so that time can be kept."""
-    default = GPU_TOKENS if solver.trm.H_init.is_cuda else CPU_TOKENS
+    on_gpu = GPU_TOKENS if solver.hub is None else HUB_TOKENS
+    default = on_gpu if solver.trm.H_init.is_cuda else CPU_TOKENS
     return inference.tokens_per_batch or default
 
 

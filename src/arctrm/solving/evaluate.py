@@ -86,20 +86,12 @@ def _check(solver: Solver, config: EvalConfig) -> None:
     """Refuse, before the work, ablations of a model alone and what cannot be adapted."""
     names = [name for name in config.evaluation.ablate if name != NO_ADAPTATION]
     if config.evaluation.adapts:
-        _check_adaptable(solver, f"evaluation.{config.evaluation.adapted_for}")
+        wanted = f"evaluation.{config.evaluation.adapted_for}"
+        require_adaptable(solver, "adaptation", f"{wanted} here; leave it out to answer as it is")
     if names and solver.hybrid is None:
         raise ConfigError(
             f"evaluation.ablate = {names}: {solver.name} holds one model, so there is nothing to "
             "leave out; give a checkpoint of `arctrm joint`"
-        )
-
-
-def _check_adaptable(solver: Solver, wanted: str) -> None:
-    require_adaptable(solver, "adaptation", f"{wanted} here; leave it out to answer as it is")
-    if solver.hybrid is not None and solver.hybrid.tiny is None:
-        raise ConfigError(
-            f"{wanted}: {solver.name} holds a hub reader, and tiny readers are adapted; leave it "
-            "out to answer as it is"
         )
 
 

@@ -1,8 +1,9 @@
 """What the reader tells TRM when both answer: states of the query and its draft, packed.
 
 A guide belongs to one query of TRM: the reader's prompt for the same input under the same view, and
-the draft that the reader wrote after it. All states of a guide are visible to its query: nothing in
-them is an answer that somebody gave.
+the draft that the reader wrote after it. It is laid out in the tokens of the tiny reader and read
+as the sequences of training are, by tiny readers and hub models. All states of a guide are visible
+to its query: nothing in them is an answer that somebody gave.
 
 Legend: N reader tokens of all guides, R rows of TRM, H width of the reader.
 """
@@ -29,6 +30,14 @@ from arctrm.reader.tokens import (
     grid_tokens,
     pack_position,
 )
+from arctrm.training import reader_stream as reading
+from arctrm.training.joint_hub import joint_reader
+from arctrm.training.joint_reader import JointReader
+from arctrm.training.losses import IGNORE
+from arctrm.training.reader_stream import ReaderBatch
+
+CONDITION = [reading.TASK, reading.DIHEDRAL, reading.FLAG]
+"""Columns of a reader's row that a prompt's condition fills."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +45,7 @@ class Guide:
     """What the reader has to say to one query."""
 
     prompt: Prompt
-    """The same input under the same view."""
+    """The same input under the same view, laid out for the tiny reader."""
     draft: Grid | None
     """As the view shows it; None where there is none."""
 
@@ -51,33 +60,44 @@ def states(
 
     `soft_RPH` is the soft prefix of each row from an earlier attempt.
     """
-    reader = hybrid.tiny
-    assert reader is not None
-    num_soft = 0 if soft_RPH is None else soft_RPH.shape[1]
-    spelt = [_spelt(guide, num_soft) for guide in guides]
-    lengths = [len(tokens) for tokens, _ in spelt]
-    tokens, positions = (
-        torch.from_numpy(np.concatenate(arrays)).to(reader.device)
-        for arrays in zip(*spelt, strict=True)
-    )
-    length = torch.tensor(lengths, device=reader.device)
-    row = torch.arange(len(guides), device=reader.device).repeat_interleave(length)
-    conditions = torch.tensor([guide.prompt.condition for guide in guides])
-    added = reader.condition(*conditions.to(reader.device).unbind(1))[row]
+    reader = joint_reader(hybrid.reader)
+    batch = _batch(reader, guides, 0 if soft_RPH is None else soft_RPH.shape[1])
+    soft_NH = None
     if soft_RPH is not None:
-        is_soft = tokens == PREFIX
-        soft = soft_RPH[: len(guides)].flatten(0, 1).to(added.dtype)
-        added = added.index_add(0, is_soft.nonzero()[:, 0], soft)
-    ends = length.cumsum(0)
-    offsets = torch.cat((ends.new_zeros(1), ends)).to(torch.int32)
-    packing = new_packing(offsets, max(lengths), reader.dtype)
-    hidden = reader.hidden(tokens, positions, added, packing)
+        soft = soft_RPH[: len(guides)].flatten(0, 1)
+        soft_NH = soft.new_zeros(len(batch.tokens), soft.shape[1])
+        soft_NH = soft_NH.index_copy(0, (batch.tokens == PREFIX).nonzero()[:, 0], soft)
+    hidden = reader.hidden(batch, soft_NH)
     queries = torch.tensor([guide.prompt.output_start for guide in guides])
-    cells = _cells(tokens, positions, queries.to(reader.device)[row])
+    cells = _cells(batch.tokens, batch.positions, queries.to(batch.row.device)[batch.row])
+    offsets = batch.packing.offsets.long()
     padded = torch.nn.functional.pad
     missing = num_rows - len(guides)
-    begin, visible = padded(ends - length, (0, missing)), padded(length, (0, missing))
-    return ReaderStates(hidden, row, *cells, begin, visible)
+    begin, visible = padded(offsets[:-1], (0, missing)), padded(offsets.diff(), (0, missing))
+    return ReaderStates(hidden, batch.row, *cells, begin, visible)
+
+
+def _batch(reader: JointReader, guides: Sequence[Guide], num_soft: int) -> ReaderBatch:
+    """The guides one after another as in training; nothing is to be learned from them."""
+    device = reader.grids.device
+    spelt = [reader.marked(*_spelt(guide, num_soft)) for guide in guides]
+    tokens, positions = (
+        torch.from_numpy(np.concatenate(arrays)).to(device) for arrays in zip(*spelt, strict=True)
+    )
+    lengths = [len(codes) for codes, _ in spelt]
+    length = torch.tensor(lengths, device=device)
+    offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0)).to(torch.int32)
+    rows = torch.zeros(len(guides), reading.NUM_COLUMNS, dtype=torch.long)
+    rows[:, CONDITION] = torch.tensor([guide.prompt.condition for guide in guides])
+    return ReaderBatch(
+        rows.to(device),
+        tokens,
+        positions,
+        torch.full_like(tokens, IGNORE),
+        torch.arange(len(guides), device=device).repeat_interleave(length),
+        new_packing(offsets, max(lengths), reader.dtype),
+        len(guides),
+    )
 
 
 def longest_visible(states: ReaderStates) -> int:

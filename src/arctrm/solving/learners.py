@@ -19,7 +19,7 @@ from arctrm.hybrid import Hybrid
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import grid_length, pair_length
 from arctrm.training.drafts import DraftPool
-from arctrm.training.joint_reader import TinyJointReader
+from arctrm.training.joint_hub import joint_reader
 from arctrm.training.joint_step import JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.optimisers import FlatGradients, Optimisers
@@ -71,8 +71,7 @@ class Learner:
 def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:
     """The parts that have no loss in common."""
     if isinstance(model, Hybrid) and not model.adapters:
-        assert model.tiny is not None
-        return [model.trm, model.tiny]
+        return [model.trm] if model.tiny is None else [model.trm, model.tiny]
     return [model]
 
 
@@ -115,7 +114,7 @@ def least_tokens(part: Model, tasks: Sequence[Task]) -> int:
         return _largest_canvas(part, tasks)
     if isinstance(part, TinyReader):
         return _longest_sequence(part.config, tasks)
-    per_sequence = _reader(part).config.pairs_per_sequence
+    per_sequence = part.sequences.pairs_per_sequence
     return 2 * per_sequence * _largest_canvas(part.trm, tasks)
 
 
@@ -158,14 +157,15 @@ def _joint_step(
     data: DataConfig,
     seed: int,
 ) -> JointStep:
-    reader, coupling = _reader(hybrid), hybrid.config
-    source = PairSource(base, data, seed, reader.device)
-    own = ReaderStream(source, reader.config, reader.dtype)
+    reader, coupling = joint_reader(hybrid.reader), hybrid.config
+    source = PairSource(base, data, seed, hybrid.trm.H_init.device)
+    own = ReaderStream(source, reader.config, reader.dtype, reader.marks)
     trm = PairStream(base, data, hybrid.trm.config, seed, source.device, source)
     num_tokens = batch_tokens(hybrid, tasks, config)
     num_soft = coupling.num_back_vectors if coupling.back else 0
-    sequence = _longest_sequence(reader.config, tasks, MORE)
-    num_sequences = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
+    per_sequence = reader.config.pairs_per_sequence
+    sequence = reader.marks.length(_longest_sequence(reader.config, tasks, MORE), per_sequence)
+    num_sequences = num_tokens // TOKENS_PER_ROW // per_sequence
     stream = JointStream(
         own,
         trm,
@@ -178,14 +178,7 @@ def _joint_step(
         right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
     )
-    return JointStep(
-        hybrid, TinyJointReader(reader), stream, max_attempts=MAX_ATTEMPTS, loss_scale=1.0
-    )
-
-
-def _reader(hybrid: Hybrid) -> TinyReader:
-    assert hybrid.tiny is not None
-    return hybrid.tiny
+    return JointStep(hybrid, reader, stream, max_attempts=MAX_ATTEMPTS, loss_scale=1.0)
 
 
 def _num_rows(num_tokens: int, lengths: Sequence[int]) -> int:
@@ -228,37 +221,41 @@ def _growth(pair: Pair, more: int) -> int:
 
 
 def trainable_copy(model: Model, rows: Sequence[int]) -> Model:
-    """A trainable float32 copy with the task embeddings of `rows`, in that order, and no others."""
-    weights = {name: _float32(tensor) for name, tensor in model.state_dict().items()}
-    for name in weights:
-        if name.endswith("puzzle_emb.weights"):
-            weights[name] = weights[name][list(rows)]
+    """A trainable float32 copy with the task embeddings of `rows`, in that order, and no others.
+
+    A hub reader is not copied and not trained.
+    """
+    if isinstance(model, Hybrid):
+        return _hybrid_copy(model, rows)
+    weights = _float32(model)
+    weights["puzzle_emb.weights"] = weights["puzzle_emb.weights"][list(rows)]
     with torch.device("meta"):
-        copy = _empty_like(model, len(rows))
+        copy = _empty(model, len(rows))
     copy.load_state_dict(weights, assign=True)
-    for old, new in zip(_computing(model), _computing(copy), strict=True):
-        new.dtype = old.dtype
-        if isinstance(old, TRM) and isinstance(new, TRM):
-            new.level = old.level
+    copy.dtype = model.dtype
+    if isinstance(copy, TRM) and isinstance(model, TRM):
+        copy.level = model.level
     return copy.eval()
 
 
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
-    copy = tensor.detach().clone()
-    return copy.float() if copy.is_floating_point() else copy
-
-
-def _empty_like(model: Model, num_tasks: int) -> Model:
+def _empty(model: TRM | TinyReader, num_tasks: int) -> TRM | TinyReader:
     if isinstance(model, TRM):
         return TRM(model.config, num_tasks)
-    if isinstance(model, TinyReader):
-        return TinyReader(model.config, num_tasks)
-    reader = TinyReader(_reader(model).config, num_tasks)
+    return TinyReader(model.config, num_tasks)
+
+
+def _hybrid_copy(model: Hybrid, rows: Sequence[int]) -> Hybrid:
+    reader = model.reader if model.tiny is None else trainable_copy(model.tiny, rows)
+    trm, num_tasks = trainable_copy(model.trm, rows), len(rows)
+    assert isinstance(trm, TRM)
     draft_every = min(DRAFT_EVERY * num_tasks, max(DRAFT_EVERY, model.config.draft_every))
     coupling = model.config.model_copy(update={"draft_every": draft_every})
-    return Hybrid(reader, reader.hidden_size, TRM(model.trm.config, num_tasks), coupling)
+    with torch.device("meta"):
+        copy = Hybrid(reader, model.hidden_size, trm, coupling)
+    copy.adapters.load_state_dict(_float32(model.adapters), assign=True)
+    return copy.eval()
 
 
-def _computing(model: Model) -> list[TRM | TinyReader]:
-    """The models that have an arithmetic of their own."""
-    return [model.trm, _reader(model)] if isinstance(model, Hybrid) else [model]
+def _float32(module: nn.Module) -> dict[str, torch.Tensor]:
+    copies = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in copies.items()}

@@ -21,10 +21,13 @@ from torch import Tensor
 
 from arctrm.config import InferenceConfig, SolveConfig
 from arctrm.data.task import Grid, Task
+from arctrm.hybrid import Hybrid
 from arctrm.planner import ARCPlanner, GridVerifier, PlannerResult, Verdict
 from arctrm.reader.grid_text import parse_grid_text
+from arctrm.reader.hub_text import HubGridText
+from arctrm.reader.text_interface import TextReader
 from arctrm.reader.text_module import TextReasoningModule
-from arctrm.reader.tiny_text import TinyText
+from arctrm.reader.tiny_text import TinyText, text_of
 from arctrm.solving.adaptation import probe_task
 from arctrm.solving.candidates import Key, Query, grids_on, packed_rows
 from arctrm.solving.guidance import Guide, longest_visible, states
@@ -97,7 +100,7 @@ class RowsOfTask:
     """The test inputs of a task and its demonstrations as probes, attempted together."""
 
     def __init__(self, solver: Solver, task: Task, config: SolveConfig):
-        assert solver.reader is not None
+        assert solver.hybrid is not None
         row = solver.row_of(task)
         # A probe has other demonstrations, so that it is known by its name only.
         rows = {task.id: solver.mean_row if row is None else row}
@@ -117,10 +120,14 @@ class RowsOfTask:
         self.q_halt: list[list[float]] = []
         self.soft_RPH: Tensor | None = None
         self.verifier = GridVerifier(demonstrations=task.demonstrations)
-        text = TinyText(solver.reader, self.readings[0].prompt.condition)
+        self.layouts = [r.layout for r in self.readings if r.layout is not None]
+        text = _grid_text(solver.hybrid, self.layouts[0].condition)
         self.module = TextReasoningModule(text)
-        self.texts = [text.text_of(reading.prompt.tokens.tolist()) for reading in self.readings]
-        self.longest_draft = max(reading.max_output_tokens for reading in self.readings)
+        self.texts = [text_of(layout.tokens.tolist()) for layout in self.layouts]
+        wanted = max(reading.max_output_tokens for reading in self.readings)
+        longest = max(len(reading.prompt.tokens) for reading in self.readings)
+        left = text.max_tokens - longest - solver.hybrid.config.num_back_vectors
+        self.longest_draft = max(0, min(wanted, left))
 
     def verify(self, z_init: Tensor, texts: list[str], rows: list[int]) -> Sequence[Verdict]:
         """Refine what the reader wrote for all rows, and judge it by the probes."""
@@ -144,7 +151,7 @@ class RowsOfTask:
         hybrid = self.solver.hybrid
         assert hybrid is not None
         rows, lengths = packed_rows(self.solver, self.queries)
-        guides = [Guide(r.prompt, d) for r, d in zip(self.readings, drafts, strict=True)]
+        guides = [Guide(layout, d) for layout, d in zip(self.layouts, drafts, strict=True)]
         said = states(hybrid, guides, len(guides), soft_RPH)
         start = hybrid.start(said, rows.tokens, longest_visible(said))
         steps = hybrid.refine(rows, start, _num_steps(self.solver, self.inference))
@@ -173,6 +180,14 @@ class RowsOfTask:
         return (self.task.id, index), Candidate(
             best.verdict.prediction, q, "planner", probe=best.score
         )
+
+
+def _grid_text(hybrid: Hybrid, condition: tuple[int, int, int]) -> TextReader:
+    """The reader, as it reads and writes the text of grids."""
+    if hybrid.hub is not None:
+        return HubGridText(hybrid.hub, condition)
+    assert hybrid.tiny is not None
+    return TinyText(hybrid.tiny, condition)
 
 
 def _num_steps(solver: Solver, inference: InferenceConfig) -> int:

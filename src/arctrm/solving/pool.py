@@ -14,6 +14,7 @@ from typing import Protocol
 from arctrm.config import DecodingConfig, InferenceConfig
 from arctrm.data.task import Grid, Task
 from arctrm.reader.decoding import Decoded
+from arctrm.reader.interface import Prompt
 from arctrm.solving.candidates import Key, Query, answer, task_queries
 from arctrm.solving.guidance import Guide
 from arctrm.solving.reading import Reading, as_candidates, propose, task_readings
@@ -108,13 +109,18 @@ def _guides(
     if drafts is None or solver.hybrid is None or not solver.hybrid.adapters:
         return None
     guides = [
-        Guide(reading.prompt, None if ablation == "no-draft" else _first_grid(own))
+        Guide(_layout(reading), None if ablation == "no-draft" else _first_grid(own))
         for reading, own in zip(_readings(asked), drafts, strict=True)
     ]
     if ablation == "swap-context":
         half = len(guides) // 2
         return guides[half:] + guides[:half]
     return guides
+
+
+def _layout(reading: Reading) -> Prompt:
+    assert reading.layout is not None
+    return reading.layout
 
 
 def _first_grid(own: Sequence[Decoded]) -> Grid | None:

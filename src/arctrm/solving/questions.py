@@ -94,9 +94,9 @@ class TinyRespondent:
     """The tiny reader of a checkpoint."""
 
     def __init__(self, solver: Solver, seed: int, decoding: DecodingConfig):
-        assert solver.reader is not None
+        assert solver.tiny is not None
         self.solver, self.seed, self.decoding = solver, seed, decoding
-        self.name, self.reader = solver.name, solver.reader
+        self.name, self.reader = solver.name, solver.tiny
         self.weights: nn.Module = self.reader
         self.how = f'tiny reader, sequence = "{self.reader.config.sequence}"'
         self._text_of = TinyText(self.reader).text_of
@@ -200,9 +200,9 @@ def load_respondent(config: BaselineConfig, device: torch.device) -> Respondent:
     if config.hub.name:
         return HubRespondent(load_hub_reader(config.hub, device), config)
     solver = load_solver(config.checkpoint, InferenceConfig(views=config.views), device)
-    if solver.reader is None:
+    if solver.tiny is None:
         raise CheckpointError(
-            f"{solver.name}: has a TRM and no reader, and baseline asks a reader alone; train one "
+            f"{solver.name}: holds no reader that baseline can ask alone; train a tiny one "
             "with `arctrm pretrain --config configs/pretrain_reader.toml` and give it with "
             "--checkpoint, or name a hub model with --model"
         )

@@ -24,6 +24,7 @@ from arctrm.solving.candidates import Key, task_views
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
+from arctrm.training.joint_reader import JointReader
 
 CPU_BATCH, PACKED_BATCH, GPU_BATCH, HUB_BATCH = 16, 4096, 512, 8
 """Prompts decoded side by side: by the tiny reader (on a CPU; on a GPU, where what memory has room
@@ -37,31 +38,36 @@ class Reading:
     key: Key
     view: View
     prompt: Prompt
+    """In the reader's own tokens."""
     query: Grid
     """The input, in the task's own colours and orientation."""
     max_output_tokens: int
     """Room for every plausible output."""
+    layout: Prompt | None = None
+    """The prompt in the tokens of the tiny reader, where TRM may be told of it."""
 
 
 def task_readings(solver: Solver, task: Task, num_views: int, seed: int) -> list[Reading]:
     """Readings of every test input, view by view (the identity first)."""
-    assert solver.reader is not None
+    reader = solver.joint_reader
+    assert reader is not None
     rng = np.random.default_rng([seed, *task.id.encode(), 1])
     return [
-        _reading(solver.reader, task, index, view, row, rng)
+        _reading(reader, task, index, view, row, rng)
         for view, row in task_views(solver, task, num_views, seed)
         for index in range(len(task.test))
     ]
 
 
 def _reading(
-    reader: TinyReader, task: Task, index: int, view: View, row: int, rng: np.random.Generator
+    reader: JointReader, task: Task, index: int, view: View, row: int, rng: np.random.Generator
 ) -> Reading:
     query = task.test[index].input
     room = output_room(task, query, view)
     pairs = _context(reader, task, view, room, query, rng)
     condition = (row, view.dihedral, int(view.identity_colours))
-    return Reading((task.id, index), view, prompt(pairs, view.apply(query), condition), query, room)
+    layout = prompt(pairs, view.apply(query), condition)
+    return Reading((task.id, index), view, reader.own(layout), query, room, layout)
 
 
 def output_room(task: Task, query: Grid, view: View) -> int:
@@ -73,11 +79,11 @@ def output_room(task: Task, query: Grid, view: View) -> int:
 
 
 def _context(
-    reader: TinyReader, task: Task, view: View, room: int, query: Grid, rng: np.random.Generator
+    reader: JointReader, task: Task, view: View, room: int, query: Grid, rng: np.random.Generator
 ) -> list[Pair]:
     """The demonstrations that stand before the query, in random order: as many as fit."""
     config = reader.config
-    left = config.longest_sequence - room - pair_length(Pair(query))
+    left = min(config.longest_sequence - room, reader.longest_prompt) - pair_length(Pair(query))
     chosen: list[Pair] = []
     if config.sequence == "pair":
         return chosen

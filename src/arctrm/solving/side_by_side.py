@@ -101,7 +101,7 @@ def _accelerated(
     adapter: Adapter, steps: Sequence[Step], config: EvalConfig
 ) -> Sequence[Callable[[], None]]:
     """The steps as they run: on a GPU compiled and captured, unless that is switched off."""
-    on_gpu, reader = adapter.solver.device.type == "cuda", adapter.solver.reader
+    on_gpu, reader = adapter.solver.device.type == "cuda", adapter.solver.tiny
     wanted = config.inference.compile
     if wanted == "off" or (wanted == "auto" and not on_gpu):
         return steps

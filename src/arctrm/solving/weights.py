@@ -17,13 +17,21 @@ from torch import nn
 
 from arctrm.config import CouplingConfig, DataConfig, InferenceConfig, ReaderConfig, TRMConfig
 from arctrm.config.base import StrictModel
+from arctrm.config.joint import TINY
+from arctrm.config.reader_hub import HubReaderConfig
 from arctrm.data.task import Task
 from arctrm.data.views import IDENTITY, SAME_COLOURS, View, fixed_colours
-from arctrm.errors import CheckpointError
-from arctrm.hybrid import Hybrid, empty_hybrid
+from arctrm.errors import CheckpointError, ConfigError
+from arctrm.hybrid import Hybrid, empty_hybrid, hub_hybrid
+from arctrm.reader.hub import HubReader
+from arctrm.reader.hub_loading import load_hub_reader
+from arctrm.reader.interface import GridReader
 from arctrm.reader.tiny import TinyReader
+from arctrm.solving.hub_weights import check_adapters, filled, here_and_now, reader_width
 from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import check_names, read_meta, read_model, resolve_checkpoint
+from arctrm.training.joint_hub import joint_reader
+from arctrm.training.joint_reader import JointReader
 from arctrm.training.source import view_of
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.layers import run_level
@@ -73,11 +81,28 @@ class Solver:
         return self.model if isinstance(self.model, Hybrid) else None
 
     @property
-    def reader(self) -> TinyReader | None:
-        """The reader, where there is one."""
+    def tiny(self) -> TinyReader | None:
+        """The reader, where it is a tiny one."""
         if isinstance(self.model, Hybrid):
             return self.model.tiny
         return self.model if isinstance(self.model, TinyReader) else None
+
+    @property
+    def hub(self) -> HubReader | None:
+        """The reader, where it is a hub model."""
+        return self.model.hub if isinstance(self.model, Hybrid) else None
+
+    @property
+    def reader(self) -> GridReader | None:
+        """The reader, where there is one."""
+        return self.tiny if self.hub is None else self.hub
+
+    @property
+    def joint_reader(self) -> JointReader | None:
+        """The reader as it is shown tasks, where there is one."""
+        if self.reader is None:
+            return None
+        return joint_reader(self.model.reader if isinstance(self.model, Hybrid) else self.model)
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +147,9 @@ def load_solver(
     """Load the bundled weights, a checkpoint folder or a reference checkpoint file.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it does not fit its own configuration.
+        CheckpointError: there is none, it is damaged, or it does not fit its own configuration or
+            the hub reader that it was trained with.
+        ConfigError: there is no such hub reader, or it cannot be used.
 
     """
     if checkpoint is not None and checkpoint.is_file():
@@ -132,14 +159,14 @@ def load_solver(
             )
         solver = _reference_solver(checkpoint)
     else:
-        solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED))
+        solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED), inference, device)
     solver.model.to(device).eval()
     dtype = _inference_dtype(inference.dtype, device)
-    if solver.reader is not None:
-        _append_mean(solver.reader)
-        solver.reader.to(dtype).dtype = dtype
+    if solver.tiny is not None:
+        _append_mean(solver.tiny)
+        solver.tiny.to(dtype).dtype = dtype
         if inference.blank_task_embedding:  # of TRM it is blanked where it is asked
-            solver.reader.puzzle_emb.weights.detach().zero_()
+            solver.tiny.puzzle_emb.weights.detach().zero_()
     if solver.has_trm:
         _append_mean(solver.trm)
         solver.trm.dtype = dtype
@@ -171,6 +198,8 @@ class _Trained(StrictModel):
     model: Literal["trm", "reader"] = "trm"
     trm: TRMConfig
     reader: ReaderConfig = ReaderConfig()
+    llama_model: str = TINY
+    hub: HubReaderConfig = HubReaderConfig()
     coupling: CouplingConfig | None = None
     """Of a hybrid: a checkpoint of `arctrm joint`."""
     data: DataConfig
@@ -182,7 +211,7 @@ class _Notes(StrictModel):
     task_fingerprints: tuple[str, ...] = ()
 
 
-def _own_solver(folder: Path) -> Solver:
+def _own_solver(folder: Path, inference: InferenceConfig, device: torch.device) -> Solver:
     meta = read_meta(folder)
     try:
         trained = _Trained.model_validate(meta.config)
@@ -206,7 +235,7 @@ def _own_solver(folder: Path) -> Solver:
         names = zip(meta.task_ids, keys, strict=True)
         rows |= {f"{name} {key}": row for row, (name, key) in enumerate(names)}
     return Solver(
-        _load_model(folder, trained, len(meta.task_ids)),
+        _load_model(folder, trained, len(meta.task_ids), inference, device),
         rows,
         by_content,
         {},
@@ -219,8 +248,27 @@ def _own_solver(folder: Path) -> Solver:
     )
 
 
-def _load_model(folder: Path, trained: _Trained, num_tasks: int) -> TRM | TinyReader | Hybrid:
+def _load_model(
+    folder: Path,
+    trained: _Trained,
+    num_tasks: int,
+    inference: InferenceConfig,
+    device: torch.device,
+) -> TRM | TinyReader | Hybrid:
     weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
+    if trained.coupling is not None and trained.llama_model != TINY:
+        hub = here_and_now(trained.hub, inference, device)
+        width = reader_width(folder, hub)
+        check_adapters(folder, weights, width)
+        hybrid = hub_hybrid(
+            load_hub_reader(hub, device), trained.reader, trained.trm, trained.coupling, num_tasks
+        )
+        return filled(hybrid, weights, folder)
+    if inference.llama_model is not None:
+        raise ConfigError(
+            f"inference.llama_model = {inference.llama_model!r}: {folder} holds no hub reader; "
+            "leave it out"
+        )
     with torch.device("meta"):  # compare before anything of the configured size is made
         model = _empty_model(trained, num_tasks)
     check_names({n: tuple(t.shape) for n, t in model.state_dict().items()}, weights, folder)

@@ -132,14 +132,20 @@ def _load_adapters(hybrid: Hybrid, folder: Path, meta: CheckpointMeta) -> list[s
         own = {n.removeprefix(f"{name}."): t for n, t in weights.items() if n.startswith(name)}
         if not own:
             continue
-        _check_width(folder, own, hybrid.hidden_size)
+        check_width(folder, own, hybrid.hidden_size)
         _load(adapter, own, folder)
         loaded.append(f"adapter {name}")
     return loaded
 
 
-def _check_width(folder: Path, weights: dict[str, Tensor], width: int) -> None:
-    """`project` has the reader's width on the side that is not TRM's."""
+def check_width(folder: Path, weights: dict[str, Tensor], width: int) -> None:
+    """Refuse the weights of an adapter for a reader of another width.
+
+    (`project` has the reader's width on the side that is not TRM's.)
+
+    Raises:
+        CheckpointError: names both widths.
+    """
     shape = weights["project.weight"].shape
     there = shape[0] if "from_H.weight" in weights else shape[1]
     if there != width:
