@@ -41,7 +41,7 @@ PALETTE = (
 
 def main() -> None:
     args = arguments()
-    rows = json.loads((args.scores / "ablations.json").read_text())
+    rows = read_rows(args.scores)
     print(score_table(rows), "\n")
     if {"no-trm", "no-reader"} <= rows.keys():
         print(overlap_table(rows), "\n")
@@ -56,6 +56,13 @@ def main() -> None:
     (args.out / "examples.svg").write_text(example_plot(near_misses(tasks, submitted)))
     if args.curve:
         (args.out / "curve.svg").write_text(curve_plot(args.curve, args.x_label, args.y_label))
+
+
+def read_rows(scores: Path) -> dict:
+    """Scores by the name of the row; of an evaluation without ablations, one row."""
+    if (scores / "ablations.json").is_file():
+        return json.loads((scores / "ablations.json").read_text())
+    return {"everything": json.loads((scores / "scores.json").read_text())}
 
 
 def arguments() -> argparse.Namespace:

@@ -170,7 +170,9 @@ class Hybrid(nn.Module):
                 cells = self._draft(states, tokens, is_cell)
                 z_H, z_L = z_H + cells.z_H, z_L + cells.z_L
                 injection = injection + cells.injection
-        return Start(context, z_H, z_L, injection)
+        # TRM scales its embeddings so, and training them makes them larger still (rms 24 in the
+        # bundled TRM): unscaled, what the reader says would be drowned.
+        return Start(context, z_H, z_L, injection * self.trm.config.hidden_size**0.5)
 
     def _draft(self, states: ReaderStates, tokens: TokenMap, is_cell: Tensor) -> DraftCells:
         num_rows = states.begin.shape[0]
@@ -213,6 +215,14 @@ def refine(
 
     Without a `start` TRM is alone; `blank` is the ablation that hides which task it is.
     """
+    x, latents = begin(trm, rows, start, blank)
+    for _ in range(num_steps):
+        latents, prediction = trm.supervision_step(latents, x, rows.seq, rows.tokens.first)
+        yield latents, prediction
+
+
+def begin(trm: TRM, rows: Rows, start: Start | None, blank: bool = False) -> tuple[Tensor, Latents]:
+    """Input embedding [T, D] and latents of rows before their first step; see `refine`."""
     tokens = rows.tokens
     context = None if start is None else start.context
     prefix, condition = trm.prefix(rows.embedding, rows.dihedral, rows.colour_flag, blank, context)
@@ -222,9 +232,7 @@ def refine(
         x = x + start.injection.to(x.dtype)
         z_H, z_L = latents.z_H + start.z_H.to(trm.dtype), latents.z_L + start.z_L.to(trm.dtype)
         latents = Latents(z_H, z_L)
-    for _ in range(num_steps):
-        latents, prediction = trm.supervision_step(latents, x, rows.seq, tokens.first)
-        yield latents, prediction
+    return x, latents
 
 
 def empty_hybrid(

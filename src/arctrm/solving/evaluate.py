@@ -5,6 +5,7 @@ Answers are set aside before any model sees a task; only `arctrm.solving.scoring
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -62,11 +63,14 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     if accelerator.is_main_process:
         _submit(tasks, ranked, out)
         scores = _report(config, before, adapted, tasks, ranked, known, seconds, out)
-    ablated = _ablated(solver, before, tasks, asked, config, accelerator)
+    rows: dict[str, scoring.Scores] = {} if scores is None else {"everything": scores}
+    for name, own in _ablated(solver, before, tasks, asked, config, accelerator):
+        if rows:
+            rows[name] = scoring.score(_predictions(tasks, own), known)
+            _write_ablations(rows, out)  # each as it comes: an interruption loses one
     accelerator.end_training()
-    if scores is not None and ablated:
-        rows = {name: scoring.score(_predictions(tasks, r), known) for name, r in ablated.items()}
-        _report_ablations({"everything": scores} | rows, out)
+    if len(rows) > 1:
+        console().print(scoring.comparison_table(rows))
     return scores
 
 
@@ -102,12 +106,11 @@ def _ablated(
     asked: Asked,
     config: EvalConfig,
     accelerator: Accelerator,
-) -> dict[str, dict[Key, list[Ranked]]]:
-    """The rankings without one part of the whole, by the name of the ablation.
+) -> Iterator[tuple[str, dict[Key, list[Ranked]]]]:
+    """Name and rankings of each ablation: without one part of the whole.
 
     `before` is the solver before adaptation.
     """
-    rankings: dict[str, dict[Key, list[Ranked]]] = {}
     for name in config.evaluation.ablate:
         if accelerator.is_main_process:
             note(f"ablation {name}")
@@ -115,15 +118,13 @@ def _ablated(
         if name == NO_ADAPTATION:
             who, what = before, ask(before, tasks, config, accelerator)
         found = answer_all(who, what, config, accelerator, name)
-        rankings[name] = rank_all(who, tasks, found, config, accelerator, name)
-    return rankings
+        yield name, rank_all(who, tasks, found, config, accelerator, name)
 
 
-def _report_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
-    """One table with all rows, also as ablations.json."""
+def _write_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
+    """The rows so far as ablations.json."""
     content = {name: scoring.scores_dict(scores) for name, scores in rows.items()}
     write_text_atomically(out / "ablations.json", json.dumps(content, indent=1) + "\n")
-    console().print(scoring.comparison_table(rows))
 
 
 def _open_folder(out: Path, config: EvalConfig) -> None:
@@ -179,6 +180,7 @@ def _report(
         "checkpoint": solver.name,
         "views": config.inference.views,
         "steps": _steps(solver, config),
+        "halt": config.inference.halt,
         "reader": config.reader.model_dump() if solver.reader is not None else None,
         "adaptation": None if adapted is None else adapted.record(),
         "blank_task_embedding": config.inference.blank_task_embedding,
@@ -219,7 +221,8 @@ def describe(config: EvalConfig) -> Table:
     views, steps = config.inference.views, _steps(solver, config)
     table.add_row("queries", f"{inputs * views:,} ({views} views)")
     if steps is not None:
-        table.add_row("supervision steps", str(steps))
+        at_most = "at most " if config.inference.halt else ""
+        table.add_row("supervision steps", f"{at_most}{steps}")
     if config.evaluation.adapts:
         demonstrations = sum(len(task.demonstrations) for task in tasks)
         how = f"{config.evaluation.adapted_for}, {demonstrations:,} demonstrations"
