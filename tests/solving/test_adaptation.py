@@ -11,7 +11,7 @@ from arctrm.config import InferenceConfig, LearningConfig
 from arctrm.data import canvas
 from arctrm.data.task import Pair, Task
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
-from arctrm.solving.candidates import answer_batch, task_queries
+from arctrm.solving.candidates import answer, task_queries
 from arctrm.solving.weights import load_solver
 
 CONFIG = LearningConfig(tokens_per_batch=512)
@@ -42,7 +42,7 @@ def equal(a, b):
 def demonstration_loss(solver, task, monkeypatch):
     """Mean cross entropy of the demonstrations' cells under four views, as solving would ask."""
     probe = Task(task.id, task.demonstrations, task.demonstrations)
-    queries = task_queries(solver, probe, 4, seed=0)
+    queries = sorted(task_queries(solver, probe, 4, seed=0), key=lambda q: q.codes.size)
     seen = []
     read_out = solver.trm.read_out
 
@@ -51,7 +51,7 @@ def demonstration_loss(solver, task, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(solver.trm, "read_out", spy)
-    answer_batch(solver, queries, InferenceConfig(steps=3))
+    answer(solver, queries, InferenceConfig(steps=3, tokens_per_batch=32768))
     monkeypatch.setattr(solver.trm, "read_out", read_out)
     rows = seen[-1].logits.split([8 + query.codes.size for query in queries])
     losses = []
@@ -104,8 +104,8 @@ def test_before_any_step_the_copy_answers_as_the_solver_does(solver, trained):
         assert {query.row for query in copied} == {0}
         assert [q.view for q in copied] == [q.view for q in queries]
         for (_, a), (_, b) in zip(
-            answer_batch(solver, queries, InferenceConfig()),
-            answer_batch(copy, copied, InferenceConfig()),
+            answer(solver, queries, InferenceConfig()),
+            answer(copy, copied, InferenceConfig()),
             strict=True,
         ):
             assert (a.grid is None) == (b.grid is None)

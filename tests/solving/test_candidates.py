@@ -15,10 +15,9 @@ from arctrm.data.views import IDENTITY, View
 from arctrm.errors import ResourceError
 from arctrm.solving.candidates import (
     answer,
-    answer_batch,
+    batch_of,
     by_key,
-    pack,
-    run_batch,
+    refined,
     task_queries,
 )
 from arctrm.solving.canvas_rules import query_canvas
@@ -112,7 +111,7 @@ def test_a_query_shows_the_test_input_under_its_view(tasks):
 
 def test_the_model_is_told_row_dihedral_and_whether_colours_are_kept(tasks):
     solver, queries, _ = oracle_for(tasks[:1], 16)
-    answer_batch(solver, queries, InferenceConfig(steps=1))
+    answer(solver, queries, InferenceConfig(steps=1, tokens_per_batch=32768))
     rows, dihedrals, flags = solver.trm.asked
     assert rows == list(range(len(queries)))
     assert dihedrals == [query.view.dihedral for query in queries]
@@ -195,27 +194,23 @@ def test_test_outputs_change_no_query_and_no_candidate(solver, trained):
 # -- packing
 
 
-def test_packing_keeps_the_order_and_the_bounds(solver, trained):
+def test_a_batch_holds_as_many_queries_as_its_tokens_and_one_at_least(solver, trained):
     queries = [q for task in trained.known for q in task_queries(solver, task, 20, seed=0)]
-    batches = list(pack(queries, 1024, num_slots=8))
-    assert [query for batch in batches for query in batch] == queries
-    sizes = [sum(8 + query.codes.size for query in batch) for batch in batches]
-    assert max(sizes) <= 1024
-    assert max(map(len, batches)) <= 1024 // 64
-    assert len(batches) < len(queries) / 4
+    few, many = (InferenceConfig(tokens_per_batch=tokens) for tokens in (1024, 2048))
+    count = batch_of(solver, queries, few)
+    sizes = [8 + query.codes.size for query in queries]
+    assert sum(sizes[:count]) <= 1024 < sum(sizes[: count + 1]) or count == 1024 // 64
+    assert batch_of(solver, queries, many) > count
+    assert batch_of(solver, queries[:1], few) == 1
 
 
-def test_a_query_above_the_bound_goes_alone(solver):
-    grid = np.ones((30, 30), np.uint8)
-    task = Task("large", (Pair(grid, grid),), (Pair(grid),))
-    queries = task_queries(solver, task, 3, seed=0)
-    assert [len(batch) for batch in pack(queries, 900, 8)] == [1, 1, 1]
-    assert list(pack([], 1024, 8)) == []
+def test_no_query_needs_no_answer(solver):
     assert answer(solver, [], INFERENCE) == []
 
 
 def test_an_answer_does_not_depend_on_what_it_is_packed_with(solver, trained, monkeypatch):
     queries = [q for task in trained.known for q in task_queries(solver, task, 3, seed=0)][:16]
+    queries.sort(key=lambda query: query.codes.size)
     seen = []
     read_out = solver.trm.read_out
 
@@ -225,18 +220,18 @@ def test_an_answer_does_not_depend_on_what_it_is_packed_with(solver, trained, mo
         return prediction
 
     monkeypatch.setattr(solver.trm, "read_out", spy)
-    together = answer_batch(solver, queries, INFERENCE)
+    together = answer(solver, queries, INFERENCE)
     packed = seen[-1].split([8 + query.codes.size for query in queries])
     assert len({query.codes.shape for query in queries}) > 2
     for query, (key, candidate), logits in zip(queries, together, packed, strict=True):
-        [(key_alone, alone)] = answer_batch(solver, [query], INFERENCE)
+        [(key_alone, alone)] = answer(solver, [query], INFERENCE)
         torch.testing.assert_close(seen[-1], logits, atol=1e-5, rtol=0)
         assert key == key_alone
         assert same(candidate.grid, alone.grid)
         assert candidate.q == pytest.approx(alone.q, abs=1e-5)
 
 
-def test_all_batches_are_told_of(solver, trained):
+def test_every_answer_is_told_of(solver, trained):
     queries = task_queries(solver, trained.known[3], 40, seed=0)
     done = []
     answer(solver, queries, InferenceConfig(tokens_per_batch=1024, steps=1), done.append)
@@ -265,7 +260,7 @@ def logits_of(solver, task, monkeypatch, **options):
         return seen[-1]
 
     monkeypatch.setattr(solver.trm, "read_out", spy)
-    answer_batch(solver, task_queries(solver, task, 2, seed=0), InferenceConfig(**options))
+    answer(solver, task_queries(solver, task, 2, seed=0), InferenceConfig(**options))
     monkeypatch.setattr(solver.trm, "read_out", read_out)
     return [prediction.logits for prediction in seen]
 
@@ -333,10 +328,7 @@ def test_static_shapes_give_the_same_answers(trained):
     solver = load_solver(trained.run, inference, torch.device("cpu"))
     tasks = [task.without_answers() for task in (*trained.known, *trained.others)]
     queries = [query for task in tasks for query in task_queries(solver, task, 3, 0)]
-    for batch in pack(queries, 4096, solver.trm.config.num_prefix_slots):
-        with torch.no_grad():
-            exact, q_exact, lengths = run_batch(solver, batch, inference, static=False)
-            static, q_static, _ = run_batch(solver, batch, inference, static=True)
-        np.testing.assert_array_equal(static[: sum(lengths)], exact)
-        np.testing.assert_allclose(q_static, q_exact, atol=1e-5)
-        assert len(static) > len(exact)
+    exact, static = (refined(solver, queries, inference, static=way) for way in (False, True))
+    for a, b in zip(exact, static, strict=True):
+        np.testing.assert_array_equal(a.codes, b.codes)
+        assert a.q_halt == pytest.approx(b.q_halt, abs=1e-5)

@@ -15,7 +15,7 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import IDENTITY, View, fixed_colours, transform
 from arctrm.errors import CheckpointError
-from arctrm.solving.candidates import run_batch, task_queries
+from arctrm.solving.candidates import refined, task_queries
 from arctrm.solving.weights import BUNDLED, load_solver
 from arctrm.training.checkpoints import export_bundle, latest_checkpoint, read_meta, read_model
 from arctrm.training.stream import COLOURS, DIHEDRAL, EMBEDDING, PairStream
@@ -141,9 +141,9 @@ def test_an_8_bit_bundle_of_a_trm_answers_as_the_one_of_bfloat16(trained, tmp_pa
     queries = [q for task in trained.known for q in task_queries(wide, task, 4, 0)]
     answers = []
     for solver in (wide, narrow):
-        with torch.no_grad():
-            codes, q_halt, _ = run_batch(solver, queries, inference, static=False)
-        answers.append((codes, q_halt))
+        found = refined(solver, queries, inference)
+        codes = np.concatenate([own.codes for own in found])
+        answers.append((codes, np.array([own.q_halt for own in found])))
     assert (answers[0][0] == answers[1][0]).mean() > 0.97
     np.testing.assert_allclose(answers[0][1], answers[1][1], atol=0.1)
     assert not np.array_equal(answers[0][1], answers[1][1])

@@ -17,6 +17,10 @@ class InferenceConfig(StrictModel):
     steps: int | None = Field(None, ge=1)
     """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
 
+    halt: bool = False
+    """Answer with the first step whose halting logit is positive, not with the last: fewer steps,
+    other answers."""
+
     tokens_per_batch: int | None = Field(None, ge=1024)
     """Tokens in one packed batch; by default 32768 on a GPU (8192 with a hub reader) and 1024 on a
     CPU."""

@@ -1,13 +1,12 @@
 """Queries in, candidates out: TRM answers test inputs under many views, packed.
 
-A query is one test input under one view on one canvas. Queries are packed by size, run for a fixed
-number of supervision steps, decoded, and turned back by the exact inverse of their view.
+A query is one test input under one view on one canvas. Queries are packed by size, refined by TRM
+(`arctrm.solving.refining`), decoded, and turned back by the exact inverse of their view.
 
 Legend: T tokens, R rows.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,10 @@ from arctrm.data import canvas
 from arctrm.data.task import MAX_SIDE, Grid, Task
 from arctrm.data.views import DIHEDRALS, View, distinct_views, fixed_colours
 from arctrm.errors import ResourceError, TaskError
-from arctrm.hybrid import Rows, refine
+from arctrm.hybrid import Rows, begin
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.guidance import Guide, longest_visible, states
+from arctrm.solving.refining import Begun, Refined, Refiner, Size, fitting
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 from arctrm.training.stages import TOKENS_PER_ROW
@@ -99,28 +99,11 @@ def batch_tokens(solver: Solver, inference: InferenceConfig) -> int:
     return inference.tokens_per_batch or default
 
 
-def batches(
-    solver: Solver, queries: Sequence[Query], inference: InferenceConfig
-) -> Iterator[list[Query]]:
-    """The queries in packed batches, in order."""
-    slots = solver.trm.config.num_slots
-    return pack(queries, batch_tokens(solver, inference), slots)
-
-
-def pack(queries: Sequence[Query], tokens_per_batch: int, num_slots: int) -> Iterator[list[Query]]:
-    """Split into batches of at most `tokens_per_batch` tokens, in order; one query at least."""
-    batch: list[Query] = []
-    used = 0
-    max_rows = tokens_per_batch // TOKENS_PER_ROW
-    for query in queries:
-        size = num_slots + query.codes.size
-        if batch and (used + size > tokens_per_batch or len(batch) == max_rows):
-            yield batch
-            batch, used = [], 0
-        batch.append(query)
-        used += size
-    if batch:
-        yield batch
+def batch_of(solver: Solver, queries: Sequence[Query], inference: InferenceConfig) -> int:
+    """How many of the queries, in order, one packed batch holds; one at least."""
+    num_tokens = batch_tokens(solver, inference)
+    lengths = (size.length for size in _sizes(solver, queries))
+    return max(1, fitting(lengths, num_tokens, num_tokens // TOKENS_PER_ROW))
 
 
 def answer(
@@ -130,123 +113,128 @@ def answer(
     advance: Callable[[int], None] = lambda done: None,
     guides: Sequence[Guide] | None = None,
 ) -> list[tuple[Key, Candidate]]:
-    """Candidates of all queries, in the order of the queries; `advance` is told of each batch.
+    """Candidates of all queries, in the order of the queries; `advance` is told of each.
 
-    `guides` is what the reader tells TRM, one for each query.
+    `guides` is what the reader tells TRM, one for each query. A grid that cannot be decoded is
+    None.
 
     Raises:
         ResourceError: out of memory; says which key to lower.
 
     """
+    source = "trm" if guides is None else "hybrid"
+    said = refined(solver, queries, inference, advance, guides)
+    return [
+        (query.key, Candidate(grid_on(query, own.codes), own.q_halt, source, steps=own.steps))
+        for query, own in zip(queries, said, strict=True)
+    ]
+
+
+def refined(
+    solver: Solver,
+    queries: Sequence[Query],
+    inference: InferenceConfig,
+    advance: Callable[[int], None] = lambda done: None,
+    guides: Sequence[Guide] | None = None,
+    static: bool | None = None,
+) -> list[Refined]:
+    """What TRM says of each query, in their order.
+
+    `static`: shapes that depend on the configuration only; by default on a GPU.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+    """
     order = sorted(range(len(queries)), key=lambda i: queries[i].codes.size)
     ordered = [queries[i] for i in order]
-    told = None if guides is None else [guides[i] for i in order]
-    found: list[tuple[Key, Candidate]] = []
-    for batch in batches(solver, ordered, inference):
-        own = None if told is None else told[len(found) : len(found) + len(batch)]
-        found += answer_batch(solver, batch, inference, own)
-        advance(len(batch))
-    back = np.argsort(order)
-    return [found[i] for i in back]
+    num_tokens = batch_tokens(solver, inference)
+    refiner = Refiner(
+        solver.trm,
+        inference.steps or solver.trm.config.halt_max_steps,
+        inference.halt,
+        num_tokens,
+        num_tokens // TOKENS_PER_ROW,
+        solver.trm.H_init.is_cuda if static is None else static,
+    )
 
+    def begun(numbers: Sequence[int]) -> Begun:
+        told = None if guides is None else [guides[order[n]] for n in numbers]
+        return _begun(solver, [ordered[n] for n in numbers], inference, told)
 
-@torch.no_grad()
-def answer_batch(
-    solver: Solver,
-    batch: Sequence[Query],
-    inference: InferenceConfig,
-    guides: Sequence[Guide] | None = None,
-) -> list[tuple[Key, Candidate]]:
-    """Candidates of one packed batch; a grid that cannot be decoded is None."""
-    static = solver.trm.H_init.is_cuda
+    found: dict[int, Refined] = {}
     try:
-        codes, q_halt, lengths = run_batch(solver, batch, inference, static, guides)
+        for number, own in refiner.run(_sizes(solver, ordered), begun):
+            found[order[number]] = own
+            advance(1)
     except torch.OutOfMemoryError as error:
-        tokens = batch_tokens(solver, inference)
         raise ResourceError(
-            f"out of memory with inference.tokens_per_batch = {tokens}; lower it, for example "
-            f"--set inference.tokens_per_batch={tokens // 2}"
+            f"out of memory with inference.tokens_per_batch = {num_tokens}; lower it, for example "
+            f"--set inference.tokens_per_batch={num_tokens // 2}"
         ) from error
-    source = "trm" if guides is None else "hybrid"
-    grids = grids_on(batch, codes, lengths)
-    return [
-        (query.key, Candidate(grid, float(q), source))
-        for query, grid, q in zip(batch, grids, q_halt, strict=True)
-    ]
+    return [found[index] for index in range(len(queries))]
+
+
+def _sizes(solver: Solver, queries: Iterable[Query]) -> list[Size]:
+    slots = solver.trm.config.num_slots
+    return [Size(slots + query.codes.size, query.codes.shape[1]) for query in queries]
+
+
+def _begun(
+    solver: Solver,
+    queries: Sequence[Query],
+    inference: InferenceConfig,
+    guides: Sequence[Guide] | None,
+) -> Begun:
+    """The queries before their first step, with what the reader tells them."""
+    rows, _ = packed_rows(solver, queries)
+    start = None
+    if guides is not None:
+        assert solver.hybrid is not None
+        said = states(solver.hybrid, guides, len(guides))
+        start = solver.hybrid.start(said, rows.tokens, longest_visible(said))
+    x, latents = begin(solver.trm, rows, start, inference.blank_task_embedding)
+    return Begun(x, *latents)
 
 
 def grids_on(
     batch: Sequence[Query], codes: np.ndarray, lengths: Sequence[int]
 ) -> list[Grid | None]:
     """The grids on the canvases of packed `codes` [T], turned back; None where there is none."""
-    grids: list[Grid | None] = []
-    begin = 0
-    for query, length in zip(batch, lengths, strict=True):
-        begin += length
-        cells = codes[begin - query.codes.size : begin]
-        grid = canvas.decode(cells.reshape(query.codes.shape))
-        grids.append(None if grid is None else query.view.inverse(grid))
-    return grids
+    ends = np.cumsum(lengths)
+    return [
+        grid_on(query, codes[end - query.codes.size : end])
+        for query, end in zip(batch, ends, strict=True)
+    ]
 
 
-def run_batch(
-    solver: Solver,
-    batch: Sequence[Query],
-    inference: InferenceConfig,
-    static: bool,
-    guides: Sequence[Guide] | None = None,
-) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Predicted codes [T], halting logits [R] and row lengths of one batch.
-
-    `static`: shapes that depend on the configuration only, so that one compiled graph serves every
-    batch; the room that is not used holds dummies.
-    """
-    num_tokens = num_rows = 0
-    if static:
-        num_tokens = batch_tokens(solver, inference)
-        num_rows = num_tokens // TOKENS_PER_ROW
-    rows, lengths = packed_rows(solver, batch, num_tokens, num_rows)
-    trm, tokens, num_rows = solver.trm, rows.tokens, rows.embedding.shape[0]
-    start = None
-    if guides is not None:
-        assert solver.hybrid is not None
-        said = states(solver.hybrid, guides, num_rows)
-        start = solver.hybrid.start(said, tokens, longest_visible(said))
-    num_steps = inference.steps or trm.config.halt_max_steps
-    blank = inference.blank_task_embedding
-    _, prediction = deque(refine(trm, rows, start, num_steps, blank), maxlen=1).pop()
-    predicted = prediction.logits.argmax(-1).to(torch.uint8).cpu().numpy()
-    return predicted, prediction.q_halt[: len(batch)].cpu().numpy(), lengths
+def grid_on(query: Query, codes: np.ndarray) -> Grid | None:
+    """The grid on a canvas of `codes` [cells], turned back; None where there is none."""
+    grid = canvas.decode(codes.reshape(query.codes.shape))
+    return None if grid is None else query.view.inverse(grid)
 
 
-def packed_rows(
-    solver: Solver, batch: Sequence[Query], num_tokens: int = 0, num_rows: int = 0
-) -> tuple[Rows, list[int]]:
-    """The queries as TRM's rows, with room for `num_tokens` and `num_rows`, and their lengths."""
+def packed_rows(solver: Solver, batch: Sequence[Query]) -> tuple[Rows, list[int]]:
+    """The queries as TRM's rows, and their lengths in tokens."""
     trm, device = solver.trm, solver.trm.H_init.device
     slots = trm.config.num_slots
-    lengths = [slots + query.codes.size for query in batch]
-    num_tokens, num_rows = max(num_tokens, sum(lengths)), max(num_rows, len(batch))
-    columns = _columns(batch, lengths, num_rows).to(device)
+    lengths = [length for length, _ in _sizes(solver, batch)]
+    columns = _columns(batch, lengths).to(device)
     length_R, width_R, row_R, dihedral_R, flag_R = columns.unbind(1)
-    tokens = token_map(length_R, width_R, num_tokens, longest_row(trm.config), slots)
-    codes = torch.zeros(num_tokens, dtype=torch.long)
-    codes[: sum(lengths)] = torch.from_numpy(
+    tokens = token_map(length_R, width_R, sum(lengths), longest_row(trm.config), slots)
+    codes = torch.from_numpy(
         np.concatenate([np.pad(query.codes.ravel(), (slots, 0)) for query in batch])
     ).long()
     seq = sequences(tokens, trm.config, trm.dtype)
     return Rows(row_R, dihedral_R, flag_R, codes.to(device), tokens, seq), lengths
 
 
-def _columns(batch: Sequence[Query], lengths: list[int], num_rows: int) -> Tensor:
-    """int64 [num_rows, 5]: length, width, embedding row, dihedral, colour flag."""
-    columns = torch.zeros(num_rows, 5, dtype=torch.long)
-    for index, (query, length) in enumerate(zip(batch, lengths, strict=True)):
-        view, width = query.view, query.codes.shape[1]
-        columns[index] = torch.tensor(
-            (length, width, query.row, view.dihedral, view.identity_colours)
-        )
-    return columns
+def _columns(batch: Sequence[Query], lengths: Sequence[int]) -> Tensor:
+    """int64 [R, 5]: length, width, embedding row, dihedral, colour flag."""
+    columns = [
+        (length, query.codes.shape[1], query.row, query.view.dihedral, query.view.identity_colours)
+        for query, length in zip(batch, lengths, strict=True)
+    ]
+    return torch.tensor(columns, dtype=torch.long)
 
 
 def by_key(found: Iterable[tuple[Key, Candidate]]) -> dict[Key, list[Candidate]]:

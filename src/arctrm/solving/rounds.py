@@ -12,7 +12,7 @@ from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
 from arctrm.planner import PlannerResult
 from arctrm.reader.decoding import Decoded
-from arctrm.solving.candidates import Key, batches, by_key
+from arctrm.solving.candidates import Key, batch_of, by_key
 from arctrm.solving.pace import Pace
 from arctrm.solving.pool import Question, pooled, proposals, questions
 from arctrm.solving.reading import Reading, batch_size, judge, reranked, task_readings, to_judge
@@ -232,7 +232,7 @@ def _batch(
         return step
     if solver.reader is None or not reading:
         queries = [question.query for question in rest if question.query is not None]
-        return len(next(batches(solver, queries, config.inference)))
+        return batch_of(solver, queries, config.inference)
     return batch_size(solver.reader, config.reader)
 
 

@@ -28,6 +28,8 @@ class Candidate:
     """Who proposed it."""
     probe: float | None = None
     """Score (0..1) of the held-out demonstrations in the attempt that gave it; None without."""
+    steps: int | None = None
+    """Supervision steps behind it, where TRM proposed it."""
 
 
 @dataclass(frozen=True, eq=False)
