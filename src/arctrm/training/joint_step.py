@@ -41,6 +41,9 @@ JOINT_COUNTS = (
 TEMPERATURE = 0.1
 """Of the contrastive loss."""
 
+CPU_DRAFTS, GPU_DRAFTS, HUB_DRAFTS = 16, 4096, 8
+"""Prompts drafted at once: by the tiny reader, and by a hub model."""
+
 
 class Attempt(NamedTuple):
     """What one attempt of a batch gave."""
@@ -95,7 +98,8 @@ class JointStep:
 
     def _draft(self) -> None:
         config, on_gpu = self.hybrid.config, self.stream.device.type == "cuda"
-        at_once = config.draft_batch_size or (512 if on_gpu else 16)
+        usual = HUB_DRAFTS if self.hybrid.tiny is None else GPU_DRAFTS if on_gpu else CPU_DRAFTS
+        at_once = config.draft_batch_size or usual
         try:
             made = self.stream.drafts.refresh(
                 self.reader, config.drafted_pairs, at_once, config.draft_temperature
