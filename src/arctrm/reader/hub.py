@@ -26,7 +26,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from arctrm.config.reader_hub import HubReaderConfig
 from arctrm.data.task import MAX_SIDE
 from arctrm.errors import ConfigError
-from arctrm.reader.interface import GridTokens, Prompt
+from arctrm.reader.interface import CACHE, GridTokens, Prompt
 from arctrm.reader.probing import probe
 from arctrm.reader.prompts import new_spelling, text_tokens
 from arctrm.trm.strict import check_names
@@ -234,7 +234,7 @@ class HubReader:
         return given | {
             "attention_mask": attention_mask,
             "position_ids": positions,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": cache is not None,
         }
 

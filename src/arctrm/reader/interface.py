@@ -7,6 +7,7 @@ explicit, because a tiny reader counts rows and columns where a hub model counts
 Legend: B prompts, S tokens fed now, V vocabulary, D width of the reader.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +15,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import LlamaModel, StaticCache
+
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")  # the older name goes with transformers 5.40
+    if name in inspect.signature(LlamaModel.forward).parameters
+)
+"""The argument by which transformers' models take a cache."""
 
 
 @dataclass(frozen=True)
