@@ -7,6 +7,7 @@ import torch
 from arctrm.config import ReaderConfig
 from arctrm.data.task import Pair
 from arctrm.reader import grammar
+from arctrm.reader.attention import new_packing, packed_attention
 from arctrm.reader.decoding import Sampling, _noise, decode
 from arctrm.reader.lean import Lean
 from arctrm.reader.packed_decoding import PackedDecoder, _num_rows
@@ -19,6 +20,7 @@ from arctrm.reader.tokens import END, ROW_END, prompt
 
 SIDE = 5
 CONFIG = ReaderConfig(hidden_size=64, num_layers=2, num_heads=4)
+FULL = CONFIG.model_copy(update={"input_attention": "full"})
 
 
 def new_reader(device="cpu", dtype=torch.float32, config=CONFIG):
@@ -115,6 +117,45 @@ def test_packed_scores_are_cached_scores(batch_size, max_places):
     sizes = [row_size(*pair) for pair in pairs]
     found = PackedScorer(reader, sizes, 30, max_places).scores(pairs, batch_size)
     np.testing.assert_allclose(found, np.concatenate(expected), atol=5e-4, rtol=1e-5)
+
+
+def test_inputs_that_are_seen_whole_are_read_alike_by_either_way():
+    reader = new_reader(config=FULL)
+    rng = np.random.default_rng(2)
+    asked = [prompt([], grid(rng), (i % 3, i % 8, i % 2)) for i in range(20)]
+    bounds = [31] * 20
+    expected = decode(reader, asked, max_side=SIDE, max_output_tokens=bounds)
+    same(packed(reader, asked, bounds), expected, reader)
+    causal = new_reader()  # the same weights
+    assert decode(causal, asked, max_side=SIDE, max_output_tokens=bounds) != expected
+    candidates = [[grid(rng) for _ in range(1 + i % 3)] for i in range(20)]
+    pairs = [(p, own) for p, several in zip(asked, candidates, strict=True) for own in several]
+    scorer = PackedScorer(reader, [row_size(*pair) for pair in pairs], 30, 10**4)
+    known = np.concatenate(score(reader, asked, candidates))
+    np.testing.assert_allclose(scorer.scores(pairs, 7), known, atol=5e-4, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("prompts", [None, [3, 0, 5, 7, 0]])
+def test_the_packed_kernel_gives_what_one_sequence_after_another_gives(prompts):
+    """With gradients; the fourth sequence is all prompt, the fifth is absent."""
+    torch.manual_seed(0)
+    lengths = [11, 130, 9, 7, 0]
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    seen = None if prompts is None else torch.tensor(prompts, device="cuda")
+    shape = (1, 4, sum(lengths), 16)
+    query, key, value, weight = (torch.randn(shape, device="cuda") for _ in range(4))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        packing = new_packing(offsets, 130, dtype, seen, 130)
+        assert (packing.lengths is None) == (dtype == torch.bfloat16)
+        out, _ = packed_attention(torch.nn.Identity(), *inputs, None, packing)
+        (out.transpose(1, 2) * weight).float().sum().backward()
+        results.append([out.float(), *(x.grad.float() for x in inputs)])
+    for exact, rounded in zip(*results, strict=True):
+        torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.gpu

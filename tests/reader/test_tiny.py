@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM
 
 from arctrm.config import ReaderConfig
 from arctrm.data.task import Pair
-from arctrm.reader.attention import new_packing
+from arctrm.reader.attention import new_packing, prefix_mask
 from arctrm.reader.interface import left_padded
 from arctrm.reader.tiny import GridRotary, TinyReader, llama_config
 from arctrm.reader.tokens import (
@@ -26,10 +26,13 @@ from arctrm.reader.tokens import (
 CONFIG = ReaderConfig(hidden_size=32, num_layers=2, num_heads=2)
 
 
-@pytest.fixture
-def reader():
+FULL = CONFIG.model_copy(update={"input_attention": "full"})
+
+
+@pytest.fixture(params=[CONFIG, FULL], ids=["causal", "full"])
+def reader(request):
     torch.manual_seed(0)
-    return TinyReader(CONFIG, 3)
+    return TinyReader(request.param, 3)
 
 
 def grids(*sizes, seed=0):
@@ -44,7 +47,11 @@ def packed_logits(reader, sequences, conditions):
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     condition = reader.condition(*torch.tensor(conditions).unbind(1))
     of_token = condition.repeat_interleave(torch.tensor(lengths), 0)
-    packing = new_packing(offsets, max(lengths), torch.float32)
+    prompts = None
+    if reader.config.sees_inputs_whole:
+        ends = [tokens.tolist().index(SEPARATOR) + 1 for tokens, _ in sequences]
+        prompts = torch.tensor(ends)
+    packing = new_packing(offsets, max(lengths), torch.float32, prompts)
     return reader.head(reader.hidden(tokens, positions, of_token, packing)).split(lengths)
 
 
@@ -105,6 +112,9 @@ def test_the_packed_layers_are_those_of_a_plain_llama(reader):
     condition = reader.condition(*torch.tensor([(1, 2, 0)]).unbind(1))
     embedded = plain.model.embed_tokens(tokens)[None] + condition
     mask = torch.ones(1, len(tokens), dtype=torch.long)
+    if reader.config.sees_inputs_whole:
+        mask = prefix_mask(len(tokens), tokens.tolist().index(SEPARATOR) + 1)[None, None]
+        mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
     out = plain(inputs_embeds=embedded, position_ids=positions[None], attention_mask=mask)
     [packed] = packed_logits(reader, [(tokens.numpy(), positions.numpy())], [(1, 2, 0)])
     torch.testing.assert_close(packed, out.logits[0], atol=1e-5, rtol=0)
@@ -120,6 +130,17 @@ def test_a_token_sees_nothing_after_it_and_nothing_of_other_sequences(reader):
     assert torch.equal(before[1], after[1])
     assert torch.equal(before[0][:-4], after[0][:-4])
     assert not torch.equal(before[0][-4:], after[0][-4:])
+
+
+def test_an_input_seen_whole_changes_with_its_last_cell_and_a_causal_one_does_not(reader):
+    tokens, positions = pair_tokens(Pair(*grids((3, 3), (2, 2))), 0)
+    [before] = packed_logits(reader, [(tokens, positions)], [(0, 0, 0)])
+    changed = tokens.copy()
+    last = changed.tolist().index(SEPARATOR) - 2
+    changed[last] = (changed[last] + 1) % 10
+    [after] = packed_logits(reader, [(changed, positions)], [(0, 0, 0)])
+    assert torch.equal(before[:last], after[:last]) != reader.config.sees_inputs_whole
+    assert not torch.equal(before[last + 2 :], after[last + 2 :])
 
 
 def test_column_row_and_part_turn_angles_of_their_own():

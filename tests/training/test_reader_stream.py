@@ -124,7 +124,7 @@ def test_offsets_cover_every_token_in_pieces_no_longer_than_a_sequence(base, for
             assert (offsets[0], offsets[-1]) == (0, num_tokens)
             assert offsets.diff().min() >= 0
             assert offsets.diff().max() <= batch.packing.max_len == stream.config.longest_sequence
-            assert sum(batch.packing.lengths) == num_tokens
+            assert sum(length for length, _ in batch.packing.lengths) == num_tokens
 
 
 # -- pairs that come first

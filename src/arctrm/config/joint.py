@@ -163,6 +163,11 @@ class JointConfig(JointModelConfig):
                     "out"
                 )
             return self
+        if self.reader.sees_inputs_whole:
+            raise ValueError(
+                f"reader.input_attention = 'full' with llama_model = {self.llama_model!r}: a model "
+                "of the hub keeps its own attention; leave reader.input_attention out"
+            )
         hub = _with(self.hub, ("hub", "name"), 1, self.llama_model, "llama_model")
         assert isinstance(hub, HubReaderConfig)
         mode = "frozen" if self.llama_frozen else "lora"

@@ -37,6 +37,10 @@ class ReaderConfig(StrictModel):
     max_tokens: int = Field(4096, ge=PAIR_TOKENS)
     """Tokens in one sequence of the form "task"; pairs that do not fit are left out."""
 
+    input_attention: Literal["causal", "full"] = "causal"
+    """full: the tokens of an input see all of it, what lies below and to the right, too (a prefix
+    language model); needs the form "pair"."""
+
     task_embedding: bool = True
     """Add a learned vector of the task to every token."""
 
@@ -50,6 +54,21 @@ class ReaderConfig(StrictModel):
                 f"reader.num_heads = {step}; use {f'{low} or ' if low else ''}{high}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _inputs_come_first(self) -> "ReaderConfig":
+        if self.input_attention == "full" and self.sequence != "pair":
+            raise ValueError(
+                f"reader.input_attention = 'full' with reader.sequence = {self.sequence!r}: only "
+                "what comes first in a sequence can be seen whole; set reader.sequence = 'pair' or "
+                "reader.input_attention = 'causal'"
+            )
+        return self
+
+    @property
+    def sees_inputs_whole(self) -> bool:
+        """Whether the tokens of an input see each other."""
+        return self.input_attention == "full"
 
     @property
     def inner_size(self) -> int:

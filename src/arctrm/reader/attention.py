@@ -1,8 +1,13 @@
-"""Packed causal attention behind transformers' attention interface.
+"""Packed attention behind transformers' attention interface.
 
 A model whose configuration names `PACKED` runs on one flat axis of tokens when a `Packing` travels
 with the call (training: no padding), and as transformers' own scaled-dot-product attention when
 none does (decoding with a cache). The weights load into any LLaMA implementation either way.
+
+Attention is causal, except that the tokens of a sequence's prompt may all see each other (a prefix
+language model). The packed kernel knows no such mask; two calls of it make one: all prompts without
+a mask, and what follows them with a causal one. Each token is a query of one of the two, and meets
+no key in the other, which gives zeros: the sum is the answer.
 
 Legend: T tokens of a packed batch, N sequences in it, A heads, K head width.
 """
@@ -21,6 +26,27 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 PACKED = "arctrm_packed"
 
 
+class Pieces(NamedTuple):
+    """Queries and keys of one call of the packed kernel.
+
+    Piece p is queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1] (int32).
+    """
+
+    begin_q: Tensor
+    begin_k: Tensor
+
+
+class Prompts(NamedTuple):
+    """The prompts of a packed batch, whose tokens all see each other."""
+
+    prompts: Pieces
+    """Every prompt over itself; what follows has no keys."""
+    rest: Pieces
+    """What follows each prompt, over its whole sequence; the prompts have no keys."""
+    max_len: int
+    """Upper bound of the tokens of a prompt, and of what follows one."""
+
+
 class Packing(NamedTuple):
     """Where the sequences of a packed batch lie."""
 
@@ -28,16 +54,46 @@ class Packing(NamedTuple):
     """int32 [N + 1]: sequence n is tokens offsets[n] : offsets[n + 1]."""
     max_len: int
     """Upper bound of a sequence's length in tokens."""
-    lengths: tuple[int, ...] | None
-    """Lengths of the sequences that exist, where the packed kernel is not available (CPU,
-    float32)."""
+    lengths: tuple[tuple[int, int], ...] | None
+    """Lengths of the sequences that exist and of their prompts, where the packed kernel is not
+    available (CPU, float32)."""
+    prompts: Prompts | None = None
+    """None: attention is causal everywhere."""
 
 
-def new_packing(offsets: Tensor, max_len: int, dtype: torch.dtype) -> Packing:
-    """A packing for arithmetic in `dtype`; without the packed kernel it waits for the device."""
-    packed_kernel = offsets.is_cuda and dtype in (torch.bfloat16, torch.float16)
-    lengths = None if packed_kernel else tuple(n for n in offsets.diff().tolist() if n)
-    return Packing(offsets, max_len, lengths)
+def new_packing(
+    offsets: Tensor,
+    max_len: int,
+    dtype: torch.dtype,
+    prompt_N: Tensor | None = None,
+    max_part: int | None = None,
+) -> Packing:
+    """A packing for arithmetic in `dtype`; without the packed kernel it waits for the device.
+
+    The first `prompt_N` (int [N]) tokens of each sequence see each other; `max_part` bounds these
+    and what follows them (default: `max_len`).
+    """
+    if offsets.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        prompts = None if prompt_N is None else _prompts(offsets, prompt_N, max_part or max_len)
+        return Packing(offsets, max_len, None, prompts)
+    lengths = offsets.diff().tolist()
+    seen = [0] * len(lengths) if prompt_N is None else prompt_N.tolist()
+    existing = tuple((n, p) for n, p in zip(lengths, seen, strict=True) if n)
+    return Packing(offsets, max_len, existing)
+
+
+def _prompts(offsets: Tensor, prompt_N: Tensor, max_part: int) -> Prompts:
+    begin, end = offsets[:-1], offsets[1:]
+    middle = begin + prompt_N.to(torch.int32)
+
+    def pieces(queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> Pieces:
+        both = (torch.cat((torch.stack(x, 1).flatten(), offsets[-1:])) for x in (queries, keys))
+        return Pieces(*both)
+
+    # Pieces of both axes must follow each other without a gap, so what is skipped on one of them
+    # is a piece that is empty on the other.
+    prompts = pieces((begin, middle, middle), (begin, middle, end))
+    return Prompts(prompts, pieces((begin, middle), (begin, begin)), max_part)
 
 
 def packed_attention(
@@ -55,17 +111,44 @@ def packed_attention(
     if packing.lengths is not None:
         return _one_by_one(query, key, value, packing.lengths), None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    offsets, longest = packing.offsets, packing.max_len
-    # A window that does not look ahead: causal.
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
+    offsets, longest, split = packing.offsets, packing.max_len, packing.prompts
+    if split is None:
+        return _varlen(q, k, v, Pieces(offsets, offsets), longest, longest, causal=True)[None], None
+    out = _varlen(q, k, v, split.prompts, split.max_len, split.max_len, causal=False)
+    out = out + _varlen(q, k, v, split.rest, split.max_len, longest, causal=True)
     return out[None], None
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    done = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, max_q: int, max_k: int, *, causal: bool
+) -> Tensor:
+    """One call of the packed kernel, [T, A, K]; `causal` aligns a piece's last query and key."""
+    window = (-1, 0) if causal else (-1, -1)
+    out = varlen_attn(q, k, v, pieces.begin_q, pieces.begin_k, max_q, max_k, window_size=window)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[tuple[int, int], ...]
+) -> Tensor:
+    parts = (x.split([n for n, _ in lengths], 2) for x in (query, key, value))
+    done = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if prompt == 0
+        else F.scaled_dot_product_attention(
+            q, k, v, attn_mask=prefix_mask(length, prompt, q.device)
+        )
+        for q, k, v, (length, prompt) in zip(*parts, lengths, strict=True)
+    ]
     return torch.cat(done, dim=2).transpose(1, 2)
+
+
+def prefix_mask(length: int, prompt: int, device: torch.device | str = "cpu") -> Tensor:
+    """What each of `length` tokens sees, bool [length, length], the first `prompt` each other."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    mask[:prompt, :prompt] = True
+    return mask
 
 
 def ragged_attention(
@@ -76,21 +159,22 @@ def ragged_attention(
     begin_k: Tensor,
     max_q: int,
     max_k: int,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention without gradient, [T, A, K], of queries that are the last of their sequence.
+    """Attention without gradient, [T, A, K], of queries that are the last of their sequence.
 
     Sequence n is queries begin_q[n] : begin_q[n + 1] over keys begin_k[n] : begin_k[n + 1] (int32
     [N + 1]); one without queries may have any keys. On a CPU (tests) one sequence after another.
     """
     if query.is_cuda:
-        window = (-1, -1) if max_q == 1 else (-1, 0)  # aligned at the last query
-        out = varlen_attn(query, key, value, begin_q, begin_k, max_q, max_k, window_size=window)
-        assert isinstance(out, Tensor)
-        return out
+        pieces = Pieces(begin_q, begin_k)
+        return _varlen(query, key, value, pieces, max_q, max_k, causal=causal and max_q > 1)
     result = torch.zeros_like(query)
     for (q0, q1), (k0, k1) in zip(_pairs(begin_q), _pairs(begin_k), strict=True):
         if q1 > q0:
-            seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+            seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+            if causal:
+                seen = seen.tril(k1 - k0 - (q1 - q0))
             q, k, v = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
             done = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
             result[q0:q1] = done.transpose(0, 1)

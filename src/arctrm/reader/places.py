@@ -105,10 +105,13 @@ class Places:
         ends, longest = self.to_device(offsets(lengths), torch.int32), int(lengths.max())
         condition = self.lean.condition(self.to_device([p.condition for p in prompts], torch.long))
         counts = self.to_device(lengths, torch.long)
+        seen_whole = self.lean.reader.config.sees_inputs_whole
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             self.write(layer, places, key, value)
-            return ragged_attention(query, key, value, ends, ends, longest, longest)
+            return ragged_attention(
+                query, key, value, ends, ends, longest, longest, causal=not seen_whole
+            )
 
         hidden = self.lean.hidden(
             self.to_device(np.concatenate([p.tokens for p in prompts]), torch.long),

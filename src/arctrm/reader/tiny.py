@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from arctrm.config.reader import ReaderConfig
 from arctrm.data.views import NUM_DIHEDRALS
 from arctrm.reader.attention import PACKED, Packing
-from arctrm.reader.interface import GridTokens
-from arctrm.reader.tokens import GRID_TOKENS, PAD, SIDE, VOCABULARY
+from arctrm.reader.interface import CACHE, GridTokens
+from arctrm.reader.tokens import GRID_TOKENS, PAD, SIDE, VOCABULARY, prompt_of
 from arctrm.trm.model import Table
 
 INIT_STD = 0.02
@@ -141,12 +142,34 @@ class TinyReader(nn.Module):
         with self._uncompiled(), self._arithmetic():
             out = self.llama.model(
                 inputs_embeds=embedded.to(self.dtype),
-                attention_mask=attention_mask,
+                attention_mask=self.seen(positions_BS, attention_mask, cache),
                 position_ids=positions_BS,
-                past_key_values=cache,
                 use_cache=True,
+                **{CACHE: cache},
             )
         return self.head(out.last_hidden_state[:, -keep:])
+
+    def seen(
+        self, positions_BS: Tensor, attention_mask: Tensor, cache: StaticCache | None
+    ) -> Tensor:
+        """The attention mask that transformers is to use for new tokens at `positions_BS`.
+
+        A causal one follows from `attention_mask` [B, tokens so far]. Where inputs are seen whole,
+        the first tokens of a cache (None: all there are) get one of their own, bool [B, 1, S, K].
+        """
+        if not self.config.sees_inputs_whole or (cache is not None and cache.get_seq_length()):
+            return attention_mask
+        length = positions_BS.shape[1]
+        room = length
+        if cache is not None:
+            layer = cache.layers[0]
+            assert isinstance(layer, StaticLayer)
+            room = layer.max_cache_len
+        prompt = prompt_of(positions_BS)
+        together = (prompt[:, :, None] == prompt[:, None]) & (prompt >= 0)[:, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=prompt.device).tril()
+        seen = (together | causal) & attention_mask.bool()[:, None]
+        return F.pad(seen, (0, room - length))[:, None]
 
     def _stream_dtype(self) -> torch.dtype:
         """Of the residual stream: that of the weights."""

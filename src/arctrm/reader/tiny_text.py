@@ -19,7 +19,7 @@ from transformers import StaticCache
 from arctrm.data.task import MAX_SIDE
 from arctrm.errors import ConfigError
 from arctrm.reader import tokens as t
-from arctrm.reader.interface import Prompt
+from arctrm.reader.interface import CACHE, Prompt
 from arctrm.reader.tiny import TinyReader
 
 LABEL = re.compile(r"\W*(input|output)\W*", re.IGNORECASE)
@@ -67,9 +67,11 @@ class TinyText:
         """The tokens of a text; what is written goes on where the text stops.
 
         Raises:
-            ConfigError: there is no row and no label in it, or a grid of more than 30 a side.
+            ConfigError: there is no row and no label in it, or a grid of more than 30 a side, or it
+                ends within an input that the model has to see whole.
         """
-        return written_prompt(text, self.name, self.condition)
+        whole = self.model.config.sees_inputs_whole
+        return written_prompt(text, self.name, self.condition, whole_inputs=whole)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of new tokens."""
@@ -108,10 +110,10 @@ class TinyText:
         with self.model._arithmetic():
             out = self.model.llama.model(
                 inputs_embeds=inputs.to(self.model.dtype),
-                attention_mask=attention_mask,
+                attention_mask=self.model.seen(positions_BS, attention_mask, cache),
                 position_ids=positions_BS,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{CACHE: cache},
             )
         return out.last_hidden_state.float()
 
@@ -129,11 +131,14 @@ def text_of(tokens: Sequence[int]) -> str:
     return "".join(WRITTEN.get(token, "") for token in tokens)
 
 
-def written_prompt(text: str, name: str, condition: tuple[int, int, int]) -> Prompt:
+def written_prompt(
+    text: str, name: str, condition: tuple[int, int, int], whole_inputs: bool = False
+) -> Prompt:
     """The tokens of a text for the reader `name`; what is written goes on where the text stops.
 
     Raises:
-        ConfigError: there is no row and no label in it, or a grid of more than 30 a side.
+        ConfigError: there is no row and no label in it, or a grid of more than 30 a side, or it
+            ends within an input with `whole_inputs`.
     """
     written = _Written(name)
     for line in text.splitlines():
@@ -146,6 +151,11 @@ def written_prompt(text: str, name: str, condition: tuple[int, int, int]) -> Pro
         raise ConfigError(
             f"{name}: reads rows of digits after the words input and output only, and "
             "there are none in the text; give such a text or use a reader from the hub"
+        )
+    if whole_inputs and written.part == t.INPUT_PART:
+        raise ConfigError(
+            f"{name}: the text ends within an input, which this reader has to see whole; end it "
+            "with a line that says output"
         )
     tokens, positions = (np.array(x, np.int64) for x in (written.tokens, written.positions))
     return Prompt(tokens, positions, written.place(written.row), condition)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS, Grid, Pair
 from arctrm.reader.interface import GridTokens, Prompt
@@ -46,6 +47,18 @@ class Marks(NamedTuple):
 def pack_position(part: int, y: int = 0, x: int = 0) -> int:
     """One number for (part, row, column)."""
     return (part * SIDE + y) * SIDE + x
+
+
+def prompt_of(positions: Tensor) -> Tensor:
+    """Number of the pair whose prompt the token at each packed position belongs to, -1: none.
+
+    The prompt of a pair is its start, its input and its separator (soft prefixes that stand behind
+    the separator are not of it).
+    """
+    part, place = positions // SIDE**2, positions % SIDE**2
+    kind = part % PARTS_PER_PAIR
+    inside = (kind < SEPARATOR_PART) | ((kind == SEPARATOR_PART) & (place == 0))
+    return (part // PARTS_PER_PAIR + 1) * inside - 1
 
 
 def grid_length(height: int, width: int) -> int:

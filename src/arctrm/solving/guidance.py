@@ -88,6 +88,9 @@ def _batch(reader: JointReader, guides: Sequence[Guide], num_soft: int) -> Reade
     length = torch.tensor(lengths, device=device)
     offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0)).to(torch.int32)
     rows = torch.zeros(len(guides), reading.NUM_COLUMNS, dtype=torch.long)
+    prompts = None
+    if reader.config.sees_inputs_whole:
+        prompts = torch.tensor([len(guide.prompt.tokens) for guide in guides], device=device)
     rows[:, CONDITION] = torch.tensor([guide.prompt.condition for guide in guides])
     return ReaderBatch(
         rows.to(device),
@@ -95,7 +98,7 @@ def _batch(reader: JointReader, guides: Sequence[Guide], num_soft: int) -> Reade
         positions,
         torch.full_like(tokens, IGNORE),
         torch.arange(len(guides), device=device).repeat_interleave(length),
-        new_packing(offsets, max(lengths), reader.dtype),
+        new_packing(offsets, max(lengths), reader.dtype, prompts),
         len(guides),
     )
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from arctrm.config.reader import ReaderConfig
+from arctrm.config.reader import PAIR_TOKENS, ReaderConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.reader.attention import Packing, new_packing
 from arctrm.reader.tokens import (
@@ -75,6 +75,7 @@ class ReaderStream:
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.num_pairs = config.pairs_per_sequence
         self.window = max(CONTEXT_WINDOW, 2 * self.num_pairs)
+        self.seen_whole = config.sees_inputs_whole
         self.longest = marks.length(config.longest_sequence, self.num_pairs)
         """Tokens of the longest sequence."""
         order = source.pairs[:, 0].argsort(stable=True)
@@ -163,8 +164,9 @@ class ReaderStream:
         by `room`.
         """
         longest = self.longest + room
+        longest_part = longest if not self.seen_whole else PAIR_TOKENS // 2 + 1 + room
         lengths = rows[:, LENGTH]
-        unused = dummy_lengths(num_tokens, num_tokens - lengths.sum(), longest)
+        unused = dummy_lengths(num_tokens, num_tokens - lengths.sum(), longest_part)
         ends = torch.cat((lengths, unused)).cumsum(0)
         token = torch.arange(num_tokens, device=self.device)
         row = torch.searchsorted(ends, token, right=True)
@@ -181,9 +183,20 @@ class ReaderStream:
             torch.where(real, positions, 0),
             labels,
             row,
-            new_packing(offsets, longest, self.dtype),
+            self._packing(rows, num_sequences, offsets, longest, longest_part),
             num_sequences,
         )
+
+    def _packing(
+        self, rows: Tensor, num_sequences: int, offsets: Tensor, longest: int, longest_part: int
+    ) -> Packing:
+        """Where the sequences lie; their inputs are seen whole if the reader sees them so."""
+        if not self.seen_whole:
+            return new_packing(offsets, longest, self.dtype)
+        firsts = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
+        prompts = self.asked(firsts).minimum(firsts[:, LENGTH])
+        prompts = torch.cat((prompts, prompts.new_zeros(offsets.shape[0] - 1 - num_sequences)))
+        return new_packing(offsets, longest, self.dtype, prompts, longest_part)
 
     def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
