@@ -129,6 +129,11 @@ class Hybrid(nn.Module):
         return self.trm.puzzle_emb
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic of TRM's blocks."""
+        return self.trm.dtype
+
+    @property
     def closes_the_loop(self) -> bool:
         """Whether TRM's latents reach a next attempt of TRM: back to the reader, and from there."""
         return self.config.back and (self.config.context or self.config.draft)

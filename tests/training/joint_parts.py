@@ -61,7 +61,7 @@ def new_config(changes=None):
     return JointConfig.model_validate(tree)
 
 
-def small_tasks(num_tasks=4, num_pairs=5, seed=0):
+def small_tasks(num_tasks=4, num_pairs=5, seed=0, num_tests=0):
     """Tasks of random grids, 2 to 4 cells a side; the output is as large as the input, or not."""
     draw = np.random.default_rng(seed)
 
@@ -69,7 +69,11 @@ def small_tasks(num_tasks=4, num_pairs=5, seed=0):
         return draw.integers(0, 10, size=draw.integers(2, 5, size=2)).astype(np.uint8)
 
     return [
-        Task(f"task_{number}", tuple(Pair(grid(), grid()) for _ in range(num_pairs)))
+        Task(
+            f"task_{number}",
+            tuple(Pair(grid(), grid()) for _ in range(num_pairs)),
+            tuple(Pair(grid(), grid()) for _ in range(num_tests)),
+        )
         for number in range(num_tasks)
     ]
 

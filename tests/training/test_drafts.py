@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from joint_parts import FORMS, make, small_tasks
+from joint_parts import FORMS, make, small_base, small_tasks
 
 from arctrm.data.task import Pair
 from arctrm.reader.decoding import Decoded, decode
 from arctrm.reader.tokens import END, ROW_END, grid_length, prompt
 from arctrm.training import drafts
-from arctrm.training.source import OUTPUT
+from arctrm.training.source import IS_TEST, OUTPUT
 
 BOTH = pytest.mark.parametrize("form", FORMS)
 
@@ -119,6 +119,19 @@ def test_sampled_drafts_differ_from_round_to_round_and_greedy_ones_do_not(temper
         pool.refresh(step.reader, 100, batch_size=4, temperature=temperature)
         made.append(pool.source.pairs[pool.num_pairs :, OUTPUT].clone())
     assert torch.equal(*made) == same
+
+
+def test_where_test_pairs_alone_are_heard_only_they_are_drafted():
+    changes = {"coupling.heard_pairs": "test", "coupling.drafted_pairs": 100}
+    _, step = make(changes, base=small_base(num_tests=2))
+    step.prepare()
+    pool = step.stream.drafts
+    is_test = pool.source.pairs[: pool.num_pairs, IS_TEST].bool()
+    assert not pool.there[~is_test].any()
+    asked, questions = [], pool.questions
+    pool.questions = lambda chosen: asked.extend(chosen.tolist()) or questions(chosen)
+    pool.refresh(step.reader, 100, batch_size=4)
+    assert sorted(asked) == is_test.nonzero()[:, 0].tolist()
 
 
 def test_true_pairs_are_never_overwritten_nor_drawn_as_drafts():

@@ -1,6 +1,7 @@
 """One joint training step: gradient in every part, no leak, counts that mean what they say."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from joint_parts import FORMS, drawn, fill_drafts, make, new_config, small_base
 from torch import nn
 
 from arctrm.adapters import DraftAdapter
+from arctrm.config import OptimiserConfig
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.sources import load_tasks
 from arctrm.errors import ResourceError
 from arctrm.training import reader_stream as reading
-from arctrm.training.joint import gradient_norms
+from arctrm.training.joint import gradient_norms, joint_stage
 from arctrm.training.joint_step import JOINT_COUNTS
+from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.source import OUTPUT
+from arctrm.training.step import GraphedStep
 
 BOTH = pytest.mark.parametrize("form", FORMS)
 
@@ -22,7 +26,6 @@ BOTH = pytest.mark.parametrize("form", FORMS)
 def stepped(changes=None, form="pair"):
     hybrid, step = make(changes, form=form)
     fill_drafts(step)
-    step.steps += 1  # no drafting now
     torch.manual_seed(5)
     step()
     return hybrid, step
@@ -94,6 +97,7 @@ def test_nothing_of_a_frozen_reader_moves(form):
     before = {name: p.clone() for name, p in hybrid.reader.named_parameters()}
     trained = [p for p in hybrid.parameters() if p.requires_grad]
     optimiser = torch.optim.SGD(trained, lr=0.1)
+    step.prepare()
     step()
     norms = gradient_norms(hybrid)
     assert set(norms) == {"trm", "context", "draft", "back"}
@@ -108,6 +112,7 @@ def test_a_step_works_on_real_tasks():
     tasks = {name: load_tasks(name, max_tasks=4) for name in ("training", "evaluation")}
     base = base_set_from_tasks(tasks, "evaluation", 50)
     hybrid, step = make({"coupling.drafted_pairs": 2, "batch_size": 4}, base=base)
+    step.prepare()
     step()
     counts = dict(zip(JOINT_COUNTS, step.counts.tolist(), strict=True))
     assert counts["rows"] > 0
@@ -340,9 +345,55 @@ def test_swapping_a_context_that_names_the_answer_costs_loss():
     optimiser = torch.optim.Adam([p for p in hybrid.parameters() if p.requires_grad], lr=4e-3)
     for _ in range(120):
         optimiser.zero_grad()
+        step.prepare()
         step()
         optimiser.step()
     assert step.swap_difference() > 0.1
+
+
+@BOTH
+def test_fixed_shapes_change_nothing_but_the_shapes(form):
+    losses = []
+    for fixed in (False, True):
+        _, step = make(form=form)
+        fill_drafts(step)
+        step.fixed_shapes = fixed
+        batch = drawn(step)
+        losses.append(step.loss(batch)[0])
+        longest = step.attempts(batch)[0].start
+        assert longest.context is not None
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("back", [False, True])
+def test_a_captured_joint_step_learns_like_an_eager_one(back):
+    """Drafting goes on between the replays."""
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"), process_index=0, num_processes=1, is_main_process=True
+    )
+    losses = []
+    for captured in (False, True):
+        config = new_config({"coupling.back": back, "reader.num_heads": 2})
+        stage = joint_stage(config, small_base(), accelerator)
+        assert stage.capturable
+        (step,) = stage.steps
+        assert step.fixed_shapes
+        gradients = FlatGradients([p for p in stage.model.parameters() if p.requires_grad])
+        optimisers = Optimisers(stage.model, OptimiserConfig(muon_lr=0.01, adamw_lr=0.01))
+        run = GraphedStep(step, prepare=step.prepare) if captured else step
+        for number in range(60):
+            if number == 50:
+                step.counts.zero_()
+            gradients.zero()
+            run.prepare()
+            run()
+            optimisers.step(1.0)
+        counts = dict(zip(JOINT_COUNTS, step.counts.tolist(), strict=True))
+        losses.append(counts["cell_loss"] / counts["rows"])
+    assert losses[0] < 2.0
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
 def test_out_of_memory_while_drafting_names_the_key_to_lower(monkeypatch):
@@ -353,7 +404,7 @@ def test_out_of_memory_while_drafting_names_the_key_to_lower(monkeypatch):
 
     monkeypatch.setattr(hybrid.reader, "logits", full)
     with pytest.raises(ResourceError, match=r"coupling\.draft_batch_size = 8; lower it"):
-        step()
+        step.prepare()
 
 
 def test_the_carry_holds_what_the_next_step_needs():

@@ -5,17 +5,19 @@ cells.
 import numpy as np
 import pytest
 import torch
-from joint_parts import FORMS, drawn, fill_drafts, make
+from joint_parts import FORMS, drawn, fill_drafts, make, small_base
 
 from arctrm.adapters import cell_table, place_hidden
 from arctrm.adapters.draft import INPUT, OUTPUT
 from arctrm.data.canvas import COLOUR, EOS
 from arctrm.data.task import NUM_COLOURS, Pair
 from arctrm.data.views import View
+from arctrm.hybrid import NO_CELL
 from arctrm.reader.tokens import END, PREFIX, ROW_END, prompt
 from arctrm.training import reader_stream as reading
 from arctrm.training.joint_stream import JointBatch
 from arctrm.training.losses import IGNORE
+from arctrm.training.source import IS_TEST
 
 BOTH = pytest.mark.parametrize("form", FORMS)
 
@@ -148,6 +150,21 @@ def test_right_drafts_are_shown_as_rarely_as_configured():
             shown[known] += batch.drafted[there & (right == known)].tolist()
     assert all(shown[False])
     assert 0.15 < sum(shown[True]) / len(shown[True]) < 0.35
+
+
+def test_where_test_pairs_alone_are_heard_demonstrations_are_told_nothing():
+    _, step = make({"coupling.heard_pairs": "test"}, base=small_base(num_tests=2))
+    fill_drafts(step)
+    batch = drawn(step)
+    _, states = seen(step, batch)
+    is_test = step.stream.trm.source.pairs[batch.sequences[:, -1, reading.PAIR], IS_TEST].bool()
+    there = batch.sequences[:, -1, reading.LENGTH] > 0
+    assert (is_test & there).any()
+    assert (~is_test & there).any()
+    assert torch.equal(batch.heard, is_test & there)
+    assert torch.equal(states.visible > 0, batch.heard)
+    told = states.row[states.kind != NO_CELL].unique()
+    assert torch.equal(told, batch.heard.nonzero()[:, 0])
 
 
 @BOTH

@@ -12,6 +12,7 @@ from arctrm.data.views import NUM_DIHEDRALS, SAME_COLOURS, View
 from arctrm.errors import DataError
 from arctrm.training.source import (
     INPUT,
+    IS_TEST,
     OUTPUT,
     PairSource,
     hashed_uniform,
@@ -180,9 +181,21 @@ def test_the_area_power_says_how_much_more_often_small_pairs_come(power):
     assert got[1] / got[2] == pytest.approx(4**power, rel=0.15)
 
 
+def test_test_pairs_come_as_often_as_their_weight_says(base):
+    is_test = torch.from_numpy(np.array(base.pairs)[:, IS_TEST] == 1)
+    assert is_test.any()
+    source = PairSource(base, DataConfig(num_aug=50, test_pair_weight=0), 0, CPU)
+    assert shares(source)[is_test].sum() == 0
+    assert not source.drawable[is_test].any()
+    source = PairSource(base, DataConfig(num_aug=50, test_pair_weight=3), 0, CPU)
+    weight = torch.where(is_test, 3.0, 1.0)
+    expected = weight[is_test].sum() / weight.sum()
+    assert shares(source)[is_test].sum() == pytest.approx(float(expected), abs=0.02)
+
+
 def test_weights_that_leave_nothing_or_name_nothing_are_refused(base):
     with pytest.raises(DataError, match=r"re_arc.*training, evaluation"):
         PairSource(base, DataConfig(num_aug=50, weights={"re_arc": 0.5}), 0, CPU)
     nothing = {"training": 0.0, "evaluation": 0.0}
-    with pytest.raises(DataError, match=r"data\.weights leaves no pair"):
+    with pytest.raises(DataError, match=r"data\.weights and data\.test_pair_weight leave no pair"):
         PairSource(base, DataConfig(num_aug=50, weights=nothing), 0, CPU)

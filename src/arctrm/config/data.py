@@ -48,11 +48,13 @@ class DataConfig(StrictModel):
     """Tasks of each subset but the test set, chosen by a hash of their ids, whose test pairs are
     not trained on: a validation set for choosing settings (`evaluation.held_out`)."""
 
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict
-    )
+    weights: dict[str, Weight] = Field(default_factory=dict)
     """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
     a label is the bundled name or the file's stem."""
+
+    test_pair_weight: Weight = 1.0
+    """Relative weight of a test pair, of the tasks whose test pairs are trained on; 0 = only
+    demonstrations are drawn."""
 
     area_power: float = Field(0.0, ge=0, le=1)
     """Pairs are drawn with weight (cells of the canvas) ^ -area_power: above 0, small pairs, which

@@ -7,7 +7,7 @@ that key in. `data_path` and `epochs` need the data and are worked out when a ru
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -94,11 +94,16 @@ class CouplingConfig(StrictModel):
     reader_tokens_per_batch: int = Field(16384, ge=PAIR_TOKENS + 16)
     """Tokens of the reader in one packed batch (training.tokens_per_batch: those of TRM)."""
 
+    heard_pairs: Literal["all", "test"] = "all"
+    """Pairs for which TRM hears the reader; the others TRM answers alone. test: test pairs only,
+    for a reader that was trained on demonstrations alone (data.test_pair_weight = 0): what it says
+    of them is as right and as wrong as what it says of the pairs to be solved."""
+
     draft_every: int = Field(2000, ge=1)
     """Optimiser steps between two rounds of drafting."""
 
     drafted_pairs: int = Field(2048, ge=1)
-    """Pairs that the reader drafts anew in a round, at random."""
+    """Pairs that the reader drafts anew in a round, at random among those that are heard."""
 
     draft_batch_size: int | None = Field(None, ge=1)
     """Prompts that are drafted at once; by default 4096 on a GPU, else 16; 8 by a hub model."""

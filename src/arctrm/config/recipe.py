@@ -22,6 +22,9 @@ class StageDataConfig(StrictModel):
     weights: dict[str, Weight] | None = None
     """Instead of data.weights."""
 
+    test_pair_weight: Weight | None = None
+    """Instead of data.test_pair_weight."""
+
     area_power: float | None = Field(None, ge=0, le=1)
     """Instead of data.area_power."""
 

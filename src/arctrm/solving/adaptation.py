@@ -29,7 +29,7 @@ from arctrm.solving.learners import (
     trained_apart,
 )
 from arctrm.solving.weights import Solver
-from arctrm.training.stages import Step
+from arctrm.training.step import GraphedStep, Step
 
 WARMUP_STEPS = 3
 
@@ -73,7 +73,7 @@ class Adapter:
         colours = self.solver.identity_colours
         return [new_step(part, tasks, self.config, self.seed, colours) for part in self.parts]
 
-    def learn(self, steps: Sequence[Callable[[], None]], factor: float) -> None:
+    def learn(self, steps: Sequence[Step | GraphedStep], factor: float) -> None:
         """One optimiser step of every part at `factor` x the learning rates.
 
         Raises:

@@ -6,7 +6,7 @@ side, one with adapters a `JointStep`, which trains reader, adapters and TRM tog
 Batches hold at least the largest demonstration, however small the configured batch is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,8 +26,8 @@ from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import MANY_ROWS, TOKENS_PER_ROW, Step
-from arctrm.training.step import GraphedStep, MicroStep
+from arctrm.training.stages import MANY_ROWS, TOKENS_PER_ROW
+from arctrm.training.step import GraphedStep, MicroStep, Step
 from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
 from arctrm.trm.model import TRM
@@ -55,17 +55,18 @@ class Learner:
         rates = OptimiserConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
         self.update = Update(self.gradients, Optimisers(model, rates), None, CLIP_NORM)
 
-    def learn(self, step: Callable[[], None], factor: float) -> None:
+    def learn(self, step: Step | GraphedStep, factor: float) -> None:
         """One step at `factor` x the learning rates."""
         self.gradients.zero()
+        step.prepare()
         step()
         self.gradients.average()
         self.update(factor, 0)  # the number of the step is for a moving average
 
-    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+    def captured(self, step: Step) -> GraphedStep:
         """`step` as a CUDA graph; the update becomes one, too."""
         self.update.capture()
-        return GraphedStep(step)
+        return GraphedStep(step, prepare=step.prepare)
 
 
 def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:

@@ -7,7 +7,7 @@ as in training. Several processes average their gradients.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,8 @@ from arctrm.training.loop import SYNC_EVERY, SharedClock
 from arctrm.training.metrics import Metrics
 from arctrm.training.progress import TrainingProgress
 from arctrm.training.schedule import Schedule
-from arctrm.training.stages import RANK_SEED_STEP, Step
-from arctrm.training.step import COUNTS
+from arctrm.training.stages import RANK_SEED_STEP
+from arctrm.training.step import COUNTS, GraphedStep, Step
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _metrics(step: Step, accelerator: Accelerator) -> Metrics:
 
 def _accelerated(
     adapter: Adapter, steps: Sequence[Step], config: EvalConfig
-) -> Sequence[Callable[[], None]]:
+) -> Sequence[Step | GraphedStep]:
     """The steps as they run: on a GPU compiled and captured, unless that is switched off."""
     on_gpu, reader = adapter.solver.device.type == "cuda", adapter.solver.tiny
     wanted = config.inference.compile

@@ -19,7 +19,7 @@ from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.tokens import grid_length
 from arctrm.training import reader_stream as reading
 from arctrm.training.reader_stream import ReaderStream
-from arctrm.training.source import INPUT, OUTPUT
+from arctrm.training.source import INPUT, IS_TEST, OUTPUT
 
 ROOM = MAX_SIDE * MAX_SIDE
 """Cells kept for each draft."""
@@ -57,8 +57,10 @@ class DraftPool:
     the draft.
     """
 
-    def __init__(self, stream: ReaderStream):
+    def __init__(self, stream: ReaderStream, only_tests: bool = False):
+        """With `only_tests` no demonstration is drafted."""
         source = stream.source
+        self.only_tests = only_tests
         self.stream, self.source = stream, source
         self.num_pairs = source.pairs.shape[0]
         begin, device = source.cells.shape[0], source.device
@@ -99,13 +101,16 @@ class DraftPool:
     def refresh(
         self, reader: Drafter, count: int, batch_size: int, temperature: float = 0.0
     ) -> tuple[float, float]:
-        """Draft `count` random pairs anew, each under a random view: sampled, or greedily (0).
+        """Draft at most `count` random pairs anew, each under a random view; greedily at 0.
 
         Returns the share of drafts that are right and their mean length in tokens.
 
         Random numbers come from torch's generator of the device, so that a resumed run goes on.
         """
-        chosen = torch.randperm(self.num_pairs, device=self.source.device)[:count]
+        askable = torch.arange(self.num_pairs, device=self.source.device)
+        if self.only_tests:
+            askable = askable[self.source.pairs[askable, IS_TEST].bool()]
+        chosen = askable[torch.randperm(len(askable), device=askable.device)[:count]]
         asked = self.questions(chosen)
         prompts = [reader.prompt(one.pairs, one.query, one.condition) for one in asked]
         # Longer than the answer is wrong whatever it says; some room keeps wrong sizes possible.
@@ -126,7 +131,7 @@ class DraftPool:
             self.write(pair, draft, right)
             num_right += right
         lengths = [one.num_tokens for one in found]
-        return num_right / len(found), sum(lengths) / len(lengths)
+        return num_right / max(len(found), 1), sum(lengths) / max(len(found), 1)
 
     def questions(self, chosen: Tensor) -> list[Question]:
         """A question for each of the pairs: a random view and what comes before, as in training."""

@@ -65,7 +65,15 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     if config.epochs is not None:
         batches = config.training.grad_accum * accelerator.num_processes
         num_steps = steps_of(config.epochs, base, steps[0].stream, batches, config.seed)
-    return Stage(hybrid, list(steps), metrics, capturable=False, num_steps=num_steps)
+    capturable = can_capture(hybrid)
+    for step in steps:
+        step.fixed_shapes = capturable and accelerator.device.type == "cuda"
+    return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps)
+
+
+def can_capture(hybrid: Hybrid) -> bool:
+    """Whether a CUDA graph can hold a joint step: with a tiny reader."""
+    return hybrid.tiny is not None
 
 
 def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None = None) -> Hybrid:
@@ -107,7 +115,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     stream = JointStream(
         sequences,
         trm,
-        DraftPool(sequences),
+        DraftPool(sequences, only_tests=coupling.heard_pairs == "test"),
         reader_tokens=coupling.reader_tokens_per_batch,
         trm_tokens=training.tokens_per_batch,
         num_sequences=max(2, num_sequences // 2 * 2),

@@ -75,18 +75,23 @@ class JointStep:
         self.drafts_made = torch.zeros(2, dtype=torch.float64)
         """Of the last round of drafting: share that is right, mean length in tokens."""
         self.batch: JointBatch | None = None
+        self.fixed_shapes = False
+        """Whether shapes are the largest possible, so that a CUDA graph can hold the step."""
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, updated in place."""
         own = {"counts": self.counts, "steps": self.steps, "drafts_made": self.drafts_made}
         return own | self.stream.drafts.carry()
 
-    def __call__(self) -> None:
-        """Draft now and then; then one batch."""
+    def prepare(self) -> None:
+        """Draft now and then."""
         config = self.hybrid.config
         if config.draft and int(self.steps) % config.draft_every == 0:
             self._draft()
         self.steps += 1
+
+    def __call__(self) -> None:
+        """One batch; nothing here waits for the device where `fixed_shapes`."""
         with torch.no_grad():
             self.batch = self.stream.draw()
         total, counts = self.loss(self.batch)
@@ -168,7 +173,9 @@ class JointStep:
         return Attempt(losses, steps[-1][0], start)
 
     def _longest(self, states: ReaderStates) -> int:
-        """States that the longest row sees, rounded up (this waits for the device)."""
+        """States that the longest row sees, rounded up (looking waits for the device)."""
+        if self.fixed_shapes:
+            return self.stream.longest_shown
         return -(-max(int(states.visible.max()), 1) // 128) * 128
 
     def _soft_prefix(self, batch: JointBatch, latents: Latents) -> Tensor:
@@ -197,9 +204,13 @@ class JointStep:
         """Of all sequences' contexts, the other sequence of the same task should be nearest."""
         if start.context is None:
             return torch.zeros((), device=self.counts.device)
-        contexts = self._contexts(start)
-        there = batch.sequences[:, -1, reading.LENGTH] > 0
-        return contrast(contexts, batch.sequences[:, -1, reading.TASK], there)
+        told = self._told(batch).view(-1, 2).all(1).repeat_interleave(2)
+        return contrast(self._contexts(start), batch.sequences[:, -1, reading.TASK], told)
+
+    def _told(self, batch: JointBatch) -> Tensor:
+        """bool [N]: sequences for whose last row TRM hears the reader."""
+        heard = batch.heard.view(self.stream.num_sequences, -1)[:, -1]
+        return heard & (batch.sequences[:, -1, reading.LENGTH] > 0)
 
     def _contexts(self, start: Start) -> Tensor:
         """Context of each sequence's last row, float32 [N, C x D]."""
@@ -227,9 +238,8 @@ class JointStep:
             "drafted": batch.drafted.sum(),
         }
         if attempts[0].start.context is not None:
-            counts["context_variance"] = context_variance(
-                self._contexts(attempts[0].start), batch.sequences[:, -1, reading.LENGTH] > 0
-            )
+            contexts = self._contexts(attempts[0].start)
+            counts["context_variance"] = context_variance(contexts, self._told(batch))
         return counts
 
     @torch.no_grad()

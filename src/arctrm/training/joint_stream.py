@@ -23,6 +23,7 @@ from arctrm.training import reader_stream as reading
 from arctrm.training import stream as canvases
 from arctrm.training.drafts import DraftPool
 from arctrm.training.reader_stream import ReaderBatch, ReaderStream
+from arctrm.training.source import IS_TEST
 from arctrm.training.stream import PairStream
 from arctrm.trm.packing import sequences
 
@@ -38,6 +39,8 @@ class JointBatch(NamedTuple):
     """TRM's rows, R = N x K."""
     labels: Tensor
     """int64 [T]: cell codes of the outputs, IGNORE where there is none."""
+    heard: Tensor
+    """bool [R]: rows that hear the reader."""
 
 
 DRAFT_ROOM = grid_length(MAX_SIDE, MAX_SIDE)
@@ -73,6 +76,11 @@ class JointStream:
         self.trm_dtype = trm_dtype
         self.device = reader.device
 
+    @property
+    def longest_shown(self) -> int:
+        """Tokens of the longest sequence that TRM may be told of."""
+        return self.reader.longest + DRAFT_ROOM + self.num_soft
+
     def draw(self) -> JointBatch:
         """A fresh batch: as many of `num_sequences` sequences as both budgets hold."""
         return self.lay_out(*self._sequences())
@@ -88,7 +96,14 @@ class JointStream:
         seq = sequences(tokens, self.trm.trm, self.trm_dtype)
         embedding, dihedral = rows[:, canvases.EMBEDDING], rows[:, canvases.DIHEDRAL]
         packed = Rows(embedding, dihedral, rows[:, canvases.FLAG], codes, tokens, seq)
-        return JointBatch(drawn, drafted & fits, packed, labels)
+        return JointBatch(drawn, drafted & fits, packed, labels, self._heard(rows))
+
+    def _heard(self, rows: Tensor) -> Tensor:
+        """bool [R]: TRM's rows that hear the reader."""
+        there = rows[:, canvases.LENGTH] > 0
+        if not self.drafts.only_tests:
+            return there
+        return there & self.trm.source.pairs[rows[:, canvases.PAIR], IS_TEST].bool()
 
     def _sequences(self) -> tuple[Tensor, Tensor]:
         """N sequences in twos, int64 [N, K, columns], and which are shown with a draft."""
@@ -194,11 +209,12 @@ class JointStream:
         visible = (ends - lengths - begin + asked)[:, : per - 1]
         last = (ends[:, -1] - begin[:, 0])[:, None]
         visible = torch.cat((visible[:, :-1], last), dim=1) * (lengths[:, : per - 1] > 0)
+        visible = visible.flatten() * batch.heard
         return ReaderStates(
             hidden,
             *self._cells(batch, shown, per),
             begin.expand(-1, per - 1).flatten(),
-            visible.flatten(),
+            visible,
         )
 
     def _cells(
@@ -208,6 +224,8 @@ class JointStream:
         sequence = torch.div(shown.row, per, rounding_mode="floor")
         index = shown.row % per
         there = (shown.row < shown.rows.shape[0]) & (index < per - 1)
+        row = torch.where(there, sequence * (per - 1) + index, 0)
+        there = there & batch.heard[row]
         part = torch.div(shown.positions, SIDE**2, rounding_mode="floor") % PARTS_PER_PAIR
         is_cell = there & (shown.tokens < NUM_COLOURS)
         query = (index == per - 2) & batch.drafted[torch.where(there, sequence, 0)]

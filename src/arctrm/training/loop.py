@@ -24,7 +24,7 @@ from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_che
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.schedule import Schedule
 from arctrm.training.state import pack_optimiser, restore_rng, rng_state, unpack_optimiser
-from arctrm.training.step import GraphedStep
+from arctrm.training.step import GraphedStep, Step
 from arctrm.training.tracking import Tracker, TrainingProgress
 from arctrm.training.update import Update
 
@@ -41,7 +41,7 @@ class Run:
     resolved: dict[str, Any]
     accelerator: Accelerator
     model: nn.Module
-    steps: list[Callable[[], None]]
+    steps: list[Step | GraphedStep]
     """Each adds the gradient of one packed batch; all run once per optimiser step."""
     metrics: Callable[[], dict[str, float]]
     """Means since the last call, over all processes; "examples" is a sum."""
@@ -76,7 +76,7 @@ class Run:
     def capture(self) -> None:
         """Replay steps and update as CUDA graphs from now on; after a checkpoint is restored."""
         with memory_errors(self.config, self.smallest_batch, self.width_key):
-            self.steps = [GraphedStep(step) for step in self.steps]
+            self.steps = [GraphedStep(step, prepare=step.prepare) for step in self.steps]
         self.update.capture()
 
 
@@ -114,6 +114,7 @@ def train_step(run: Run) -> None:
     run.gradients.zero()
     with memory_errors(run.config, run.smallest_batch, run.width_key):
         for step in run.steps:
+            step.prepare()
             step()
     run.gradients.average()
     run.update(factor, run.step + 1)

@@ -75,6 +75,9 @@ class ReaderStep:
         """What a resumed run needs, updated in place."""
         return {"queue": self.queue, "counts": self.counts}
 
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
     def __call__(self) -> None:
         """Add the gradient of one packed batch."""
         with torch.no_grad():

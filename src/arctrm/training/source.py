@@ -17,6 +17,7 @@ from arctrm.errors import DataError
 
 INPUT, OUTPUT = slice(3, 6), slice(6, 9)
 """Columns (offset, height, width) of a pair's two grids."""
+IS_TEST = PAIR_COLUMNS.index("is_test")
 
 _UNBOUNDED = 2**31 - 1
 _ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -105,7 +106,7 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
 
 
 def _weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs]: the weight of a pair is its subset's times its area's."""
+    """float64 [num_pairs]: the weight of a pair: its subset's x its area's x that of test pairs."""
     unknown = set(data.weights) - set(base.meta.subsets)
     if unknown:
         raise DataError(
@@ -116,6 +117,10 @@ def _weights(base: BaseSet, data: DataConfig) -> np.ndarray:
     pairs = np.asarray(base.pairs)
     areas = pairs[:, 4::3].max(1).astype(float) * pairs[:, 5::3].max(1)
     weights = by_subset[pairs[:, PAIR_COLUMNS.index("subset")]] * areas**-data.area_power
+    weights *= np.where(pairs[:, IS_TEST], data.test_pair_weight, 1.0)
     if not weights.sum() > 0:
-        raise DataError("data.weights leaves no pair to draw; give a subset a weight above 0")
+        raise DataError(
+            "data.weights and data.test_pair_weight leave no pair to draw; give a subset a weight "
+            "above 0"
+        )
     return weights

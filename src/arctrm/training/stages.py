@@ -4,7 +4,7 @@ A stage is all that differs between training TRM and training the tiny reader; d
 optimisers, checkpoints and metrics are the same.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from arctrm.training.metrics import Metrics
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.step import MicroStep
+from arctrm.training.step import MicroStep, Step
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
@@ -31,19 +31,6 @@ MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 32, 192
 """The same for the rows beyond so many: attention launches blocks for every offset, used or not,
 and a pair of the training mix has 250 tokens (TRM) or 400 (reader)."""
 RANK_SEED_STEP = 1_000_003
-
-
-class Step(Protocol):
-    """Something that adds one batch's gradient to the parameters."""
-
-    counts: Tensor
-    """float64 [COUNTS]: sums since they were last set to zero."""
-
-    def carry(self) -> dict[str, Tensor]:
-        """What a resumed run needs, updated in place."""
-
-    def __call__(self) -> None:
-        """Run it."""
 
 
 class Stage(NamedTuple):

@@ -32,7 +32,10 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     ),
     "reader": (
         ReaderConfig,
-        ("hidden_size", "num_heads", "num_layers", "expansion", "rope_base", "task_embedding"),
+        (
+            *("hidden_size", "num_heads", "num_layers", "expansion", "rope_base"),
+            *("input_attention", "task_embedding"),
+        ),
     ),
     "hub": (HubReaderConfig, ("name", "revision", "mode", "lora_rank", "lora_alpha")),
 }

@@ -5,6 +5,7 @@ code runs eagerly on a CPU and as one captured CUDA graph on a GPU.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,22 @@ COUNTS = (
 """What `MicroStep.counts` sums up, in this order."""
 
 
+class Step(Protocol):
+    """Something that adds one batch's gradient to the parameters."""
+
+    counts: Tensor
+    """float64: sums since they were last set to zero."""
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+
+    def prepare(self) -> None:
+        """What comes before every call and cannot be captured in a CUDA graph."""
+
+    def __call__(self) -> None:
+        """Add the gradient."""
+
+
 class MicroStep:
     """Refill, supervision step, loss, backward, halting; sums counts into `counts` [COUNTS]."""
 
@@ -47,6 +64,9 @@ class MicroStep:
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, updated in place."""
         return {**self.state._asdict(), "counts": self.counts}
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
 
     def __call__(self) -> None:
         """Add the gradient of one packed batch; the carry moves on."""
@@ -110,11 +130,18 @@ class GraphedStep:
     """A step captured in one CUDA graph after a few eager runs; calls replay it.
 
     The eager runs are real steps: their gradients are dropped by the caller's next zeroing, their
-    batches count as drawn.
+    batches count as drawn. What cannot be captured is done by `prepare`, before every replay.
     """
 
-    def __init__(self, step: Callable[[], None], warmup: int = 3):
+    def __init__(
+        self,
+        step: Callable[[], None],
+        warmup: int = 3,
+        prepare: Callable[[], None] = lambda: None,
+    ):
         self.step = step  # the graph reads and writes its tensors: keep them alive
+        self.prepare = prepare
+        prepare()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
