@@ -3,9 +3,10 @@
     python benchmarks/trm_training.py --tokens 150000 --H-cycles 3 --L-cycles 4
     torchrun --standalone --nproc-per-node 2 benchmarks/trm_training.py
 
-`--tokens` is for each process; figures are sums over them, except the matrix rate of one. The
-reference's canvases are not enlarged: `--enlarge 0` is its mathematics. Prints one table: supervision steps on pairs ("examples") per second, tokens per second, peak
+Prints one table: supervision steps on pairs ("examples") per second, tokens per second, peak
 memory, and the share of the machine's bfloat16 matrix rate, which is measured in the same run.
+`--tokens` is for each process; figures are sums over the processes, the share is that of one.
+Canvases are not enlarged unless `--enlarge` says so: the reference's are not either.
 The reference implementation (compiled, bfloat16, 916 tokens a pair, batch 768) reaches 939
 examples/s at 133.5 GiB on one H200.
 """

@@ -64,6 +64,18 @@ def test_sequences_come_in_twos_of_one_task_with_nothing_in_common(form):
                 assert sorted(map(len, pairs)) == [2, 3]
 
 
+def test_without_a_contrastive_loss_each_sequence_is_drawn_by_weight():
+    changes = {"coupling.context": False, "data.test_pair_weight": 1e9, "batch_size": 64}
+    _, step = make(changes, base=small_base(num_tests=1))
+    step.stream.trm_tokens = step.stream.reader_tokens = 8192
+    assert not step.stream.in_twos
+    pairs = drawn(step).sequences[:, -1]
+    assert (pairs[:, reading.LENGTH] > 0).all()
+    assert step.stream.trm.source.pairs[pairs[:, reading.PAIR], IS_TEST].all()
+    tasks = pairs[:, reading.TASK].view(-1, 2)
+    assert (tasks[:, 0] != tasks[:, 1]).any()
+
+
 @BOTH
 def test_both_models_are_given_the_same_pairs_under_the_same_view(form):
     _, step = make(form=form)

@@ -202,7 +202,7 @@ class JointStep:
 
     def _contrast(self, start: Start, batch: JointBatch) -> Tensor:
         """Of all sequences' contexts, the other sequence of the same task should be nearest."""
-        if start.context is None:
+        if start.context is None or not self.stream.in_twos:
             return torch.zeros((), device=self.counts.device)
         told = self._told(batch).view(-1, 2).all(1).repeat_interleave(2)
         return contrast(self._contexts(start), batch.sequences[:, -1, reading.TASK], told)

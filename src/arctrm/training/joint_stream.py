@@ -5,7 +5,7 @@ reader's states only what stands before its own output: every pair is a held-out
 last one is the query. The reader reads each sequence twice: with the true outputs, for its own
 loss, and with the last output replaced by its own draft (or cut off), for TRM.
 
-Sequences come in twos of the same task with different pairs, for the contrastive loss.
+Where there is a contrastive loss, sequences come in twos of the same task with different pairs.
 
 Legend: N sequences, K pairs in each, R = N x K rows of TRM; T tokens.
 """
@@ -63,9 +63,11 @@ class JointStream:
         no_draft_share: float,
         right_draft_share: float = 1.0,
         trm_dtype: torch.dtype,
+        in_twos: bool = True,
     ):
         """Budgets of tokens for both models; `num_soft` vectors of the soft prefix.
 
+        `in_twos`: the sequences 2i and 2i + 1 are of one task, else each is drawn for itself.
         Of the rows, `no_draft_share` are shown no draft, and of those whose draft is right all but
         `right_draft_share`.
         """
@@ -73,7 +75,7 @@ class JointStream:
         self.reader_tokens, self.trm_tokens = reader_tokens, trm_tokens
         self.num_sequences, self.num_soft = num_sequences, num_soft
         self.no_draft_share, self.right_draft_share = no_draft_share, right_draft_share
-        self.trm_dtype = trm_dtype
+        self.trm_dtype, self.in_twos = trm_dtype, in_twos
         self.device = reader.device
 
     @property
@@ -106,7 +108,12 @@ class JointStream:
         return there & self.trm.source.pairs[rows[:, canvases.PAIR], IS_TEST].bool()
 
     def _sequences(self) -> tuple[Tensor, Tensor]:
-        """N sequences in twos, int64 [N, K, columns], and which are shown with a draft."""
+        """N sequences, int64 [N, K, columns], and which are shown with a draft."""
+        drawn = self._twos() if self.in_twos else self.reader.draw(self.num_sequences)
+        return drawn, self._shows_draft(drawn[:, -1, reading.PAIR])
+
+    def _twos(self) -> Tensor:
+        """N sequences in twos, int64 [N, K, columns]."""
         stream, half = self.reader, self.num_sequences // 2
         uniform = torch.rand(half, 2, device=self.device, dtype=torch.float64)
         last = stream.source.draw_pairs(uniform[:, 0])
@@ -126,8 +133,7 @@ class JointStream:
         task = task.repeat_interleave(2)
         view = torch.rand(task.shape[0], device=self.device, dtype=torch.float64)
         _, dihedral, colours = stream.source.draw_views(task, view)
-        drawn = stream.sequences(twos, task, dihedral, colours)
-        return drawn, self._shows_draft(drawn[:, -1, reading.PAIR])
+        return stream.sequences(twos, task, dihedral, colours)
 
     def _shows_draft(self, pair_N: Tensor) -> Tensor:
         """bool [N]: the pairs that are shown with their draft, by chance."""
