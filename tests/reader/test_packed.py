@@ -148,7 +148,7 @@ def test_the_packed_kernel_gives_what_one_sequence_after_another_gives(prompts):
     query, key, value, weight = (torch.randn(shape, device="cuda") for _ in range(4))
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
         packing = new_packing(offsets, 130, dtype, seen, 130)
         assert (packing.lengths is None) == (dtype == torch.bfloat16)
         out, _ = packed_attention(torch.nn.Identity(), *inputs, None, packing)

@@ -13,9 +13,18 @@ from transformers import LlamaForCausalLM
 from arctrm.config import DataConfig, OptimiserConfig, ReaderConfig
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Pair, Task
+from arctrm.data.task import NUM_COLOURS, Pair, Task
 from arctrm.reader.tiny import GridRotary, TinyReader, llama_config
-from arctrm.reader.tokens import END, ROW_END, SEPARATOR, START, VOCABULARY
+from arctrm.reader.tokens import (
+    END,
+    OUTPUT_PART,
+    PARTS_PER_PAIR,
+    ROW_END,
+    SEPARATOR,
+    SIDE,
+    START,
+    VOCABULARY,
+)
 from arctrm.training.losses import IGNORE
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep, reader_losses
@@ -393,3 +402,21 @@ def test_the_packed_kernel_agrees_with_one_sequence_at_a_time(real, form):
         assert (batch.packing.lengths is None) == (dtype == torch.bfloat16)
         losses[dtype] = step.losses(batch).rows["cell_loss"]
     torch.testing.assert_close(*losses.values(), atol=0.03, rtol=0.02)
+
+
+def test_noise_changes_output_cells_of_every_other_row_and_no_label(real):
+    _, _, step = make(real, data=DataConfig(num_aug=50), output_noise=0.3)
+    torch.manual_seed(1)
+    batch = step.stream.next_batch(step.queue, step.num_tokens)
+    noisy = step._noisy(batch)
+    assert torch.equal(noisy.labels, batch.labels)
+    assert torch.equal(noisy.positions, batch.positions)
+    changed = noisy.tokens != batch.tokens
+    part = batch.positions // SIDE**2 % PARTS_PER_PAIR
+    cells = (part == OUTPUT_PART) & (batch.tokens < NUM_COLOURS)
+    assert changed.any()
+    assert (cells & (batch.row % 2 == 0))[changed].all()
+    assert (noisy.tokens[changed] < NUM_COLOURS).all()
+    assert 0.15 < changed[cells & (batch.row % 2 == 0)].float().mean() < 0.4
+    _, _, plain = make(real)
+    assert plain._noisy(batch) is batch

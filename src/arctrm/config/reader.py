@@ -41,6 +41,10 @@ class ReaderConfig(StrictModel):
     """full: the tokens of an input see all of it, what lies below and to the right, too (a prefix
     language model); needs the form "pair"."""
 
+    output_noise: float = Field(0.0, ge=0, lt=1)
+    """Share of the output cells that are shown in a random colour, in every other training sequence:
+    what comes next must not hang on what was written before. What is to be learned stays true."""
+
     task_embedding: bool = True
     """Add a learned vector of the task to every token."""
 

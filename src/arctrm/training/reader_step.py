@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS
 from arctrm.reader.tiny import TinyReader
+from arctrm.reader.tokens import OUTPUT_PART, PARTS_PER_PAIR, SIDE
 from arctrm.training.losses import IGNORE
 from arctrm.training.reader_stream import DIHEDRAL, FLAG, TASK, ReaderBatch, ReaderStream
 from arctrm.training.step import COUNTS
@@ -81,11 +82,22 @@ class ReaderStep:
     def __call__(self) -> None:
         """Add the gradient of one packed batch."""
         with torch.no_grad():
-            batch = self.stream.next_batch(self.queue, self.num_tokens)
+            batch = self._noisy(self.stream.next_batch(self.queue, self.num_tokens))
         losses = self.losses(batch)
         (losses.total / losses.num_labels.clamp(min=1) * self.loss_scale).backward()
         with torch.no_grad():
             self._count(losses, batch)
+
+    def _noisy(self, batch: ReaderBatch) -> ReaderBatch:
+        """The batch with some output cells shown in random colours, in every other row."""
+        share, tokens = self.reader.config.output_noise, batch.tokens
+        if not share:
+            return batch
+        part = torch.div(batch.positions, SIDE**2, rounding_mode="floor") % PARTS_PER_PAIR
+        cells = (part == OUTPUT_PART) & (tokens < NUM_COLOURS) & (batch.row % 2 == 0)
+        changed = cells & (torch.rand(tokens.shape, device=tokens.device) < share)
+        colours = torch.randint(NUM_COLOURS, tokens.shape, device=tokens.device)
+        return batch._replace(tokens=torch.where(changed, colours, tokens))
 
     def losses(self, batch: ReaderBatch) -> ReaderLosses:
         """Loss of a batch, with gradient."""

@@ -29,7 +29,9 @@ TOKENS_PER_ROW = 64
 """Rows of a small packed batch = tokens / this: a bound on the offsets."""
 MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 32, 192
 """The same for the rows beyond so many: attention launches blocks for every offset, used or not,
-and a pair of the training mix has 250 tokens (TRM) or 400 (reader)."""
+and a pair of the training mix has 250 tokens (TRM)."""
+TOKENS_PER_PAIR_OF_MANY = 280
+"""That of the reader, whose pairs have 330 to 400 tokens."""
 RANK_SEED_STEP = 1_000_003
 
 
@@ -118,17 +120,18 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     training = config.training
     source = PairSource(base, config.data, config.seed, model.device)
     stream = ReaderStream(source, config.reader, model.dtype)
-    num_sequences = max(1, _num_rows(training) // config.reader.pairs_per_sequence)
+    num_rows = training.max_rows or rows_of(training.tokens_per_batch, TOKENS_PER_PAIR_OF_MANY)
+    num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
     return [
         ReaderStep(model, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum)
         for _ in range(training.grad_accum)
     ]
 
 
-def rows_of(num_tokens: int) -> int:
-    """Rows that a packed training batch of `num_tokens` has room for."""
+def rows_of(num_tokens: int, of_many: int = TOKENS_PER_ROW_OF_MANY) -> int:
+    """Rows that a packed training batch of `num_tokens` has room for; `of_many`: of large ones."""
     few = min(num_tokens // TOKENS_PER_ROW, MANY_ROWS)
-    return max(few, num_tokens // TOKENS_PER_ROW_OF_MANY)
+    return max(few, num_tokens // of_many)
 
 
 def _num_rows(training: TrainingConfig) -> int:
