@@ -12,6 +12,8 @@ from arctrm.recipe.stages import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OUT = Path("runs/all")
+THREE = ("recipe.reader=0.6", "recipe.trm=0.15", "recipe.joint=0.25")
+"""Shares of a recipe in which TRM has a stage of its own."""
 
 
 def read(*sets, files=("arc1_1h",)):
@@ -28,8 +30,9 @@ def test_the_shipped_recipes_are_an_hour_of_which_one_key_makes_less(name):
         config = read(*budget, files=[name])
         planned = plan(config, OUT)
         assert sum(lengths(planned).values()) == pytest.approx(60 * minutes)
-        assert list(lengths(planned)) == ["reader", "trm", "joint"]
-        shares = config.recipe.reader, config.recipe.trm, config.recipe.joint
+        assert list(lengths(planned)) == ["reader", "joint"]
+        assert config.recipe.trm == 0
+        shares = config.recipe.reader, config.recipe.joint
         expected = [60 * minutes * share for share in shares]
         assert list(lengths(planned).values()) == pytest.approx(expected)
         assert planned.evaluation.evaluation.test_set == config.data.test_set
@@ -37,13 +40,20 @@ def test_the_shipped_recipes_are_an_hour_of_which_one_key_makes_less(name):
 
 
 def test_stages_have_the_tables_of_the_single_commands():
-    config = read("seed=7", "recipe.trm_data.num_aug=12")
+    config = read(
+        "seed=7",
+        *THREE,
+        "recipe.trm_data.num_aug=12",
+        "recipe.trm_data.weights={ evaluation = 3.0 }",
+        "recipe.trm_training.halt_max_steps=4",
+    )
     reader, trm, joint = (stage.config for stage in plan(config, OUT).stages)
     assert (reader.model, trm.model) == ("reader", "trm")
     assert {c.seed for c in (reader, trm, joint)} == {7}
     assert reader.reader == trm.reader == joint.reader == config.reader
     assert reader.trm == trm.trm == joint.trm == config.trm
-    assert reader.data == joint.data == config.data
+    assert joint.data == config.data
+    assert reader.data == config.data.model_copy(update={"test_pair_weight": 0.0})
     assert (trm.data.num_aug, trm.data.weights) == (12, {"evaluation": 3.0})
     assert trm.data.subsets == config.data.subsets
     assert reader.training.optimiser == config.recipe.reader_training.optimiser
@@ -64,7 +74,7 @@ def test_a_stage_without_a_share_is_left_out_and_its_checkpoint_used():
 
 
 def test_steps_are_shared_like_time():
-    planned = plan(read("recipe.max_steps=100", "recipe.evaluate=false"), OUT)
+    planned = plan(read(*THREE, "recipe.max_steps=100", "recipe.evaluate=false"), OUT)
     assert [s.config.training.schedule.max_steps for s in planned.stages] == [60, 15, 25]
     assert set(lengths(planned).values()) == {None}
     assert planned.evaluation is None
@@ -78,12 +88,15 @@ def test_without_a_length_there_is_no_recipe():
 @pytest.mark.parametrize(
     ("sets", "parts"),
     [
-        (["recipe.reader=0.7"], ["--set", "recipe.reader = 0.7", "sum to 1.1", "change one"]),
+        (["recipe.reader=0.9"], ["--set", "recipe.reader = 0.9", "sum to 1.1", "change one"]),
         (["recipe.joint=0", "recipe.trm=0.4"], ["recipe.joint = 0", "above 0"]),
         (["recipe.budget=null"], ["no length of the recipe", "set recipe.budget"]),
         (["epochs=2"], ["epochs = 2 contradicts", "leave one of them out"]),
-        (["trm_checkpoint=runs/x"], ["trm_checkpoint = 'runs/x'", "recipe.trm = 0.15"]),
-        (["llama_model=a/b"], ["llama_model = 'a/b'", "set recipe.reader = 0"]),
+        ([*THREE, "trm_checkpoint=runs/x"], ["trm_checkpoint = 'runs/x'", "recipe.trm = 0.15"]),
+        (
+            ["llama_model=a/b", "reader.input_attention=causal"],
+            ["llama_model = 'a/b'", "set recipe.reader = 0"],
+        ),
         (["recipe.eval=true"], ["unknown key recipe.eval", "recipe.eval"]),
     ],
 )

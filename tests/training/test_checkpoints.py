@@ -261,11 +261,11 @@ def test_a_bundle_holds_the_moving_average_once_and_nothing_for_training(tmp_pat
     assert read_meta(bundle).step == 2
 
 
-def layered(run, width=512):
+def layered(run, width=512, columns=300):
     """A checkpoint with the tensors of a layer, its moving average other than its weights."""
     torch.manual_seed(0)
     tensors = {
-        "model.layers.0.up.weight": torch.randn(width, 300) * 0.02,
+        "model.layers.0.up.weight": torch.randn(width, columns) * 0.02,
         "model.layers.0.norm.weight": torch.randn(width),
         "head.weight": torch.randn(9, 64),
     }
@@ -317,9 +317,25 @@ def test_a_bundle_of_a_bundle_stays_what_it_is(tmp_path):
         assert torch.equal(read_model(wide, ema=True)[name], tensor.float())
 
 
-def test_bundles_have_16_or_8_bits(tmp_path):
-    with pytest.raises(ValueError, match=r"bits = 4 .* use 16 or 8"):
-        export_bundle(write(tmp_path, 1), tmp_path / "bundle", bits=4)
+@pytest.mark.parametrize(("bits", "error"), [(6, 0.03), (5, 0.06), (4, 0.12)])
+def test_fewer_bits_are_packed_and_read_back(tmp_path, bits, error):
+    checkpoint, average = layered(tmp_path, columns=320)
+    eight = export_bundle(checkpoint, tmp_path / "eight", bits=8)
+    few = export_bundle(checkpoint, tmp_path / "few", bits=bits)
+    assert read_meta(few).integer_bits == bits
+    name = "model.layers.0.up.weight"
+    stored = [load_file(b / "model.safetensors")[f"weights.{name}"] for b in (eight, few)]
+    assert stored[1].numel() * 8 == stored[0].numel() * bits
+    back = read_model(few, ema=True)[name]
+    assert (back - average[name]).norm() < error * average[name].norm()
+    edit_meta(few, integer_bits=8)
+    with pytest.raises(CheckpointError, match=r"not stored as checkpoint\.json says"):
+        read_model(few, ema=True)
+
+
+def test_bundles_have_16_bits_or_one_of_the_narrow_sizes(tmp_path):
+    with pytest.raises(ValueError, match=r"bits = 3 .* use 16, 8, 6, 5, 4"):
+        export_bundle(write(tmp_path, 1), tmp_path / "bundle", bits=3)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from arctrm.errors import CheckpointError
-from arctrm.training.int8 import GROUP, dequantise, dequantise_all, is_layer_matrix, quantise
+from arctrm.training.int8 import (
+    BITS,
+    GROUP,
+    dequantise,
+    dequantise_all,
+    is_layer_matrix,
+    pack,
+    quantise,
+    unpack,
+)
 
 HERE = Path("model.safetensors")
 
@@ -111,3 +120,27 @@ def test_integers_and_scales_that_do_not_belong_together_are_refused(change, sai
     with pytest.raises(CheckpointError, match=said) as caught:
         dequantise_all(tensors, scales, GROUP, HERE)
     assert str(caught.value).startswith("model.safetensors: ")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_integers_come_back_as_they_were(bits):
+    largest = 2 ** (bits - 1) - 1
+    generator = torch.Generator().manual_seed(1)
+    integers = torch.randint(-largest, largest + 1, (5, 72), generator=generator).to(torch.int8)
+    integers[0, 0], integers[0, 1] = largest, -largest
+    packed = pack(integers, bits)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (5, 72 * bits // 8))
+    assert torch.equal(unpack(packed, bits), integers)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(6, 0.025), (5, 0.051), (4, 0.104)])
+def test_fewer_bits_leave_a_bounded_error_and_a_scale_that_was_searched_for(bits, most):
+    x = matrix(256, 512)
+    integers, scales = quantise(x, bits=bits)
+    assert integers.abs().max() <= 2 ** (bits - 1) - 1
+    error = float((dequantise(integers, scales, GROUP) - x).norm() / x.norm())
+    assert error < most
+    x[:, ::GROUP] *= 3  # one outlier in every group: worth clipping
+    plain = x.unflatten(1, (-1, GROUP)).abs().amax(2) / (2 ** (bits - 1) - 1)
+    integers, scales = quantise(x, bits=bits)
+    assert (scales.float() < 0.97 * plain).any()

@@ -64,9 +64,9 @@ def test_the_bundle_holds_both_and_answers_with_both(parts, tmp_path):
 
 def test_two_of_a_kind_are_refused(parts, tmp_path):
     reader, trm = parts
-    with pytest.raises(CheckpointError, match="does not hold a reader alone"):
+    with pytest.raises(CheckpointError, match="does not hold a tiny reader"):
         join_bundles(trm, trm, tmp_path / "both")
-    with pytest.raises(CheckpointError, match="does not hold a trm alone"):
+    with pytest.raises(CheckpointError, match="does not hold a tiny trm"):
         join_bundles(reader, reader, tmp_path / "both")
     assert not (tmp_path / "both").exists()
 

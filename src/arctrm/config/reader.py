@@ -42,8 +42,8 @@ class ReaderConfig(StrictModel):
     language model); needs the form "pair"."""
 
     output_noise: float = Field(0.0, ge=0, lt=1)
-    """Share of the output cells that are shown in a random colour, in every other training sequence:
-    what comes next must not hang on what was written before. What is to be learned stays true."""
+    """Share of the output cells that are shown in a random colour, in every other training
+    sequence: what comes next must not hang on what was written before. Labels stay true."""
 
     task_embedding: bool = True
     """Add a learned vector of the task to every token."""

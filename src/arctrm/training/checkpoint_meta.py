@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -65,8 +65,10 @@ class CheckpointMeta(StrictModel):
     ema: bool = False
     """Whether model.safetensors holds a moving average beside the weights."""
     int8_group: int | None = Field(None, ge=1)
-    """Columns of a row that share a scale ("scales.*") in the matrices stored as int8; None: all
-    weights are stored as floats."""
+    """Columns of a row that share a scale ("scales.*") in the matrices stored as integers; None:
+    all weights are stored as floats."""
+    integer_bits: Literal[8, 6, 5, 4] = 8
+    """Bits of those integers; fewer than 8 are packed."""
     files: dict[str, FileRecord] = Field(default_factory=dict)
     """File name to what it must hold."""
     arctrm_version: str = ""

@@ -37,7 +37,15 @@ from arctrm.training.checkpoint_meta import (
     read_meta,
 )
 from arctrm.training.files import disk_errors, flush_to_disk
-from arctrm.training.int8 import GROUP, dequantise_all, is_layer_matrix, quantise
+from arctrm.training.int8 import (
+    BITS,
+    GROUP,
+    PACKED_TOGETHER,
+    dequantise_all,
+    is_layer_matrix,
+    pack,
+    quantise,
+)
 from arctrm.training.state import (
     pack_generator,
     pack_optimiser,
@@ -185,7 +193,7 @@ def read_model(path: Path, *, ema: bool) -> dict[str, Tensor]:
     prefix = "ema." if ema and meta.ema else "weights."
     tensors = load_tensors(path, MODEL, meta, prefix)
     scales = load_tensors(path, MODEL, meta, "scales.")
-    return dequantise_all(tensors, scales, meta.int8_group, path / MODEL)
+    return dequantise_all(tensors, scales, meta.int8_group, path / MODEL, meta.integer_bits)
 
 
 def read_trainer(path: Path) -> dict[str, Tensor]:
@@ -205,17 +213,22 @@ def read_rank(path: Path, rank: int) -> dict[str, Tensor]:
     return load_tensors(path, name, meta)
 
 
+Bits = Literal[16, 8, 6, 5, 4]
+"""Of a stored weight: 16 are bfloat16."""
+
+
 def export_bundle(
     checkpoint: Path,
     out: Path,
     dtype: torch.dtype = torch.bfloat16,
-    bits: Literal[16, 8] = 16,
+    bits: Bits = 16,
     **notes: object,
 ) -> Path:
     """Write what solving needs of a checkpoint to the new folder `out`: one set of weights.
 
     Weights are stored as `dtype` (the layers compute in bfloat16 on a GPU anyway). With `bits` = 8
-    the matrices of the layers, nearly all of the weights, are stored as int8 with scales instead.
+    or fewer the matrices of the layers, nearly all of the weights, are stored as integers with
+    scales instead.
 
     The moving average, where there is one, becomes the weights; `notes` are added to the metadata.
 
@@ -223,8 +236,9 @@ def export_bundle(
         ResourceError: the disk is full.
         CheckpointError: `checkpoint` cannot be read or `out` not be written, or exists.
     """
-    if bits not in (8, 16):
-        raise ValueError(f"bits = {bits} is not a size of stored weights; use 16 or 8")
+    if bits not in (16, *BITS):
+        sizes = ", ".join(map(str, BITS))
+        raise ValueError(f"bits = {bits} is not a size of stored weights; use 16, {sizes}")
     meta = read_meta(checkpoint)
     added = {"exported": "ema" if meta.ema else "weights", **notes}
     exported = meta.model_copy(update={"notes": meta.notes | added})
@@ -236,7 +250,7 @@ def write_bundle(
     meta: CheckpointMeta,
     weights: dict[str, Tensor],
     dtype: torch.dtype = torch.bfloat16,
-    bits: Literal[16, 8] = 16,
+    bits: Bits = 16,
 ) -> Path:
     """Write one set of weights to the new folder `out`; arguments and errors as `export_bundle`."""
     stored = _stored(weights, dtype, bits)
@@ -246,7 +260,9 @@ def write_bundle(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             _write_tensors(aside / MODEL, stored)
-            bundle = meta.model_copy(update={"int8_group": GROUP if bits == 8 else None})
+            group = None if bits == 16 else GROUP
+            kept = 8 if bits == 16 else bits
+            bundle = meta.model_copy(update={"int8_group": group, "integer_bits": kept})
             _write_meta(aside, bundle, meta.world_size)
             os.rename(aside, out)
             flush_to_disk(out.parent)
@@ -257,10 +273,18 @@ def write_bundle(
 
 def _stored(weights: dict[str, Tensor], dtype: torch.dtype, bits: int) -> dict[str, Tensor]:
     """Weights as a bundle stores them, by their names in `model.safetensors`."""
-    matrices = {n: t for n, t in weights.items() if bits == 8 and is_layer_matrix(n, t)}
-    quantised = {name: quantise(tensor) for name, tensor in matrices.items()}
+    step = 1 if bits == 8 else PACKED_TOGETHER
+    matrices = {
+        name: tensor
+        for name, tensor in weights.items()
+        if bits < 16 and is_layer_matrix(name, tensor) and tensor.shape[1] % step == 0
+    }
+    quantised = {name: quantise(tensor, bits=bits) for name, tensor in matrices.items()}
     floats = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in matrices}
-    integers = {name: integers for name, (integers, _) in quantised.items()}
+    integers = {
+        name: integers if bits == 8 else pack(integers, bits)
+        for name, (integers, _) in quantised.items()
+    }
     return model_tensors(floats | integers) | {
         f"scales.{name}": scales for name, (_, scales) in quantised.items()
     }

@@ -1,15 +1,18 @@
-"""Matrices as 8-bit integers with scales: half of bfloat16's size, for bundles.
+"""Matrices as integers of 8 bits or fewer, with scales: half of bfloat16 or less, for bundles.
 
 Every `GROUP` columns of a row share a scale (symmetric: the largest magnitude becomes 127), which
-leaves a fifth less error than one scale for the whole row and costs 3% more room. Only storage is
-8-bit; what is read back is float32.
+leaves a fifth less error than one scale for the whole row and costs 3% more room. Integers of fewer
+than 8 bits lie packed in the bytes of their row, and their scale is the one, of a few below the
+largest magnitude's, that leaves the least error. Only storage is so narrow; what is read back is
+float32.
 
-Legend: N rows, M columns, G groups of columns.
+Legend: N rows, M columns, G groups of columns, W bytes of a packed row.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +20,12 @@ from torch import Tensor
 from arctrm.errors import CheckpointError
 
 GROUP = 64
-LARGEST = 127
+BITS = (8, 6, 5, 4)
+"""Sizes of a stored integer."""
+SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Scales of fewer than 8 bits that are tried, as shares of the largest magnitude's."""
+PACKED_TOGETHER = 8
+"""The columns of a packed matrix are a multiple of this: they fill whole bytes."""
 
 
 def is_layer_matrix(name: str, tensor: Tensor) -> bool:
@@ -26,13 +34,45 @@ def is_layer_matrix(name: str, tensor: Tensor) -> bool:
     return large and tensor.ndim == 2 and tensor.is_floating_point()
 
 
-def quantise(matrix: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """Integers int8 [N, M] and scales bfloat16 [N, G] of a matrix [N, M]."""
-    values = _grouped(matrix.float(), group)
-    scales = (values.abs().amax(2) / LARGEST).to(torch.bfloat16)
-    divisor = scales.float().where(scales > 0, 1.0)[..., None]  # a group of zeros stays zeros
-    integers = (values / divisor).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+def quantise(matrix: Tensor, group: int = GROUP, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Integers int8 [N, M] of so many bits, and scales bfloat16 [N, G], of a matrix [N, M]."""
+    values, largest = _grouped(matrix.float(), group), 2 ** (bits - 1) - 1
+    best = values.abs().amax(2) / largest
+    scales, integers = _rounded(values, best, largest)
+    if bits < 8:
+        least = _error(values, scales, integers)
+        for share in SHRUNK[1:]:
+            tried, found = _rounded(values, best * share, largest)
+            error = _error(values, tried, found)
+            better = error < least
+            scales, least = torch.where(better, tried, scales), torch.where(better, error, least)
+            integers = torch.where(better[..., None], found, integers)
     return integers.flatten(1)[:, : matrix.shape[1]].contiguous(), scales
+
+
+def _rounded(values_NGK: Tensor, scale_NG: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Scales bfloat16 [N, G] and integers int8 [N, G, group]."""
+    scales = scale_NG.to(torch.bfloat16)
+    divisor = scales.float().where(scales > 0, 1.0)[..., None]  # a group of zeros stays zeros
+    return scales, (values_NGK / divisor).round().clamp(-largest, largest).to(torch.int8)
+
+
+def _error(values_NGK: Tensor, scales_NG: Tensor, integers_NGK: Tensor) -> Tensor:
+    return (integers_NGK * scales_NG.float()[..., None] - values_NGK).square().sum(2)
+
+
+def pack(integers: Tensor, bits: int) -> Tensor:
+    """Integers int8 [N, M] of so many bits as uint8 [N, W], W = M x bits / 8."""
+    codes = (integers.int() + 2 ** (bits - 1)).numpy().astype(np.uint8)
+    planes = codes[..., None] >> np.arange(bits, dtype=np.uint8) & 1
+    return torch.from_numpy(np.packbits(planes.reshape(len(codes), -1), axis=1))
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The integers int8 [N, M] that `pack` stored."""
+    planes = np.unpackbits(packed.numpy(), axis=1).reshape(len(packed), -1, bits)
+    codes = (planes << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.int16)
+    return torch.from_numpy((codes - 2 ** (bits - 1)).astype(np.int8))
 
 
 def dequantise(integers: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -42,16 +82,21 @@ def dequantise(integers: Tensor, scales: Tensor, group: int) -> Tensor:
 
 
 def dequantise_all(
-    tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], group: int | None, path: Path
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    group: int | None,
+    path: Path,
+    bits: int = 8,
 ) -> dict[str, Tensor]:
     """All tensors of a file, those that have scales as float32 matrices, the others as they are.
 
-    `group` None: there should be no integers.
+    `group` None: there should be no integers; those of fewer than 8 `bits` are packed.
 
     Raises:
         CheckpointError: integers without scales or `group`, or scales that fit no integers.
     """
-    integers = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    stored = torch.int8 if bits == 8 else torch.uint8
+    integers = {name for name, tensor in tensors.items() if tensor.dtype == stored}
     unexpected = sorted(integers | scales.keys() if group is None else integers ^ scales.keys())
     if unexpected:
         raise CheckpointError(
@@ -61,16 +106,24 @@ def dequantise_all(
     if group is None:
         return dict(tensors)
     for name in integers:
-        shape, got = tuple(tensors[name].shape), tuple(scales[name].shape)
+        shape, got = _shape(tensors[name], bits), tuple(scales[name].shape)
         if len(shape) != 2 or got != (shape[0], -(-shape[1] // group)):
             raise CheckpointError(
                 f"{path}: scales of shape {got} do not fit {name!r} of shape {shape} with one "
                 f"scale for {group} columns of a row; use another checkpoint"
             )
     return {
-        name: dequantise(tensor, scales[name], group) if name in integers else tensor
+        name: dequantise(tensor if bits == 8 else unpack(tensor, bits), scales[name], group)
+        if name in integers
+        else tensor
         for name, tensor in tensors.items()
     }
+
+
+def _shape(stored: Tensor, bits: int) -> tuple[int, ...]:
+    """Shape of the matrix that is stored."""
+    shape = tuple(stored.shape)
+    return (*shape[:-1], shape[-1] * 8 // bits) if shape else shape
 
 
 def _grouped(matrix: Tensor, group: int) -> Tensor:
