@@ -71,7 +71,17 @@ def test_the_pretrain_config_is_the_recipe_of_the_bundled_weights():
         settings["data"]["weights"].pop("concept_arc", None)
         del settings["training"]["schedule"]["budget"]
         del settings["training"]["log_every"]
+        del settings["reader"]
     assert shipped == recipe
+
+
+def test_the_reader_of_the_recipe_is_that_of_the_bundled_weights():
+    bundled = json.loads((BUNDLED / "checkpoint.json").read_text())
+    config = load_config(JointConfig, [CONFIGS / "arc1_1h.toml"], environ={})
+    shipped = config.model_dump(mode="json")
+    assert known_to(bundled["config"]["reader"], shipped["reader"]) == bundled["config"]["reader"]
+    trained = bundled["notes"]["parts"]["reader"]["training"]["optimiser"]
+    assert shipped["recipe"]["reader_training"]["optimiser"] == trained
 
 
 def test_smoke_and_debug_are_small_enough_for_a_cpu():

@@ -123,7 +123,7 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
         no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
         right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
-        in_twos=coupling.context and coupling.contrast_weight > 0,
+        in_twos=coupling.context,
     )
     return JointStep(
         hybrid,

@@ -5,7 +5,8 @@ reader's states only what stands before its own output: every pair is a held-out
 last one is the query. The reader reads each sequence twice: with the true outputs, for its own
 loss, and with the last output replaced by its own draft (or cut off), for TRM.
 
-Where there is a contrastive loss, sequences come in twos of the same task with different pairs.
+Where contexts are told apart by a contrastive loss, sequences come in twos of the same task with
+different pairs.
 
 Legend: N sequences, K pairs in each, R = N x K rows of TRM; T tokens.
 """
