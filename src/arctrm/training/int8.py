@@ -69,10 +69,22 @@ def pack(integers: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The integers int8 [N, M] that `pack` stored."""
-    planes = np.unpackbits(packed.numpy(), axis=1).reshape(len(packed), -1, bits)
-    codes = (planes << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.int16)
-    return torch.from_numpy((codes - 2 ** (bits - 1)).astype(np.int8))
+    """The integers int8 [N, M] that `pack` stored, eight columns from `bits` bytes at a time."""
+    groups = packed.numpy().reshape(len(packed), -1, bits)
+    words = np.zeros(groups.shape[:2], np.uint64)
+    for byte in range(bits):
+        words = words << np.uint64(8) | groups[..., byte]
+    shifts = np.arange(8 * bits - bits, -1, -bits, dtype=np.uint64)
+    fields = words[..., None] >> shifts & np.uint64(2**bits - 1)
+    integers = _values(bits)[fields.astype(np.uint8)]
+    return torch.from_numpy(integers.reshape(len(packed), -1))
+
+
+def _values(bits: int) -> np.ndarray:
+    """int8 [2 ** bits]: the integer of each field of a packed row, whose lowest bit comes first."""
+    field = np.arange(2**bits)
+    lowest_first = sum((field >> (bits - 1 - bit) & 1) << bit for bit in range(bits))
+    return (lowest_first - 2 ** (bits - 1)).astype(np.int8)
 
 
 def dequantise(integers: Tensor, scales: Tensor, group: int) -> Tensor:
