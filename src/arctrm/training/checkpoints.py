@@ -37,15 +37,7 @@ from arctrm.training.checkpoint_meta import (
     read_meta,
 )
 from arctrm.training.files import disk_errors, flush_to_disk
-from arctrm.training.int8 import (
-    BITS,
-    GROUP,
-    PACKED_TOGETHER,
-    dequantise_all,
-    is_layer_matrix,
-    pack,
-    quantise,
-)
+from arctrm.training.int8 import BITS, GROUP, dequantise_all, is_layer_matrix, stored
 from arctrm.training.state import (
     pack_generator,
     pack_optimiser,
@@ -253,17 +245,17 @@ def write_bundle(
     bits: Bits = 16,
 ) -> Path:
     """Write one set of weights to the new folder `out`; arguments and errors as `export_bundle`."""
-    stored = _stored(weights, dtype, bits)
+    tensors = _stored(weights, dtype, bits)
     aside = out.with_name(_TEMPORARY + out.name)
     try:
         with disk_errors(out.parent):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            _write_tensors(aside / MODEL, stored)
-            group = None if bits == 16 else GROUP
-            kept = 8 if bits == 16 else bits
-            bundle = meta.model_copy(update={"int8_group": group, "integer_bits": kept})
-            _write_meta(aside, bundle, meta.world_size)
+            _write_tensors(aside / MODEL, tensors)
+            how = {"int8_group": None, "integer_bits": 8}
+            if bits < 16:
+                how = {"int8_group": GROUP, "integer_bits": bits}
+            _write_meta(aside, meta.model_copy(update=how), meta.world_size)
             os.rename(aside, out)
             flush_to_disk(out.parent)
     finally:
@@ -273,18 +265,13 @@ def write_bundle(
 
 def _stored(weights: dict[str, Tensor], dtype: torch.dtype, bits: int) -> dict[str, Tensor]:
     """Weights as a bundle stores them, by their names in `model.safetensors`."""
-    step = 1 if bits == 8 else PACKED_TOGETHER
-    matrices = {
-        name: tensor
+    quantised = {
+        name: stored(tensor, bits)
         for name, tensor in weights.items()
-        if bits < 16 and is_layer_matrix(name, tensor) and tensor.shape[1] % step == 0
+        if bits < 16 and is_layer_matrix(name, tensor, bits)
     }
-    quantised = {name: quantise(tensor, bits=bits) for name, tensor in matrices.items()}
-    floats = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in matrices}
-    integers = {
-        name: integers if bits == 8 else pack(integers, bits)
-        for name, (integers, _) in quantised.items()
-    }
+    floats = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in quantised}
+    integers = {name: integers for name, (integers, _) in quantised.items()}
     return model_tensors(floats | integers) | {
         f"scales.{name}": scales for name, (_, scales) in quantised.items()
     }

@@ -28,10 +28,20 @@ PACKED_TOGETHER = 8
 """The columns of a packed matrix are a multiple of this: they fill whole bytes."""
 
 
-def is_layer_matrix(name: str, tensor: Tensor) -> bool:
-    """Whether this is one of the matrices that make up nearly all of a model."""
+def is_layer_matrix(name: str, tensor: Tensor, bits: int = 8) -> bool:
+    """Whether this is one of the matrices that make up nearly all of a model.
+
+    With fewer than 8 `bits`: and whether its rows can be packed.
+    """
     large = ".layers." in name or name.endswith("puzzle_emb.weights")
-    return large and tensor.ndim == 2 and tensor.is_floating_point()
+    matrix = large and tensor.ndim == 2 and tensor.is_floating_point()
+    return matrix and (bits == 8 or tensor.shape[1] % PACKED_TOGETHER == 0)
+
+
+def stored(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """A matrix as a file holds it, int8 [N, M] or packed uint8 [N, W], and its scales [N, G]."""
+    integers, scales = quantise(matrix, bits=bits)
+    return integers if bits == 8 else pack(integers, bits), scales
 
 
 def quantise(matrix: Tensor, group: int = GROUP, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -107,8 +117,8 @@ def dequantise_all(
     Raises:
         CheckpointError: integers without scales or `group`, or scales that fit no integers.
     """
-    stored = torch.int8 if bits == 8 else torch.uint8
-    integers = {name for name, tensor in tensors.items() if tensor.dtype == stored}
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    integers = {name for name, tensor in tensors.items() if tensor.dtype == dtype}
     unexpected = sorted(integers | scales.keys() if group is None else integers ^ scales.keys())
     if unexpected:
         raise CheckpointError(
@@ -132,9 +142,9 @@ def dequantise_all(
     }
 
 
-def _shape(stored: Tensor, bits: int) -> tuple[int, ...]:
-    """Shape of the matrix that is stored."""
-    shape = tuple(stored.shape)
+def _shape(held: Tensor, bits: int) -> tuple[int, ...]:
+    """Shape of the matrix that a file holds."""
+    shape = tuple(held.shape)
     return (*shape[:-1], shape[-1] * 8 // bits) if shape else shape
 
 
