@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS, Grid, Pair
@@ -49,16 +50,20 @@ def pack_position(part: int, y: int = 0, x: int = 0) -> int:
     return (part * SIDE + y) * SIDE + x
 
 
+def part_of(positions: Tensor) -> Tensor:
+    """START_PART to OUTPUT_PART: the part of its pair that each packed position is in."""
+    return torch.div(positions, SIDE**2, rounding_mode="floor") % PARTS_PER_PAIR
+
+
 def prompt_of(positions: Tensor) -> Tensor:
     """Number of the pair whose prompt the token at each packed position belongs to, -1: none.
 
     The prompt of a pair is its start, its input and its separator (soft prefixes that stand behind
     the separator are not of it).
     """
-    part, place = positions // SIDE**2, positions % SIDE**2
-    kind = part % PARTS_PER_PAIR
-    inside = (kind < SEPARATOR_PART) | ((kind == SEPARATOR_PART) & (place == 0))
-    return (part // PARTS_PER_PAIR + 1) * inside - 1
+    part, place = part_of(positions), positions % SIDE**2
+    inside = (part < SEPARATOR_PART) | ((part == SEPARATOR_PART) & (place == 0))
+    return (positions // (SIDE**2 * PARTS_PER_PAIR) + 1) * inside - 1
 
 
 def grid_length(height: int, width: int) -> int:

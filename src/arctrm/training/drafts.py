@@ -58,9 +58,8 @@ class DraftPool:
     """
 
     def __init__(self, stream: ReaderStream, only_tests: bool = False):
-        """With `only_tests` no demonstration is drafted."""
+        """With `only_tests` TRM hears the reader about test pairs alone."""
         source = stream.source
-        self.only_tests = only_tests
         self.stream, self.source = stream, source
         self.num_pairs = source.pairs.shape[0]
         begin, device = source.cells.shape[0], source.device
@@ -70,6 +69,8 @@ class DraftPool:
         drafts[:, OUTPUT.start + 1 :] = 1
         source.pairs = torch.cat((source.pairs, drafts))
         self.begin = begin
+        self.heard = drafts[:, IS_TEST].bool() | (not only_tests)
+        """Pairs about which TRM hears the reader: no others are drafted."""
         self.there = torch.zeros(self.num_pairs, dtype=torch.bool, device=device)
         self.right = torch.zeros_like(self.there)
         """Drafts that are the answer: rare on test inputs, frequent on pairs trained on."""
@@ -107,10 +108,8 @@ class DraftPool:
 
         Random numbers come from torch's generator of the device, so that a resumed run goes on.
         """
-        askable = torch.arange(self.num_pairs, device=self.source.device)
-        if self.only_tests:
-            askable = askable[self.source.pairs[askable, IS_TEST].bool()]
-        chosen = askable[torch.randperm(len(askable), device=askable.device)[:count]]
+        heard = self.heard.nonzero()[:, 0]
+        chosen = heard[torch.randperm(len(heard), device=heard.device)[:count]]
         asked = self.questions(chosen)
         prompts = [reader.prompt(one.pairs, one.query, one.condition) for one in asked]
         # Longer than the answer is wrong whatever it says; some room keeps wrong sizes possible.

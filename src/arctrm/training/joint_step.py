@@ -209,8 +209,7 @@ class JointStep:
 
     def _told(self, batch: JointBatch) -> Tensor:
         """bool [N]: sequences for whose last row TRM hears the reader."""
-        heard = batch.heard.view(self.stream.num_sequences, -1)[:, -1]
-        return heard & (batch.sequences[:, -1, reading.LENGTH] > 0)
+        return batch.heard.view(self.stream.num_sequences, -1)[:, -1]
 
     def _contexts(self, start: Start) -> Tensor:
         """Context of each sequence's last row, float32 [N, C x D]."""

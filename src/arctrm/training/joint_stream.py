@@ -19,12 +19,11 @@ from torch import Tensor
 from arctrm.adapters.draft import INPUT, OUTPUT
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS
 from arctrm.hybrid import NO_CELL, ReaderStates, Rows
-from arctrm.reader.tokens import INPUT_PART, OUTPUT_PART, PARTS_PER_PAIR, SIDE, grid_length
+from arctrm.reader.tokens import INPUT_PART, OUTPUT_PART, SIDE, grid_length, part_of
 from arctrm.training import reader_stream as reading
 from arctrm.training import stream as canvases
 from arctrm.training.drafts import DraftPool
 from arctrm.training.reader_stream import ReaderBatch, ReaderStream
-from arctrm.training.source import IS_TEST
 from arctrm.training.stream import PairStream
 from arctrm.trm.packing import sequences
 
@@ -99,14 +98,8 @@ class JointStream:
         seq = sequences(tokens, self.trm.trm, self.trm_dtype)
         embedding, dihedral = rows[:, canvases.EMBEDDING], rows[:, canvases.DIHEDRAL]
         packed = Rows(embedding, dihedral, rows[:, canvases.FLAG], codes, tokens, seq)
-        return JointBatch(drawn, drafted & fits, packed, labels, self._heard(rows))
-
-    def _heard(self, rows: Tensor) -> Tensor:
-        """bool [R]: TRM's rows that hear the reader."""
-        there = rows[:, canvases.LENGTH] > 0
-        if not self.drafts.only_tests:
-            return there
-        return there & self.trm.source.pairs[rows[:, canvases.PAIR], IS_TEST].bool()
+        heard = (rows[:, canvases.LENGTH] > 0) & self.drafts.heard[rows[:, canvases.PAIR]]
+        return JointBatch(drawn, drafted & fits, packed, labels, heard)
 
     def _sequences(self) -> tuple[Tensor, Tensor]:
         """N sequences, int64 [N, K, columns], and which are shown with a draft."""
@@ -231,13 +224,13 @@ class JointStream:
         sequence = torch.div(shown.row, per, rounding_mode="floor")
         index = shown.row % per
         there = (shown.row < shown.rows.shape[0]) & (index < per - 1)
-        row = torch.where(there, sequence * (per - 1) + index, 0)
-        there = there & batch.heard[row]
-        part = torch.div(shown.positions, SIDE**2, rounding_mode="floor") % PARTS_PER_PAIR
+        row = sequence * (per - 1) + index
+        there = there & batch.heard[torch.where(there, row, 0)]
+        part = part_of(shown.positions)
         is_cell = there & (shown.tokens < NUM_COLOURS)
         query = (index == per - 2) & batch.drafted[torch.where(there, sequence, 0)]
         kind = torch.full_like(shown.row, NO_CELL)
         kind = torch.where(is_cell & (part == INPUT_PART), INPUT, kind)
         kind = torch.where(is_cell & (part == OUTPUT_PART) & query, OUTPUT, kind)
         y = torch.div(shown.positions, SIDE, rounding_mode="floor") % SIDE
-        return sequence * (per - 1) + index, kind, y, shown.positions % SIDE
+        return row, kind, y, shown.positions % SIDE

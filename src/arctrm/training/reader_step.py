@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS
 from arctrm.reader.tiny import TinyReader
-from arctrm.reader.tokens import OUTPUT_PART, PARTS_PER_PAIR, SIDE
+from arctrm.reader.tokens import OUTPUT_PART, part_of
 from arctrm.training.losses import IGNORE
 from arctrm.training.reader_stream import DIHEDRAL, FLAG, TASK, ReaderBatch, ReaderStream
 from arctrm.training.step import COUNTS
@@ -93,8 +93,11 @@ class ReaderStep:
         share, tokens = self.reader.config.output_noise, batch.tokens
         if not share:
             return batch
-        part = torch.div(batch.positions, SIDE**2, rounding_mode="floor") % PARTS_PER_PAIR
-        cells = (part == OUTPUT_PART) & (tokens < NUM_COLOURS) & (batch.row % 2 == 0)
+        cells = (
+            (part_of(batch.positions) == OUTPUT_PART)
+            & (tokens < NUM_COLOURS)
+            & (batch.row % 2 == 0)
+        )
         changed = cells & (torch.rand(tokens.shape, device=tokens.device) < share)
         colours = torch.randint(NUM_COLOURS, tokens.shape, device=tokens.device)
         return batch._replace(tokens=torch.where(changed, colours, tokens))
