@@ -106,7 +106,8 @@ class CouplingConfig(StrictModel):
     """Pairs that the reader drafts anew in a round, at random among those that are heard."""
 
     draft_batch_size: int | None = Field(None, ge=1)
-    """Prompts that are drafted at once; by default 4096 on a GPU, else 16; 8 by a hub model."""
+    """Prompts that are drafted at once; by default as many as in `arctrm eval`
+    (`reader.batch_size`)."""
 
     draft_temperature: float = Field(1.0, ge=0)
     """Temperature at which drafts are sampled; 0 = greedy."""

@@ -34,6 +34,20 @@ from arctrm.reader.rows import (
 from arctrm.reader.tiny import TinyReader
 
 BATCH_SIZE = 64
+CPU_BATCH, PACKED_BATCH, GPU_BATCH, HUB_BATCH = 16, 4096, 512, 8
+"""Prompts decoded side by side: by the tiny reader (on a CPU; on a GPU, where what memory has room
+for bounds them, too; with float32 or a probability threshold there), and by a hub model."""
+
+
+def usual_batch_size(reader: GridReader, searching: bool = False) -> int:
+    """Prompts in one batch where nobody says how many; branches when all probable grids are
+    searched for.
+    """
+    if not isinstance(reader, TinyReader):
+        return HUB_BATCH
+    if reader.device.type != "cuda":
+        return CPU_BATCH
+    return PACKED_BATCH if is_packed(reader) and not searching else GPU_BATCH
 
 
 @dataclass(frozen=True, eq=False)

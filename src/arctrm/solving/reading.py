@@ -13,22 +13,16 @@ import numpy as np
 from arctrm.config.decoding import DecodingConfig
 from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import DIHEDRALS, View
-from arctrm.reader.decoding import Decoded, decode
+from arctrm.reader.decoding import Decoded, decode, usual_batch_size
 from arctrm.reader.interface import GridReader, Prompt
-from arctrm.reader.places import is_packed
 from arctrm.reader.scoring import score
 from arctrm.reader.search import threshold_search
-from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import grid_length, pair_length, prompt
 from arctrm.solving.candidates import Key, task_views
 from arctrm.solving.canvas_rules import query_canvas
 from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
 from arctrm.training.joint_reader import JointReader
-
-CPU_BATCH, PACKED_BATCH, GPU_BATCH, HUB_BATCH = 16, 4096, 512, 8
-"""Prompts decoded side by side: by the tiny reader (on a CPU; on a GPU, where what memory has room
-for bounds them, too; with float32 or a probability threshold there), and by a hub model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +188,4 @@ def reranked(
 
 def batch_size(reader: GridReader, decoding: DecodingConfig, searching: bool = False) -> int:
     """Prompts in one batch, at most; branches when all probable grids are searched for."""
-    if decoding.batch_size:
-        return decoding.batch_size
-    if not isinstance(reader, TinyReader):
-        return HUB_BATCH
-    if reader.device.type != "cuda":
-        return CPU_BATCH
-    return PACKED_BATCH if is_packed(reader) and not searching else GPU_BATCH
+    return decoding.batch_size or usual_batch_size(reader, searching)

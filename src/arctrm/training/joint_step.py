@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arctrm.errors import ResourceError
 from arctrm.hybrid import Hybrid, ReaderStates, Start
+from arctrm.reader.decoding import usual_batch_size
 from arctrm.reader.tokens import SIDE
 from arctrm.training import reader_stream as reading
 from arctrm.training.joint_reader import JointReader
@@ -40,9 +41,6 @@ JOINT_COUNTS = (
 
 TEMPERATURE = 0.1
 """Of the contrastive loss."""
-
-CPU_DRAFTS, GPU_DRAFTS, HUB_DRAFTS = 16, 4096, 8
-"""Prompts drafted at once: by the tiny reader, and by a hub model."""
 
 
 class Attempt(NamedTuple):
@@ -102,9 +100,8 @@ class JointStep:
             self.counts += torch.stack([value.detach().double() for value in sums])
 
     def _draft(self) -> None:
-        config, on_gpu = self.hybrid.config, self.stream.device.type == "cuda"
-        usual = HUB_DRAFTS if self.hybrid.tiny is None else GPU_DRAFTS if on_gpu else CPU_DRAFTS
-        at_once = config.draft_batch_size or usual
+        config = self.hybrid.config
+        at_once = config.draft_batch_size or usual_batch_size(self.reader.grids)
         try:
             made = self.stream.drafts.refresh(
                 self.reader, config.drafted_pairs, at_once, config.draft_temperature
