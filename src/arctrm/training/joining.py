@@ -7,18 +7,11 @@ from a hybrid, which it leaves behind.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from arctrm.config import CouplingConfig
 from arctrm.errors import CheckpointError
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_id_map
-from arctrm.training.checkpoints import (
-    Bits,
-    read_meta,
-    read_model,
-    resolve_checkpoint,
-    write_bundle,
-)
+from arctrm.training.checkpoints import Bits, read_meta, resolve_checkpoint, write_bundle
+from arctrm.training.starting import held_by, llama_model, part_weights
 
 APART = CouplingConfig(context=False, draft=False, back=False)
 
@@ -33,20 +26,15 @@ def join_bundles(reader: Path, trm: Path, out: Path, bits: Bits = 8) -> Path:
     folders = {"reader": resolve_checkpoint(reader), "trm": resolve_checkpoint(trm)}
     metas = {kind: read_meta(folder) for kind, folder in folders.items()}
     for kind, meta in metas.items():
-        is_tiny = meta.config.get("llama_model", "tiny") == "tiny"
-        if not (is_tiny if _is_hybrid(meta) else meta.config.get("model", "trm") == kind):
+        if held_by(meta) not in (kind, "hybrid") or llama_model(meta) != "tiny":
             raise CheckpointError(f"{folders[kind]}: does not hold a tiny {kind}; give one")
     _check_same_tasks(folders, metas)
-    weights: dict[str, Tensor] = {}
-    for kind, folder in folders.items():
-        before = "" if _is_hybrid(metas[kind]) else f"{kind}."
-        own = {before + name: t for name, t in read_model(folder, ema=True).items()}
-        weights |= {name: t for name, t in own.items() if name.startswith(f"{kind}.")}
+    weights = {
+        f"{kind}.{name}": tensor
+        for kind, folder in folders.items()
+        for name, tensor in part_weights(folder, metas[kind], kind).items()
+    }
     return write_bundle(out, _joined(metas), weights, bits=bits)
-
-
-def _is_hybrid(meta: CheckpointMeta) -> bool:
-    return "coupling" in meta.config
 
 
 def _check_same_tasks(folders: dict[str, Path], metas: dict[str, CheckpointMeta]) -> None:

@@ -49,7 +49,7 @@ def load_trm(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictMode
         CheckpointError: there is none, it holds no TRM, or sizes differ.
     """
     folder, meta = _opened(checkpoint)
-    weights = _part(folder, meta, "trm")
+    weights = part_weights(folder, meta, "trm")
     _check_sizes(folder, meta, "trm", config)
     known = _load(hybrid.trm, weights, folder, _rows(meta, base))
     loaded = ["TRM", *_load_adapters(hybrid, folder, meta)]
@@ -66,13 +66,13 @@ def load_reader(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictM
     if hybrid.tiny is None:
         _check_is_hub(folder, meta, config)
         _check_sizes(folder, meta, "hub", config)
-        _load(hybrid.reader, _part(folder, meta, "reader"), folder)
+        _load(hybrid.reader, part_weights(folder, meta, "reader"), folder)
         return f"trained weights of the reader from {folder}"
-    weights = _part(folder, meta, "reader")
-    if _model(meta) != "tiny":
+    weights = part_weights(folder, meta, "reader")
+    if llama_model(meta) != "tiny":
         raise CheckpointError(
-            f"{folder}: its reader is {_model(meta)}, not the tiny reader; set llama_model to that "
-            "name, or give the checkpoint of a tiny reader"
+            f"{folder}: its reader is {llama_model(meta)}, not the tiny reader; set llama_model to "
+            "that name, or give the checkpoint of a tiny reader"
         )
     _check_sizes(folder, meta, "reader", config)
     known = _load(hybrid.tiny, weights, folder, _rows(meta, base))
@@ -84,17 +84,23 @@ def _opened(checkpoint: Path) -> tuple[Path, CheckpointMeta]:
     return folder, read_meta(folder)
 
 
-def _held(meta: CheckpointMeta) -> str:
+def held_by(meta: CheckpointMeta) -> str:
+    """What a checkpoint holds: "trm", "reader" or "hybrid"."""
     return "hybrid" if "coupling" in meta.config else meta.config.get("model", "trm")
 
 
-def _model(meta: CheckpointMeta) -> str:
+def llama_model(meta: CheckpointMeta) -> str:
+    """The reader of a hybrid's checkpoint: "tiny", or the name of a hub model."""
     return meta.config.get("llama_model", "tiny")
 
 
-def _part(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Tensor]:
-    """The weights of one part, without its name before them."""
-    held = _held(meta)
+def part_weights(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Tensor]:
+    """The weights of one part, float32, without its name before them.
+
+    Raises:
+        CheckpointError: the checkpoint has no such part.
+    """
+    held = held_by(meta)
     if held not in (kind, "hybrid"):
         raise CheckpointError(
             f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind} or a hybrid"
@@ -107,7 +113,7 @@ def _part(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Tensor]:
 
 
 def _check_is_hub(folder: Path, meta: CheckpointMeta, config: Any) -> None:
-    if _held(meta) != "hybrid" or _model(meta) == "tiny":
+    if held_by(meta) != "hybrid" or llama_model(meta) == "tiny":
         raise CheckpointError(
             f"{folder}: its reader is the tiny one, llama_model = {config.llama_model!r} here; "
             "give the checkpoint of a hybrid with that model, or set llama_model = 'tiny'"
@@ -127,9 +133,9 @@ def _check_sizes(folder: Path, meta: CheckpointMeta, table: str, config: Any) ->
 
 def _load_adapters(hybrid: Hybrid, folder: Path, meta: CheckpointMeta) -> list[str]:
     """Load the adapters that both have, all of each; their names."""
-    if _held(meta) != "hybrid":
+    if held_by(meta) != "hybrid":
         return []
-    weights = _part(folder, meta, "adapters")
+    weights = part_weights(folder, meta, "adapters")
     loaded = []
     for name, adapter in hybrid.adapters.items():
         own = {n.removeprefix(f"{name}."): t for n, t in weights.items() if n.startswith(name)}
