@@ -115,7 +115,7 @@ def _accelerated(
 
 
 def _can_capture(part: Model) -> bool:
-    """Whether a CUDA graph can hold the step: as in training, which never captures joint steps."""
+    """Whether a CUDA graph can hold the step: not a joint one, whose shapes are not fixed here."""
     if isinstance(part, Hybrid):
         return False
     return part.puzzle_emb.weights.is_cuda and part.dtype == torch.bfloat16

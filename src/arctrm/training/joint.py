@@ -65,15 +65,10 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     if config.epochs is not None:
         batches = config.training.grad_accum * accelerator.num_processes
         num_steps = steps_of(config.epochs, base, steps[0].stream, batches, config.seed)
-    capturable = can_capture(hybrid)
+    capturable = hybrid.tiny is not None
     for step in steps:
         step.fixed_shapes = capturable and accelerator.device.type == "cuda"
     return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps)
-
-
-def can_capture(hybrid: Hybrid) -> bool:
-    """Whether a CUDA graph can hold a joint step: with a tiny reader."""
-    return hybrid.tiny is not None
 
 
 def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None = None) -> Hybrid:

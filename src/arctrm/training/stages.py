@@ -120,7 +120,7 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     training = config.training
     source = PairSource(base, config.data, config.seed, model.device)
     stream = ReaderStream(source, config.reader, model.dtype)
-    num_rows = training.max_rows or rows_of(training.tokens_per_batch, TOKENS_PER_PAIR_OF_MANY)
+    num_rows = _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
     num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
     return [
         ReaderStep(model, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum)
@@ -134,5 +134,5 @@ def rows_of(num_tokens: int, of_many: int = TOKENS_PER_ROW_OF_MANY) -> int:
     return max(few, num_tokens // of_many)
 
 
-def _num_rows(training: TrainingConfig) -> int:
-    return training.max_rows or rows_of(training.tokens_per_batch)
+def _num_rows(training: TrainingConfig, of_many: int = TOKENS_PER_ROW_OF_MANY) -> int:
+    return training.max_rows or rows_of(training.tokens_per_batch, of_many)
