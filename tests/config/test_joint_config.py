@@ -80,6 +80,14 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
             ["reader.sequence=task", "coupling.reader_tokens_per_batch=8000"],
             ["coupling.reader_tokens_per_batch = 8000", "use 8200", "reader.max_tokens"],
         ),
+        (
+            ["reader.input_attention=full", "reader.sequence=task"],
+            ["reader.input_attention = 'full'", "reader.sequence = 'task'", "set reader.sequence"],
+        ),
+        (
+            ["reader.input_attention=full", "llama_model=a/b"],
+            ["reader.input_attention = 'full'", "llama_model = 'a/b'", "leave"],
+        ),
         (["trm.task_embedding=per_view"], ["trm.task_embedding = 'per_view'", "'shared'"]),
     ],
 )

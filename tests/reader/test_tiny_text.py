@@ -9,6 +9,7 @@ from arctrm.config.reader import ReaderConfig
 from arctrm.data.task import Pair, Task
 from arctrm.errors import ConfigError
 from arctrm.reader import tokens as t
+from arctrm.reader.attention import new_packing
 from arctrm.reader.prompts import grid_text, plain_text
 from arctrm.reader.text_module import TextReasoningModule
 from arctrm.reader.tiny import TinyReader
@@ -29,14 +30,18 @@ TASK = Task(
 QUERY = TASK.test[0].input
 
 
-@pytest.fixture
-def tiny():
+def new_tiny(**changes):
     torch.manual_seed(0)
-    reader = TinyReader(ReaderConfig(hidden_size=32, num_layers=2, num_heads=2, sequence="task"), 3)
+    reader = TinyReader(ReaderConfig(hidden_size=32, num_layers=2, num_heads=2, **changes), 3)
     for parameter in reader.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)
     return TinyText(reader, condition=(2, 0, 1))
+
+
+@pytest.fixture
+def tiny():
+    return new_tiny(sequence="task")
 
 
 def compact(pairs, query):
@@ -118,8 +123,6 @@ def test_latents_are_the_same_alone_in_a_batch_and_with_gradient(with_prefix, ti
 
 
 def test_hidden_states_are_those_of_the_packed_forward(tiny):
-    from arctrm.reader.attention import new_packing
-
     module = TextReasoningModule(tiny)
     hidden, mask = module.hidden_states(TEXTS)
     for row, text in enumerate(TEXTS):
@@ -134,3 +137,40 @@ def test_hidden_states_are_those_of_the_packed_forward(tiny):
                 new_packing(torch.tensor([0, count], dtype=torch.int32), count, torch.float32),
             )
         torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reader_that_sees_inputs_whole_reads_texts_of_a_pair_as_it_was_trained():
+    """Packed and as a text, with and without a cache, alone and beside others."""
+    tiny = new_tiny(input_attention="full")
+    module = TextReasoningModule(tiny)
+    texts = [compact([], query) + tail for query, tail in ((QUERY, ""), (QUERY[:2], "12\n3"))]
+    hidden, mask = module.hidden_states(texts)
+    for row, text in enumerate(texts):
+        read = tiny.text_prompt(text)
+        count, prompt = len(read.tokens), read.tokens.tolist().index(t.SEPARATOR) + 1
+        offsets = torch.tensor([0, count], dtype=torch.int32)
+        packing = new_packing(offsets, count, torch.float32, torch.tensor([prompt]))
+        condition = tiny.model.condition(*torch.tensor([read.condition]).unbind(1))
+        with torch.no_grad():
+            expected = tiny.model.hidden(
+                torch.tensor(read.tokens),
+                torch.tensor(read.positions),
+                condition.expand(count, -1),
+                packing,
+            )
+        torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=1e-5)
+    prefix = torch.randn(2, 32)
+    with torch.no_grad():
+        written = module.generate_latent(texts, prefix, 8)  # with a cache
+    again = TextReasoningModule(tiny, freeze=False)
+    tiny.model.requires_grad_(True)
+    at_once = again.generate_latent(texts, prefix, 8)  # in one pass
+    assert at_once.text == written.text
+    torch.testing.assert_close(at_once.z_init.detach(), written.z_init, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_that_ends_within_an_input_is_refused_where_inputs_are_seen_whole(tiny):
+    text = "input\n123\n456\n"
+    assert len(tiny.text_prompt(text).tokens) == 9
+    with pytest.raises(ConfigError, match=r"ends within an input.*line that says output"):
+        new_tiny(input_attention="full").text_prompt(text)

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 from hub_models import save_model
-from joint_parts import FORMS, drawn, fill_drafts, make
+from joint_parts import FORMS, SEEN, drawn, fill_drafts, make
 
 from arctrm.data.task import Pair
 from arctrm.data.views import View
@@ -79,9 +79,10 @@ def hub_model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("reader", "form"), [*(("tiny", form) for form in SEEN), *(("hub", form) for form in FORMS)]
+)
 @pytest.mark.parametrize("how", ["draft", "no_draft", "soft_prefix"])
-@pytest.mark.parametrize("reader", ["tiny", "hub"])
 def test_states_are_those_of_the_training_layout(form, how, reader, hub_model):
     changes = {"coupling.no_draft_share": 1.0} if how == "no_draft" else {}
     if reader == "hub":

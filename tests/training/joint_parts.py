@@ -19,6 +19,8 @@ FORMS = {
         "training.tokens_per_batch": 5600,
     },
 }
+SEEN = {**FORMS, "whole": {"reader.input_attention": "full"}}
+"""The forms, and pairs whose inputs are seen whole (tiny readers only)."""
 SMALL = {
     "trm.hidden_size": 32,
     "trm.num_heads": 2,
@@ -89,7 +91,7 @@ def process():
 
 def make(changes=None, base=None, form="pair"):
     """The hybrid and its step, with small budgets and a halting head that says something."""
-    stage = joint_stage(new_config(FORMS[form] | (changes or {})), base or small_base(), process())
+    stage = joint_stage(new_config(SEEN[form] | (changes or {})), base or small_base(), process())
     (step,) = stage.steps
     step.stream.trm_tokens, step.stream.reader_tokens = TRM_TOKENS, READER_TOKENS
     torch.manual_seed(1)

@@ -1,5 +1,7 @@
 """A reader and a TRM trained apart, in one bundle."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,7 +11,13 @@ from arctrm.errors import CheckpointError
 from arctrm.solving.evaluate import run as evaluate
 from arctrm.solving.weights import load_solver
 from arctrm.training import pretrain
-from arctrm.training.checkpoints import read_meta, read_model
+from arctrm.training.checkpoint_meta import META
+from arctrm.training.checkpoints import (
+    export_bundle,
+    latest_checkpoint,
+    read_meta,
+    read_model,
+)
 from arctrm.training.joining import join_bundles
 
 SMALL = {
@@ -75,3 +83,28 @@ def test_parts_of_different_data_are_refused(parts, tmp_path):
     other = trained(tmp_path / "other", model="trm", **{"data.max_tasks": 3})
     with pytest.raises(CheckpointError, match="id map"):
         join_bundles(parts[0], other, tmp_path / "both")
+
+
+def test_parts_are_taken_from_hybrids_and_keep_their_provenance(parts, tmp_path):
+    once = join_bundles(*parts, tmp_path / "once", bits=16)
+    for number, (reader, trm) in enumerate([(once, once), (once, parts[1]), (parts[0], once)]):
+        again = join_bundles(reader, trm, tmp_path / str(number), bits=16)
+        assert read_meta(again).notes == read_meta(once).notes
+        expected, got = (read_model(bundle, ema=True) for bundle in (once, again))
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_more_pairs_of_the_same_tasks_are_no_other_tasks_but_another_test_set_is(parts, tmp_path):
+    more = trained(tmp_path / "more", model="trm", **{"data.test_pair_weight": 0})
+    assert join_bundles(parts[0], more, tmp_path / "both").is_dir()
+    for key, value, said in (
+        ("config", {"data": {"test_set": "training"}}, "another test set"),
+        ("notes", {"task_fingerprints": []}, "tasks of other content"),
+    ):
+        bundle = export_bundle(latest_checkpoint(parts[1]), tmp_path / key)
+        meta = json.loads((bundle / META).read_text())
+        meta[key] |= value
+        (bundle / META).write_text(json.dumps(meta))
+        with pytest.raises(CheckpointError, match=said):
+            join_bundles(parts[0], bundle, tmp_path / "neither")

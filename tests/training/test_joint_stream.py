@@ -5,7 +5,7 @@ cells.
 import numpy as np
 import pytest
 import torch
-from joint_parts import FORMS, drawn, fill_drafts, make, small_base
+from joint_parts import SEEN, drawn, fill_drafts, make, small_base
 
 from arctrm.adapters import cell_table, place_hidden
 from arctrm.adapters.draft import INPUT, OUTPUT
@@ -19,7 +19,7 @@ from arctrm.training.joint_stream import JointBatch
 from arctrm.training.losses import IGNORE
 from arctrm.training.source import IS_TEST
 
-BOTH = pytest.mark.parametrize("form", FORMS)
+EACH = pytest.mark.parametrize("form", SEEN)
 
 
 def pair_of(step, row, draft=False):
@@ -51,7 +51,7 @@ def spelt(grid):
     return [token for line in grid.tolist() for token in (*line, ROW_END)]
 
 
-@BOTH
+@EACH
 def test_sequences_come_in_twos_of_one_task_with_nothing_in_common(form):
     _, step = make(form=form)
     for seed in range(5):
@@ -76,7 +76,7 @@ def test_without_a_contrastive_loss_each_sequence_is_drawn_by_weight():
     assert (tasks[:, 0] != tasks[:, 1]).any()
 
 
-@BOTH
+@EACH
 def test_both_models_are_given_the_same_pairs_under_the_same_view(form):
     _, step = make(form=form)
     batch = drawn(step)
@@ -98,7 +98,7 @@ def test_both_models_are_given_the_same_pairs_under_the_same_view(form):
         assert batch.rows.dihedral[number] == row[reading.DIHEDRAL]
 
 
-@BOTH
+@EACH
 def test_a_row_sees_what_stands_before_its_output_and_its_draft_never_its_answer(form):
     _, step = make(form=form)
     fill_drafts(step)
@@ -122,7 +122,7 @@ def test_a_row_sees_what_stands_before_its_output_and_its_draft_never_its_answer
             before.append(pair)
 
 
-@BOTH
+@EACH
 def test_without_a_draft_the_query_ends_at_its_separator(form):
     _, step = make({"coupling.no_draft_share": 1.0}, form=form)
     fill_drafts(step)
@@ -179,7 +179,7 @@ def test_where_test_pairs_alone_are_heard_demonstrations_are_told_nothing():
     assert torch.equal(told, batch.heard.nonzero()[:, 0])
 
 
-@BOTH
+@EACH
 def test_output_cells_are_those_of_drafts_only(form):
     _, step = make({"coupling.no_draft_share": 0.5}, form=form)
     drafts = fill_drafts(step)
@@ -234,7 +234,7 @@ def test_draft_and_input_land_on_their_canvas_cells_under_every_view(dihedral):
     assert (states.kind == INPUT).any()
 
 
-@BOTH
+@EACH
 def test_a_batch_takes_whole_twos_from_the_first_on_and_stays_within_both_budgets(form):
     _, step = make(form=form)
     fill_drafts(step)
@@ -252,7 +252,7 @@ def test_a_batch_takes_whole_twos_from_the_first_on_and_stays_within_both_budget
     assert 0 <= counts[0] < counts[1] < counts[2] < stream.num_sequences
 
 
-@BOTH
+@EACH
 def test_the_packing_allows_for_drafts_longer_than_any_answer_and_for_the_soft_prefix(form):
     _, step = make(form=form)
     step.stream.reader_tokens = 8192
