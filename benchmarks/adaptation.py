@@ -29,9 +29,8 @@ from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.weights import Solver
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.stages import compute_dtype
-from arctrm.trm.layers import run_level
-from arctrm.trm.model import TRM, count_parameters
-from common import peak_memory, wait
+from arctrm.trm.model import count_parameters
+from common import peak_memory, untrained_trm, wait
 
 
 def main() -> None:
@@ -77,18 +76,13 @@ def chosen(args: argparse.Namespace) -> list[Task]:
 
 
 def untrained(args: argparse.Namespace, device: torch.device) -> Solver:
-    torch.manual_seed(0)
     sizes = {"hidden_size": args.hidden, "num_heads": args.heads, "num_layers": args.layers}
-    model: TRM | TinyReader
     if args.model == "trm":
-        model = TRM(TRMConfig(**sizes), 1)
-        if device.type == "cuda":
-            model.level = torch.compile(run_level, dynamic=False)
-    else:
-        model = TinyReader(ReaderConfig(**sizes), 1)
-    model.dtype = compute_dtype("auto", device)
-    model.to(device).requires_grad_(False)
-    return Solver(model, {}, True, {}, "untrained")
+        return Solver(untrained_trm(TRMConfig(**sizes), device), {}, True, {}, "untrained")
+    torch.manual_seed(0)
+    reader = TinyReader(ReaderConfig(**sizes), 1).to(device).requires_grad_(False)
+    reader.dtype = compute_dtype("auto", device)
+    return Solver(reader, {}, True, {}, "untrained")
 
 
 def config(tokens: int, steps: int) -> EvalConfig:

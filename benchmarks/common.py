@@ -1,16 +1,73 @@
 """What the benchmarks share: timing of a training job, the machine's rates, the profile."""
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from arctrm.config import TRMConfig
 from arctrm.console import console
+from arctrm.data.task import Task
 from arctrm.training.loop import Run, train_step
+from arctrm.training.stages import compute_dtype
+from arctrm.trm.layers import run_level
+from arctrm.trm.model import TRM
+
+Item = TypeVar("Item")
+
+
+def weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint or --bundled; neither: random weights."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, default=None)
+    weights.add_argument("--bundled", action="store_true")
+
+
+def untrained_trm(config: TRMConfig, device: torch.device) -> TRM:
+    """A TRM with random weights and one task embedding, as it would be loaded to answer."""
+    torch.manual_seed(0)
+    trm = TRM(config, 1).to(device).requires_grad_(False)
+    trm.dtype = compute_dtype("auto", device)
+    if device.type == "cuda":
+        trm.level = torch.compile(run_level, dynamic=False)
+    return trm
+
+
+def spread(
+    tasks: Sequence[Task], views: int, most: int | None, asked: Callable[[Task, int], list[Item]]
+) -> list[Item]:
+    """What is `asked` of all tasks under `views` views; at most `most`, spread evenly over them."""
+    inputs = sum(len(task.test) for task in tasks)
+    needed = views if most is None else min(views, -(-most // inputs))
+    everything = [item for task in tasks for item in asked(task, needed)]
+    kept = np.linspace(0, len(everything) - 1, min(len(everything), most or len(everything)))
+    return [everything[int(index)] for index in kept]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Results and the time they took."""
+
+    result: list
+    seconds: float
+
+
+def timed(work: Callable[[], list], rounds: int = 1) -> Timed:
+    """The last result, and the median time, of work whose results come to the host."""
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - begin)
+    return Timed(result, statistics.median(seconds))
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,10 @@ mdlARC's decoder (75.5M) reaches 25 grids/s on one H200.
 
 import argparse
 import dataclasses
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,7 +58,16 @@ from arctrm.training.devices import new_accelerator
 from arctrm.training.provenance import git_revision, hardware
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.model import count_parameters
-from common import fresh_peak, matrix_rate, memory_rate, peak_memory, show_profile
+from common import (
+    fresh_peak,
+    matrix_rate,
+    memory_rate,
+    peak_memory,
+    show_profile,
+    spread,
+    timed,
+    weights_arguments,
+)
 
 REFERENCE_GRIDS_PER_SECOND = 25
 """mdlARC, measured on one H200."""
@@ -96,9 +103,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, default=None)
-    weights.add_argument("--bundled", action="store_true")
+    weights_arguments(parser)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=None, help="default: width / 64")
     parser.add_argument("--layers", type=int, default=10)
@@ -131,14 +136,6 @@ class Machine:
 
     bytes_per_second: float
     operations_per_second: float
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Results and the time they took."""
-
-    result: list
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +182,8 @@ def build(args: argparse.Namespace) -> Job:
     random = not (args.checkpoint or args.bundled)
     solver = random_solver(args, tasks, device) if random else trained_solver(args, device)
     assert solver.reader is not None
-    readings = spread(solver, tasks, args.views, args.max_prompts)
+    asked = partial(task_readings, solver, seed=0)
+    readings = spread(tasks, args.views, args.max_prompts, asked)
     forced = random if args.forced is None else args.forced
     if forced:
         never_end(solver.reader)
@@ -216,15 +214,6 @@ def trained_solver(args: argparse.Namespace, device: torch.device) -> Solver:
     return solver
 
 
-def spread(solver: Solver, tasks: list[Task], views: int, most: int | None) -> list[Reading]:
-    """The readings of all tasks; at most `most` of them, spread evenly over the tasks."""
-    inputs = sum(len(task.test) for task in tasks)
-    needed = views if most is None else min(views, -(-most // inputs))
-    everything = [r for task in tasks for r in task_readings(solver, task, needed, 0)]
-    kept = np.linspace(0, len(everything) - 1, min(len(everything), most or len(everything)))
-    return [everything[int(index)] for index in kept]
-
-
 def never_end(reader: TinyReader) -> None:
     """Let no row of a grid end before it is full, and no grid before row 30."""
     weight = reader.llama.lm_head.weight
@@ -243,16 +232,6 @@ def middle(readings: list[Reading], count: int) -> list[Reading]:
     order = by_length([r.prompt for r in readings], [r.max_output_tokens for r in readings])
     begin = max(0, (len(order) - count) // 2)
     return [readings[index] for index in order[begin : begin + count]]
-
-
-def timed(work: Callable[[], list], rounds: int = 1) -> Timed:
-    """The last result, and the median time, of work whose results come to the host."""
-    seconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        result = work()
-        seconds.append(time.perf_counter() - begin)
-    return Timed(result, statistics.median(seconds))
 
 
 def decoding_figures(job: Job, machine: Machine, rounds: int, plain: int) -> dict[str, str]:

@@ -22,9 +22,9 @@ from arctrm.config import PretrainConfig
 from arctrm.console import console
 from arctrm.data.build import prepare
 from arctrm.training.devices import new_accelerator
-from arctrm.training.loop import train_step
 from arctrm.training.pretrain import build_run
 from arctrm.training.provenance import git_revision, hardware
+from common import run_steps
 
 TENTHS = 10
 
@@ -79,9 +79,7 @@ def curve(args: argparse.Namespace, model: str, fast: bool, seed: int) -> list[f
     losses = []
     job.metrics()
     for _ in range(TENTHS):
-        for _ in range(args.steps // TENTHS):
-            train_step(job)
-        losses.append(job.metrics()["cell_loss"])
+        losses.append(run_steps(job, args.steps // TENTHS)["cell_loss"])
     torch.compiler.reset()
     return losses
 

@@ -18,10 +18,9 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 from arctrm.config import EvalConfig, InferenceConfig, TRMConfig
 from arctrm.console import console
 from arctrm.data import canvas
-from arctrm.data.task import MAX_SIDE, Task
+from arctrm.data.task import MAX_SIDE
 from arctrm.errors import ConfigError, UserError
 from arctrm.solving.candidates import Query, answer, refined, task_queries
 from arctrm.solving.evaluate import load
@@ -40,10 +39,18 @@ from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.estimate import block_parameters
 from arctrm.training.provenance import git_revision, hardware
-from arctrm.training.stages import compute_dtype
-from arctrm.trm.layers import BlockWeights, rms_norm, rotary_tables, run_level
+from arctrm.trm.layers import BlockWeights, apply_rotary, rms_norm, rotary_tables
 from arctrm.trm.model import TRM, count_parameters
-from common import fresh_peak, matrix_rate, peak_memory, show_profile, wait
+from common import (
+    fresh_peak,
+    matrix_rate,
+    peak_memory,
+    show_profile,
+    spread,
+    timed,
+    untrained_trm,
+    weights_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ def main() -> None:
     args = arguments()
     device = new_accelerator().device
     solver = chosen_solver(args, device)
-    queries = spread(solver, load(EvalConfig())[0], args.views, args.max_queries)
+    asked = partial(task_queries, solver, seed=0)
+    queries = spread(load(EvalConfig())[0], args.views, args.max_queries, asked)
     few = [queries[int(i)] for i in np.linspace(0, len(queries) - 1, min(args.plain, len(queries)))]
     settings = InferenceConfig(steps=args.steps, tokens_per_batch=args.tokens)
     halting = settings.model_copy(update={"halt": True})
@@ -82,9 +90,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, default=None)
-    weights.add_argument("--bundled", action="store_true")
+    weights_arguments(parser)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=2)
@@ -107,52 +113,27 @@ def chosen_solver(args: argparse.Namespace, device: torch.device) -> Solver:
         if not solver.has_trm:
             raise ConfigError(f"{solver.name}: holds no TRM; give a checkpoint with one")
         return solver
-    torch.manual_seed(0)
     sizes = {"hidden_size": args.hidden, "num_heads": args.heads, "num_layers": args.layers}
     cycles = {"H_cycles": args.H_cycles, "L_cycles": args.L_cycles}
-    trm = TRM(TRMConfig(**sizes, **cycles), 1).to(device).requires_grad_(False)
-    trm.dtype = compute_dtype("auto", device)
-    if device.type == "cuda":
-        trm.level = torch.compile(run_level, dynamic=False)
+    trm = untrained_trm(TRMConfig(**sizes, **cycles), device)
     return Solver(trm, {}, by_content=True, views={}, name="random weights")
-
-
-def spread(solver: Solver, tasks: list[Task], views: int, most: int) -> list[Query]:
-    """At most `most` queries, evenly over the tasks."""
-    inputs = sum(len(task.test) for task in tasks)
-    needed = min(views, -(-most // inputs))
-    everything = [q for task in tasks for q in task_queries(solver, task, needed, 0)]
-    kept = np.linspace(0, len(everything) - 1, min(len(everything), most))
-    return [everything[int(index)] for index in kept]
-
-
-def timed(work: Callable[[], list], device: torch.device, rounds: int) -> tuple[list, float]:
-    """The last result and the median time."""
-    seconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        result = work()
-        wait(device)
-        seconds.append(time.perf_counter() - begin)
-    return result, statistics.median(seconds)
 
 
 def ours(
     name: str, solver: Solver, queries: list[Query], settings: InferenceConfig, rounds: int
 ) -> Way:
     fresh_peak()
-    found, seconds = timed(lambda: answer(solver, queries, settings), solver.device, rounds)
-    steps = [candidate.steps or 0 for _, candidate in found]
+    run = timed(lambda: answer(solver, queries, settings), rounds)
+    steps = [candidate.steps or 0 for _, candidate in run.result]
     slots = solver.trm.config.num_slots
     tokens = sum((slots + q.codes.size) * n for q, n in zip(queries, steps, strict=True))
     work = step_operations(solver.trm.config) * tokens
-    return Way(name, len(queries), seconds, statistics.mean(steps), work, peak_memory())
+    return Way(name, len(queries), run.seconds, statistics.mean(steps), work, peak_memory())
 
 
 def plainly(plain: "Plain", queries: list[Query], rounds: int) -> Way:
     fresh_peak()
-    device = plain.trm.H_init.device
-    _, seconds = timed(lambda: plain.answer(queries, plain.steps), device, rounds)
+    seconds = timed(lambda: plain.answer(queries, plain.steps), rounds).seconds
     tokens = plain.row * len(queries) * plain.steps
     work = step_operations(plain.trm.config) * tokens
     name = f"plain, {plain.row} tokens a query"
@@ -223,16 +204,12 @@ class Plain:
         q, k, v = F.linear(x, w.qkv).unflatten(-1, (3, config.num_heads, -1)).unbind(2)
         if config.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
-        q, k = self._turned(q), self._turned(k)
+        q, k = apply_rotary(q, self.cos, self.sin), apply_rotary(k, self.cos, self.sin)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = rms_norm(x + F.linear(mixed, w.out))
         gate, up = F.linear(x, w.gate_up).chunk(2, dim=-1)
         return rms_norm(x + F.linear(F.silu(gate) * up, w.down))
-
-    def _turned(self, x: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        return (x.float() * self.cos + torch.cat((-second, first), -1) * self.sin).to(x.dtype)
 
 
 def full(query: Query) -> Query:
