@@ -122,20 +122,26 @@ def test_latents_are_the_same_alone_in_a_batch_and_with_gradient(with_prefix, ti
     assert tiny.model.llama.model.layers[0].self_attn.q_proj.weight.grad.norm() > 0
 
 
+@torch.no_grad()
+def packed_hidden(tiny, text):
+    """Hidden states of a text, laid out as in training."""
+    read, prompt = tiny.text_prompt(text), None
+    count = len(read.tokens)
+    if tiny.model.config.sees_inputs_whole:
+        prompt = torch.tensor([read.tokens.tolist().index(t.SEPARATOR) + 1])
+    return tiny.model.hidden(
+        torch.tensor(read.tokens),
+        torch.tensor(read.positions),
+        tiny.model.condition(*torch.tensor([read.condition]).unbind(1)).expand(count, -1),
+        new_packing(torch.tensor([0, count], dtype=torch.int32), count, torch.float32, prompt),
+    )
+
+
 def test_hidden_states_are_those_of_the_packed_forward(tiny):
     module = TextReasoningModule(tiny)
     hidden, mask = module.hidden_states(TEXTS)
     for row, text in enumerate(TEXTS):
-        read = tiny.text_prompt(text)
-        count = len(read.tokens)
-        condition = tiny.model.condition(*torch.tensor([read.condition]).unbind(1))
-        with torch.no_grad():
-            expected = tiny.model.hidden(
-                torch.tensor(read.tokens),
-                torch.tensor(read.positions),
-                condition.expand(count, -1),
-                new_packing(torch.tensor([0, count], dtype=torch.int32), count, torch.float32),
-            )
+        expected = packed_hidden(tiny, text)
         torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -146,18 +152,7 @@ def test_a_reader_that_sees_inputs_whole_reads_texts_of_a_pair_as_it_was_trained
     texts = [compact([], query) + tail for query, tail in ((QUERY, ""), (QUERY[:2], "12\n3"))]
     hidden, mask = module.hidden_states(texts)
     for row, text in enumerate(texts):
-        read = tiny.text_prompt(text)
-        count, prompt = len(read.tokens), read.tokens.tolist().index(t.SEPARATOR) + 1
-        offsets = torch.tensor([0, count], dtype=torch.int32)
-        packing = new_packing(offsets, count, torch.float32, torch.tensor([prompt]))
-        condition = tiny.model.condition(*torch.tensor([read.condition]).unbind(1))
-        with torch.no_grad():
-            expected = tiny.model.hidden(
-                torch.tensor(read.tokens),
-                torch.tensor(read.positions),
-                condition.expand(count, -1),
-                packing,
-            )
+        expected = packed_hidden(tiny, text)
         torch.testing.assert_close(hidden[row][mask[row]], expected, atol=1e-5, rtol=1e-5)
     prefix = torch.randn(2, 32)
     with torch.no_grad():
