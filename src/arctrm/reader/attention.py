@@ -5,9 +5,10 @@ with the call (training: no padding), and as transformers' own scaled-dot-produc
 none does (decoding with a cache). The weights load into any LLaMA implementation either way.
 
 Attention is causal, except that the tokens of a sequence's prompt may all see each other (a prefix
-language model). The packed kernel knows no such mask; two calls of it make one: all prompts without
-a mask, and what follows them with a causal one. Each token is a query of one of the two, and meets
-no key in the other, which gives zeros: the sum is the answer.
+language model). Compiled training goes by blocks (`arctrm.span_attention`), everything else on a
+GPU through torch's packed kernel. That knows no such mask; two calls of it make one: all prompts
+without a mask, and what follows them with a causal one. Each token is a query of one of the two,
+and meets no key in the other, which gives zeros: the sum is the answer.
 
 Legend: T tokens of a packed batch, N sequences in it, A heads, K head width.
 """
@@ -18,10 +19,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from arctrm.span_attention import sequence_of, span_attention, span_blocks
 
 PACKED = "arctrm_packed"
 
@@ -59,6 +63,8 @@ class Packing(NamedTuple):
     available (CPU, float32)."""
     prompts: Prompts | None = None
     """None: attention is causal everywhere."""
+    blocks: BlockMask | None = None
+    """What is computed, if by blocks; says all that the other fields do."""
 
 
 def new_packing(
@@ -80,6 +86,18 @@ def new_packing(
     seen = [0] * len(lengths) if prompt_N is None else prompt_N.tolist()
     existing = tuple((n, p) for n, p in zip(lengths, seen, strict=True) if n)
     return Packing(offsets, max_len, existing)
+
+
+def block_packing(
+    offsets: Tensor, num_tokens: int, max_len: int, prompt_N: Tensor | None = None
+) -> Packing:
+    """A packing of `num_tokens` for compiled code on a GPU; the sequences cover all of them."""
+    sequence = sequence_of(offsets, num_tokens)
+    begin = offsets[sequence]
+    end = torch.arange(1, num_tokens + 1, device=offsets.device, dtype=torch.int32)
+    if prompt_N is not None:
+        end = end.maximum(begin + prompt_N.to(torch.int32)[sequence])
+    return Packing(offsets, max_len, None, blocks=span_blocks(begin, end))
 
 
 def _prompts(offsets: Tensor, prompt_N: Tensor, max_part: int) -> Prompts:
@@ -108,6 +126,8 @@ def packed_attention(
     """Attention for a transformers layer: [1, A, T, K] in, [1, T, A, K] out."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if packing.blocks is not None:
+        return span_attention(query, key, value, packing.blocks).transpose(1, 2), None
     if packing.lengths is not None:
         return _one_by_one(query, key, value, packing.lengths), None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))

@@ -32,7 +32,14 @@ from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import RANK_SEED_STEP, Stage, compute_dtype, rows_of
+from arctrm.training.stages import (
+    RANK_SEED_STEP,
+    Stage,
+    compute_dtype,
+    goes_by_blocks,
+    is_compiled,
+    rows_of,
+)
 from arctrm.training.starting import load_reader, load_trm
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
@@ -88,7 +95,7 @@ def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
     device, tiny = hybrid.trm.H_init.device, hybrid.tiny
     hybrid.train()
     hybrid.trm.dtype = compute_dtype(training.dtype, device)
-    compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    compiled = is_compiled(training, device)
     if compiled:
         hybrid.trm.level = torch.compile(run_level, dynamic=False)
     if tiny is not None:
@@ -102,7 +109,9 @@ def _step(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> JointStep:
     source = PairSource(base, config.data, config.seed, hybrid.trm.H_init.device)
     check_fits(hybrid)
     reader = joint_reader(hybrid.reader)
-    sequences = ReaderStream(source, reader.config, reader.dtype, reader.marks)
+    # The layers of a hub model are not compiled.
+    by_blocks = hybrid.tiny is not None and goes_by_blocks(training, source.device)
+    sequences = ReaderStream(source, reader.config, reader.dtype, reader.marks, by_blocks)
     trm = PairStream(base, config.data, hybrid.trm.config, config.seed, source.device, source)
     num_sequences = rows_of(training.tokens_per_batch) // sequences.num_pairs
     if config.batch_size is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arctrm.config.reader import PAIR_TOKENS, ReaderConfig
 from arctrm.data.task import NUM_COLOURS
-from arctrm.reader.attention import Packing, new_packing
+from arctrm.reader.attention import Packing, block_packing, new_packing
 from arctrm.reader.tokens import (
     END,
     INPUT_PART,
@@ -71,8 +71,11 @@ class ReaderStream:
         config: ReaderConfig,
         dtype: torch.dtype,
         marks: Marks = Marks(),
+        by_blocks: bool = False,
     ):
+        """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU."""
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
+        self.by_blocks = by_blocks
         self.num_pairs = config.pairs_per_sequence
         self.window = max(CONTEXT_WINDOW, 2 * self.num_pairs)
         self.seen_whole = config.sees_inputs_whole
@@ -183,19 +186,31 @@ class ReaderStream:
             torch.where(real, positions, 0),
             labels,
             row,
-            self._packing(rows, num_sequences, offsets, longest, longest_part),
+            self._packing(rows, num_sequences, num_tokens, offsets, (longest, longest_part)),
             num_sequences,
         )
 
     def _packing(
-        self, rows: Tensor, num_sequences: int, offsets: Tensor, longest: int, longest_part: int
+        self,
+        rows: Tensor,
+        num_sequences: int,
+        num_tokens: int,
+        offsets: Tensor,
+        bounds: tuple[int, int],
     ) -> Packing:
-        """Where the sequences lie; their inputs are seen whole if the reader sees them so."""
-        if not self.seen_whole:
-            return new_packing(offsets, longest, self.dtype)
-        firsts = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
-        prompts = self.asked(firsts).minimum(firsts[:, LENGTH])
-        prompts = torch.cat((prompts, prompts.new_zeros(offsets.shape[0] - 1 - num_sequences)))
+        """Where the sequences lie; their inputs are seen whole if the reader sees them so.
+
+        `bounds` of the tokens of a sequence and of its parts.
+        """
+        prompts: Tensor | None = None
+        if self.seen_whole:
+            firsts = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
+            prompts = self.asked(firsts).minimum(firsts[:, LENGTH])
+            unused = prompts.new_zeros(offsets.shape[0] - 1 - num_sequences)
+            prompts = torch.cat((prompts, unused))
+        longest, longest_part = bounds
+        if self.by_blocks:
+            return block_packing(offsets, num_tokens, longest, prompts)
         return new_packing(offsets, longest, self.dtype, prompts, longest_part)
 
     def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -61,7 +61,7 @@ def new_stage(config: PretrainConfig, base: BaseSet, accelerator: Accelerator) -
     torch.manual_seed(config.seed)
     model = new_model(config, base).to(device)
     model.dtype = compute_dtype(training.dtype, device)
-    compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    compiled = is_compiled(training, device)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     if isinstance(model, TRM):
         if compiled:
@@ -100,6 +100,17 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether the layers are compiled: as `training.compile` says; auto: on a GPU."""
+    return training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+
+
+def goes_by_blocks(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether the reader's attention goes by blocks: compiled, in bfloat16, on a GPU."""
+    narrow = compute_dtype(training.dtype, device) == torch.bfloat16
+    return device.type == "cuda" and narrow and is_compiled(training, device)
+
+
 def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
     training = config.training
     stream = PairStream(base, config.data, config.trm, config.seed, model.H_init.device)
@@ -119,7 +130,8 @@ def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
 def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> list[Step]:
     training = config.training
     source = PairSource(base, config.data, config.seed, model.device)
-    stream = ReaderStream(source, config.reader, model.dtype)
+    by_blocks = goes_by_blocks(training, model.device)
+    stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks)
     num_rows = _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
     num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
     return [
