@@ -204,8 +204,9 @@ def test_lora_is_float32_beside_a_narrower_model(joined_hub, trained):
 
 
 def test_a_batch_holds_the_longest_sequence_with_the_models_marks(joined_hub, trained):
-    high = [Pair(np.full((20, 2), n, np.uint8), np.full((20, 1), n, np.uint8)) for n in range(4)]
-    task = replace(trained.others[0], demonstrations=tuple(high))
+    """Under any view: a grid that is wider than high has more tokens when it is turned."""
+    wide = [Pair(np.full((2, 20), n, np.uint8), np.full((1, 20), n, np.uint8)) for n in range(4)]
+    task = replace(trained.others[0], demonstrations=tuple(wide))
     adapter = Adapter(solver_of(joined_hub(**NO_PATH)), [task], config().adaptation, 0)
     part = adapter.parts[-1]
     assert isinstance(part, HubModule)

@@ -223,9 +223,15 @@ def _longest_sequence(reader: JointReader, tasks: Sequence[Task], more: int = 0)
 
 
 def _longest_of_task(config: ReaderConfig, demonstrations: Sequence[Pair], more: int) -> int:
-    pairs = sorted((pair_length(pair) for pair in demonstrations), reverse=True)
+    pairs = sorted((_longest_seen(pair) for pair in demonstrations), reverse=True)
     total = sum(pairs[: config.pairs_per_sequence])
     return total + max(_growth(pair, more) for pair in demonstrations)
+
+
+def _longest_seen(pair: Pair) -> int:
+    """Tokens of a pair under the view that makes most of it: a turned grid may have more rows."""
+    assert pair.output is not None
+    return max(pair_length(pair), pair_length(Pair(pair.input.T, pair.output.T)))
 
 
 def _growth(pair: Pair, more: int) -> int:
