@@ -242,6 +242,20 @@ def test_no_room_for_a_copy_is_one_sentence(joined_hub, trained, monkeypatch):
         Adapter(solver_of(joined_hub("full")), [trained.others[0]], LEARNING, 0)
 
 
+@pytest.mark.parametrize("context", [True, False])
+def test_sequences_come_in_twos_of_a_task_only_where_contexts_are_told_apart(
+    joined_hub, trained, context
+):
+    solver = solver_of(joined_hub("frozen", **({} if context else {"context": False})))
+    learning = LEARNING.model_copy(update={"tokens_per_batch": 4096})
+    adapter = Adapter(solver, trained.others, learning, 0)
+    [step] = adapter.new_steps(trained.others)
+    tasks = torch.cat([step.stream.draw().sequences[:, -1, reading.TASK] for _ in range(4)])
+    twos = tasks.view(-1, 2)
+    assert len(tasks.unique()) > 1
+    assert (twos[:, 0] == twos[:, 1]).all() == context
+
+
 # -- the commands
 
 

@@ -189,6 +189,7 @@ def _joint_step(
         no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
         right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
+        in_twos=coupling.context,
     )
     return JointStep(hybrid, reader, stream, max_attempts=MAX_ATTEMPTS, loss_scale=1.0)
 
