@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from itertools import permutations
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from hub_models import save_model
+from hub_runs import CPU, NO_PATH, QUICK, config
 
-from arctrm.config import BaselineConfig, EvalConfig, JointConfig, SolveConfig
+from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.errors import ArctrmError
 from arctrm.reader.prompts import pairs_prompt, viewed
 from arctrm.solving import evaluate, rounds
-from arctrm.solving.adaptation import Adapter
 from arctrm.solving.anytime import solve_task
 from arctrm.solving.baseline import run as baseline
 from arctrm.solving.pace import Pace
@@ -23,70 +22,7 @@ from arctrm.solving.planning import RowsOfTask
 from arctrm.solving.reading import task_readings
 from arctrm.solving.vote import is_well_formed
 from arctrm.solving.weights import load_solver
-from arctrm.training import joint
 from arctrm.training.checkpoints import latest_checkpoint, read_model
-
-CPU = torch.device("cpu")
-QUICK = {"views": 2, "steps": 2, "tokens_per_batch": 1024, "dtype": "float32"}
-NO_PATH = {"context": False, "draft": False, "back": False}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
-
-
-@pytest.fixture(scope="module")
-def joined_hub(model, trained, tmp_path_factory):
-    """Run folder of two steps of joint training: `joined_hub(mode, **coupling)`."""
-    done = {}
-
-    def run(mode="lora", **coupling) -> Path:
-        key = (mode, *coupling)
-        if key not in done:
-            done[key] = tmp_path_factory.mktemp("hybrid")
-            joint.run(joint_config(model, trained, mode, coupling), done[key], False)
-        return done[key]
-
-    return run
-
-
-def joint_config(model, trained, mode, coupling) -> JointConfig:
-    sizes = {"num_context_slots": 4, "adapter_heads": 2, "drafted_pairs": 2, "draft_every": 4}
-    return JointConfig.model_validate(
-        {
-            "batch_size": 2,
-            "llama_model": str(model),
-            "hub": {"mode": mode, "lora_rank": 4},
-            "trm_checkpoint": trained.run,
-            "data": {"subsets": [str(trained.folder)], "test_set": str(trained.folder)},
-            "trm": {
-                "hidden_size": 32,
-                "num_heads": 2,
-                "num_layers": 1,
-                "H_cycles": 2,
-                "L_cycles": 1,
-                "halt_max_steps": 4,
-            },
-            "reader": {"sequence": "task", "max_pairs": 3, "max_tokens": 1900},
-            "coupling": {**sizes, "reader_tokens_per_batch": 4096, **coupling},
-            "training": {
-                "tokens_per_batch": 5520,
-                "ema_decay": 0.9,
-                "optimiser": {"adamw_lr": 0.01},
-                "schedule": {"max_steps": 2, "warmup_steps": 0},
-            },
-        }
-    )
-
-
-def config(steps=1, **top) -> SolveConfig:
-    """Ends at `steps` steps of adaptation and a few views, long before the budget."""
-    learning = {"max_steps": steps, "tokens_per_batch": 256}
-    decoding = {"rank": "experts", "scoring_views": 1}
-    return SolveConfig.model_validate(
-        {"budget": 60.0, "inference": QUICK, "reader": decoding, "adaptation": learning, **top}
-    )
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +58,10 @@ def test_the_trained_weights_are_those_that_answer(joined_hub, mode):
         assert torch.equal(of_model[name.removeprefix("reader.pretrained.")], weights[name])
 
 
-def test_a_model_that_is_gone_is_one_sentence_and_may_be_named_anew(joined_hub, model, tmp_path):
-    moved = Path(shutil.copytree(model, tmp_path / "moved"))
+def test_a_model_that_is_gone_is_one_sentence_and_may_be_named_anew(
+    joined_hub, hub_model, tmp_path
+):
+    moved = Path(shutil.copytree(hub_model, tmp_path / "moved"))
     run = Path(shutil.copytree(joined_hub(), tmp_path / "run"))
     meta = latest_checkpoint(run) / "checkpoint.json"
     content = json.loads(meta.read_text())
@@ -154,8 +92,8 @@ def test_a_model_with_other_layers_or_too_few_positions_is_refused(joined_hub, t
     assert "holds 1024" in refused(joined_hub(), llama_model=str(short))
 
 
-def test_a_checkpoint_without_a_hub_reader_takes_no_model(trained, model):
-    assert "holds no hub reader" in refused(trained.run, llama_model=str(model))
+def test_a_checkpoint_without_a_hub_reader_takes_no_model(trained, hub_model):
+    assert "holds no hub reader" in refused(trained.run, llama_model=str(hub_model))
 
 
 # -- what is asked
@@ -236,25 +174,6 @@ def test_solve_adapts_plans_and_answers_and_leaves_the_model_as_it_was(solver, t
         assert evidence.votes == 0 or evidence.reader_score <= 0
     after = solver.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("coupled", [True, False])
-def test_adaptation_trains_trm_and_adapters_and_not_the_reader(joined_hub, trained, coupled):
-    solver = load_solver(joined_hub(**({} if coupled else NO_PATH)), config().inference, CPU)
-    task = trained.others[0]
-    adapter = Adapter(solver, [task], config().adaptation, 0)
-    model = adapter.solver.model
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapter.train([task], time.monotonic() + 60, 2)
-    after = model.state_dict()
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    of_reader = {name for name in before if name.startswith("reader.")}
-    assert adapter.steps == 2
-    assert of_reader <= still
-    of_drafts = {"adapters.draft.output_head.weight"}  # a random model ends no grid
-    assert still - of_reader <= {"trm.H_init", "trm.L_init", *of_drafts}
-    assert adapter.frozen().hub is solver.hub  # the large model is there once
-    assert bool(model.adapters) == coupled
 
 
 def test_baseline_asks_for_a_reader_that_stands_alone(joined_hub, trained, tmp_path):

@@ -25,6 +25,7 @@ from arctrm.reader.tokens import (
     START,
     VOCABULARY,
 )
+from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.losses import IGNORE
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep, reader_losses
@@ -77,7 +78,8 @@ def make(
     model.dtype = dtype
     gradients = FlatGradients(list(model.parameters()))
     stream = ReaderStream(PairSource(base, data, 0, device), config, dtype)
-    return model, gradients, ReaderStep(model, stream, tokens, sequences, scale)
+    step = ReaderStep(TinyJointReader(model), stream, tokens, sequences, scale)
+    return model, gradients, step
 
 
 def counts(step):
@@ -180,7 +182,7 @@ def test_loss_and_gradient_are_those_of_plain_transformers_one_sequence_at_a_tim
     data = DataConfig(num_aug=50)
     model, gradients, step = make(real, data=data, sequence=form, max_tokens=2048)
     batch = step.stream.next_batch(step.queue, TOKENS)
-    losses = step.losses(batch)
+    losses = step.reader.losses(batch)
     losses.total.backward()
     packed = gradients.flat.clone()
     gradients.zero()
@@ -261,7 +263,7 @@ def test_the_gradient_is_the_mean_over_output_tokens():
     got = gradients.flat.clone()
     _, expected, twin = make(base_of(PAIR_A, PAIR_B))  # the same weights and queue
     torch.manual_seed(5)
-    losses = twin.losses(twin.stream.next_batch(twin.queue, TOKENS))
+    losses = twin.reader.losses(twin.stream.next_batch(twin.queue, TOKENS))
     (losses.total / losses.num_labels).backward()
     torch.testing.assert_close(got, expected.flat)
     assert got.norm() > 1e-3
@@ -400,7 +402,7 @@ def test_the_packed_kernel_agrees_with_one_sequence_at_a_time(real, form):
         )
         batch = step.stream.next_batch(step.queue, 4096)
         assert (batch.packing.lengths is None) == (dtype == torch.bfloat16)
-        losses[dtype] = step.losses(batch).rows["cell_loss"]
+        losses[dtype] = step.reader.losses(batch).rows["cell_loss"]
     torch.testing.assert_close(*losses.values(), atol=0.03, rtol=0.02)
 
 

@@ -53,7 +53,8 @@ class LearningConfig(StrictModel):
     """Learning rate of AdamW on everything else."""
 
     tokens_per_batch: int | None = Field(None, ge=256)
-    """Tokens in one packed batch; by default 16384 on a GPU and 1024 on a CPU."""
+    """Tokens in one packed batch; by default 16384 on a GPU (8192 with a hub reader) and 1024 on a
+    CPU."""
 
     halt_max_steps: int = Field(3, ge=1)
     """Supervision steps before a row is replaced."""

@@ -12,6 +12,7 @@ Legend: B prompts, S tokens, P prefix vectors, N new tokens, D width, V vocabula
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,18 @@ class HubReader:
     def trainable_state(self) -> dict[str, Tensor]:
         """The trained tensors, for a checkpoint; never those of a frozen model."""
         return {name: p.detach() for name, p in self.trainable_parameters().items()}
+
+    def with_parameters(
+        self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+    ) -> "HubReader":
+        """The same reader with `new` parameters in place of `old` ones.
+
+        The modules are copied; every other tensor, and the tokenizer, is there once for both.
+        """
+        shared = [self.tokenizer, *self.model.parameters(), *self.model.buffers()]
+        memo: dict[int, Any] = {id(one): one for one in shared}
+        memo |= {id(there): here for there, here in zip(old, new, strict=True)}
+        return deepcopy(self, memo)
 
     @torch.no_grad()
     def load_trainable_state(self, state: dict[str, Tensor], path: Path) -> None:

@@ -4,6 +4,7 @@ The model itself is no submodule, so that `state_dict`, optimisers and averages 
 the trained tensors (LoRA matrices, or all weights), under the names that the model gives them.
 """
 
+import torch
 from torch import Tensor, nn
 
 from arctrm.config.reader import ReaderConfig
@@ -20,12 +21,32 @@ class HubModule(nn.Module):
         super().__init__()
         self.hub, self.config = hub, config
         self.pretrained = _tree(hub.trainable_parameters())
+        self.dtypes = [parameter.dtype for parameter in self.parameters()]
+        """Of the trained parameters where they are not trained: as they were loaded."""
 
     def train(self, mode: bool = True) -> "HubModule":
         """Training mode (dropout of LoRA) where something is trained."""
         super().train(mode)
         self.hub.train(mode)
         return self
+
+    def trainable_copy(self) -> "HubModule":
+        """Trained parameters of its own, float32, in the same model: the rest of it is shared.
+
+        A frozen reader has none, and is itself.
+        """
+        old = list(self.parameters())
+        if not old:
+            return self
+        new = [nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in old]
+        copy = HubModule(self.hub.with_parameters(old, new), self.config)
+        copy.dtypes = self.dtypes
+        return copy
+
+    def narrow(self) -> None:
+        """The trained parameters in the dtypes that they answer in."""
+        for parameter, dtype in zip(self.parameters(), self.dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)
 
     def embedding_scale(self) -> float:
         """Root mean square of the embeddings of the tokens that spell grids."""

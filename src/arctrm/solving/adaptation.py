@@ -1,11 +1,11 @@
 """Adaptation: test-time training on the demonstrations of the tasks to be answered.
 
-Everything that answers is fine-tuned on views of the demonstrations (TRM, reader, adapters),
-through the same streams, losses and optimisers as in training, with one task embedding for each
-task: its own if the model knows the task, else the mean of the trained ones. `solve` adapts to one
-task within its time (here), `eval` to all of them side by side (`arctrm.solving.side_by_side`). A
-demonstration can be held out first and be used as a probe (leave-one-out) before all of them are
-trained on.
+Everything that answers is fine-tuned on views of the demonstrations (TRM, adapters, a tiny reader,
+what is trained of a hub reader), through the same streams, losses and optimisers as in training,
+with one task embedding for each task: its own if the model knows the task, else the mean of the
+trained ones. `solve` adapts to one task within its time (here), `eval` to all of them side by side
+(`arctrm.solving.side_by_side`). A demonstration can be held out first and be used as a probe
+(leave-one-out) before all of them are trained on.
 """
 
 import time
@@ -19,6 +19,8 @@ import torch
 from arctrm.config import LearningConfig
 from arctrm.data.task import Pair, Task
 from arctrm.errors import CheckpointError, ResourceError
+from arctrm.hybrid import Hybrid
+from arctrm.reader.hub_module import HubModule
 from arctrm.solving.learners import (
     DRAFT_EVERY,
     Learner,
@@ -52,15 +54,16 @@ class Adapter:
         rows = [solver.row_of(task) for task in tasks]
         self.num_known = sum(row is not None for row in rows)
         """Tasks that the model was trained on."""
-        model = trainable_copy(
-            solver.model, [solver.mean_row if row is None else row for row in rows]
-        )
+        with _room_for_a_copy(solver):
+            model = trainable_copy(
+                solver.model, [solver.mean_row if row is None else row for row in rows]
+            )
+            self.parts = trained_apart(model)
+            self.learners = [Learner(part, config) for part in self.parts]
         own = {task.id: row for row, task in enumerate(tasks)}
         self.solver = replace(
             solver, model=model, rows=own, by_content=False, views={}, name="adapted"
         )
-        self.parts = trained_apart(model)
-        self.learners = [Learner(part, config) for part in self.parts]
         self.num_tokens = [batch_tokens(part, tasks, config) for part in self.parts]
         """Tokens of a batch of each part."""
         self.smallest = max(least_tokens(part, tasks) for part in self.parts)
@@ -130,19 +133,41 @@ class Adapter:
 
         (Decoding would else turn float32 weights into narrower ones at every token.)
         """
-        reader = self.solver.tiny
-        return self.solver if reader is None or reader.dtype == torch.float32 else self.frozen()
+        return self.frozen() if _answers_in_less(self.solver) else self.solver
 
     def frozen(self) -> Solver:
         """A copy of the solver, as it is now, that is not trained: what answers after the last
-        step.
+        step. A hub model is shared but for what was trained of it.
         """
         rows = range(len(self.solver.rows))
         copy = replace(self.solver, model=trainable_copy(self.solver.model, rows))
         if copy.tiny is not None:
             copy.tiny.to(copy.tiny.dtype)
+        if isinstance(copy.model, Hybrid) and isinstance(copy.model.reader, HubModule):
+            copy.model.reader.narrow()
         copy.model.requires_grad_(False)
         return copy
+
+
+def _answers_in_less(solver: Solver) -> bool:
+    """Whether the reader's weights are narrower where they answer than where they are trained."""
+    if solver.tiny is not None:
+        return solver.tiny.dtype != torch.float32
+    reader = solver.model.reader if isinstance(solver.model, Hybrid) else None
+    return isinstance(reader, HubModule) and any(d != torch.float32 for d in reader.dtypes)
+
+
+@contextmanager
+def _room_for_a_copy(solver: Solver) -> Iterator[None]:
+    """Turn out of memory, while everything that is trained is copied, into a ResourceError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{solver.name}: out of memory for a copy of what is trained and its gradients; answer "
+            "without adaptation (solve: adaptation.enabled = false, eval: evaluation.adapt_steps = "
+            "0), or use a smaller model"
+        ) from error
 
 
 def require_adaptable(solver: Solver, command: str, instead: str) -> None:

@@ -1,7 +1,8 @@
 """The training steps of adaptation: those of pretraining and joint training, on a few tasks.
 
-TRM takes a `MicroStep`, a tiny reader a `ReaderStep`; a hybrid without adapters takes both side by
-side, one with adapters a `JointStep`, which trains reader, adapters and TRM together.
+TRM takes a `MicroStep`, a reader a `ReaderStep`; a hybrid without adapters takes both side by side,
+one with adapters a `JointStep`, which trains reader, adapters and TRM together. Of a hub reader the
+LoRA matrices are trained, or all weights, as in joint training; the rest of the model is shared.
 
 Batches hold at least the largest demonstration, however small the configured batch is.
 """
@@ -16,10 +17,12 @@ from arctrm.data.canvas import pair_canvas
 from arctrm.data.dataset import BaseSet, base_set_from_tasks
 from arctrm.data.task import MAX_SIDE, Pair, Task
 from arctrm.hybrid import Hybrid
+from arctrm.reader.hub_module import HubModule
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import grid_length, pair_length
 from arctrm.training.drafts import DraftPool
 from arctrm.training.joint_hub import joint_reader
+from arctrm.training.joint_reader import JointReader
 from arctrm.training.joint_step import JointStep
 from arctrm.training.joint_stream import JointStream
 from arctrm.training.optimisers import FlatGradients, Optimisers
@@ -32,7 +35,8 @@ from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
 from arctrm.trm.model import TRM
 
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
+CPU_TOKENS, GPU_TOKENS, HUB_GPU_TOKENS = 1024, 16384, 8192
+"""Of a batch, on a GPU with a hub reader the last: as many as it answers at once."""
 DRAFT_EVERY = 50
 """Steps of a coupled hybrid between two rounds of drafting, for each task; of many tasks not more
 than in joint training."""
@@ -45,6 +49,8 @@ MAX_ATTEMPTS = 2
 """Attempts in a coupled step, where there is a way back from TRM to the reader."""
 
 Model = TRM | TinyReader | Hybrid
+Part = Model | HubModule
+"""What has a loss of its own: a model, or what is trained of a hub reader."""
 
 
 class Learner:
@@ -69,15 +75,18 @@ class Learner:
         return GraphedStep(step, prepare=step.prepare)
 
 
-def trained_apart(model: Model) -> list[TRM | TinyReader | Hybrid]:
-    """The parts that have no loss in common."""
-    if isinstance(model, Hybrid) and not model.adapters:
-        return [model.trm] if model.tiny is None else [model.trm, model.tiny]
-    return [model]
+def trained_apart(model: Model) -> list[Part]:
+    """The parts of a trainable copy that have no loss in common."""
+    if not isinstance(model, Hybrid) or model.adapters:
+        return [model]
+    reader = model.reader
+    assert isinstance(reader, TinyReader | HubModule)
+    is_trained = any(parameter.requires_grad for parameter in reader.parameters())
+    return [model.trm, reader] if is_trained else [model.trm]
 
 
 def new_step(
-    part: Model,
+    part: Part,
     tasks: Sequence[Task],
     config: LearningConfig,
     seed: int,
@@ -97,24 +106,26 @@ def new_step(
     )
     if isinstance(part, TRM):
         return _trm_step(part, tasks, config, base, data, seed)
-    if isinstance(part, TinyReader):
-        return _reader_step(part, tasks, config, base, data, seed)
-    return _joint_step(part, tasks, config, base, data, seed)
+    if isinstance(part, Hybrid):
+        return _joint_step(part, tasks, config, base, data, seed)
+    return _reader_step(part, tasks, config, base, data, seed)
 
 
-def batch_tokens(part: Model, tasks: Sequence[Task], config: LearningConfig) -> int:
+def batch_tokens(part: Part, tasks: Sequence[Task], config: LearningConfig) -> int:
     """Tokens of a packed batch: at least the largest demonstration, of a hybrid two of them."""
-    device = part.puzzle_emb.weights.device
-    wanted = config.tokens_per_batch or (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS)
-    return max(wanted, least_tokens(part, tasks))
+    usual = CPU_TOKENS
+    if next(part.parameters()).is_cuda:
+        has_hub = isinstance(part, HubModule) or (isinstance(part, Hybrid) and part.hub is not None)
+        usual = HUB_GPU_TOKENS if has_hub else GPU_TOKENS
+    return max(config.tokens_per_batch or usual, least_tokens(part, tasks))
 
 
-def least_tokens(part: Model, tasks: Sequence[Task]) -> int:
+def least_tokens(part: Part, tasks: Sequence[Task]) -> int:
     """Tokens of the smallest batch that holds every demonstration."""
     if isinstance(part, TRM):
         return _largest_canvas(part, tasks)
-    if isinstance(part, TinyReader):
-        return _longest_sequence(part.config, tasks)
+    if not isinstance(part, Hybrid):
+        return _longest_sequence(joint_reader(part), tasks)
     per_sequence = part.sequences.pairs_per_sequence
     return 2 * per_sequence * _largest_canvas(part.trm, tasks)
 
@@ -135,17 +146,19 @@ def _trm_step(
 
 
 def _reader_step(
-    reader: TinyReader,
+    part: TinyReader | HubModule,
     tasks: Sequence[Task],
     config: LearningConfig,
     base: BaseSet,
     data: DataConfig,
     seed: int,
 ) -> ReaderStep:
-    source = PairSource(base, data, seed, reader.device)
-    stream = ReaderStream(source, reader.config, reader.dtype)
-    num_tokens = batch_tokens(reader, tasks, config)
-    lengths = [pair_length(pair) for task in tasks for pair in task.demonstrations]
+    reader = joint_reader(part)
+    source = PairSource(base, data, seed, reader.grids.device)
+    stream = ReaderStream(source, reader.config, reader.dtype, reader.marks)
+    num_tokens = batch_tokens(part, tasks, config)
+    pairs = [pair for task in tasks for pair in task.demonstrations]
+    lengths = [reader.marks.length(pair_length(pair), 1) for pair in pairs]
     num_rows = _num_rows(num_tokens, lengths) // reader.config.pairs_per_sequence
     return ReaderStep(reader, stream, num_tokens, max(2, num_rows), 1.0)
 
@@ -164,20 +177,19 @@ def _joint_step(
     trm = PairStream(base, data, hybrid.trm.config, seed, source.device, source)
     num_tokens = batch_tokens(hybrid, tasks, config)
     num_soft = coupling.num_back_vectors if coupling.back else 0
-    per_sequence = reader.config.pairs_per_sequence
-    sequence = reader.marks.length(_longest_sequence(reader.config, tasks, MORE), per_sequence)
-    num_sequences = num_tokens // TOKENS_PER_ROW // per_sequence
+    num_sequences = num_tokens // TOKENS_PER_ROW // reader.config.pairs_per_sequence
     stream = JointStream(
         own,
         trm,
         DraftPool(own),
-        reader_tokens=max(num_tokens, 2 * (sequence + num_soft)),
+        reader_tokens=max(num_tokens, 2 * (_longest_sequence(reader, tasks, MORE) + num_soft)),
         trm_tokens=num_tokens,
         num_sequences=max(2, num_sequences // 2 * 2),
         num_soft=num_soft,
         no_draft_share=coupling.no_draft_share if coupling.draft else 1.0,
         right_draft_share=coupling.right_draft_share,
         trm_dtype=hybrid.trm.dtype,
+        in_twos=coupling.context,
     )
     return JointStep(hybrid, reader, stream, max_attempts=MAX_ATTEMPTS, loss_scale=1.0)
 
@@ -202,16 +214,25 @@ def _canvases(tasks: Sequence[Task]) -> list[int]:
     return [height * width for height, width in sizes]
 
 
-def _longest_sequence(config: ReaderConfig, tasks: Sequence[Task], more: int = 0) -> int:
-    """Tokens of the longest sequence of any task; its last output has `more` rows and columns."""
+def _longest_sequence(reader: JointReader, tasks: Sequence[Task], more: int = 0) -> int:
+    """Tokens of the longest sequence of any task, with the reader's marks; its last output has
+    `more` rows and columns.
+    """
+    config = reader.config
     longest = max(_longest_of_task(config, task.demonstrations, more) for task in tasks)
-    return min(config.longest_sequence, longest)
+    return reader.marks.length(min(config.longest_sequence, longest), config.pairs_per_sequence)
 
 
 def _longest_of_task(config: ReaderConfig, demonstrations: Sequence[Pair], more: int) -> int:
-    pairs = sorted((pair_length(pair) for pair in demonstrations), reverse=True)
+    pairs = sorted((_longest_seen(pair) for pair in demonstrations), reverse=True)
     total = sum(pairs[: config.pairs_per_sequence])
     return total + max(_growth(pair, more) for pair in demonstrations)
+
+
+def _longest_seen(pair: Pair) -> int:
+    """Tokens of a pair under the view that makes most of it: a turned grid may have more rows."""
+    assert pair.output is not None
+    return max(pair_length(pair), pair_length(Pair(pair.input.T, pair.output.T)))
 
 
 def _growth(pair: Pair, more: int) -> int:
@@ -224,7 +245,7 @@ def _growth(pair: Pair, more: int) -> int:
 def trainable_copy(model: Model, rows: Sequence[int]) -> Model:
     """A trainable float32 copy with the task embeddings of `rows`, in that order, and no others.
 
-    A hub reader is not copied and not trained.
+    Of a hub reader only what is trained is copied; the model itself is shared.
     """
     if isinstance(model, Hybrid):
         return _hybrid_copy(model, rows)
@@ -246,7 +267,7 @@ def _empty(model: TRM | TinyReader, num_tasks: int) -> TRM | TinyReader:
 
 
 def _hybrid_copy(model: Hybrid, rows: Sequence[int]) -> Hybrid:
-    reader = model.reader if model.tiny is None else trainable_copy(model.tiny, rows)
+    reader = _reader_copy(model.reader, rows)
     trm, num_tasks = trainable_copy(model.trm, rows), len(rows)
     assert isinstance(trm, TRM)
     draft_every = min(DRAFT_EVERY * num_tasks, max(DRAFT_EVERY, model.config.draft_every))
@@ -255,6 +276,13 @@ def _hybrid_copy(model: Hybrid, rows: Sequence[int]) -> Hybrid:
         copy = Hybrid(reader, model.hidden_size, trm, coupling)
     copy.adapters.load_state_dict(_float32(model.adapters), assign=True)
     return copy.eval()
+
+
+def _reader_copy(reader: nn.Module, rows: Sequence[int]) -> nn.Module:
+    if isinstance(reader, HubModule):
+        return reader.trainable_copy()
+    assert isinstance(reader, TinyReader)
+    return trainable_copy(reader, rows)
 
 
 def _float32(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,8 +16,9 @@ from accelerate import Accelerator
 from arctrm.config import EvalConfig, ScheduleConfig
 from arctrm.data.task import Task
 from arctrm.hybrid import Hybrid
+from arctrm.reader.hub_module import HubModule
 from arctrm.solving.adaptation import WARMUP_STEPS, Adapter
-from arctrm.solving.learners import Model
+from arctrm.solving.learners import Part
 from arctrm.solving.weights import Solver
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.loop import SYNC_EVERY, SharedClock
@@ -114,8 +115,10 @@ def _accelerated(
         ]
 
 
-def _can_capture(part: Model) -> bool:
-    """Whether a CUDA graph can hold the step: not a joint one, whose shapes are not fixed here."""
-    if isinstance(part, Hybrid):
+def _can_capture(part: Part) -> bool:
+    """Whether a CUDA graph can hold the step: none of a joint step or a hub reader, whose shapes
+    are not fixed here.
+    """
+    if isinstance(part, Hybrid | HubModule):
         return False
     return part.puzzle_emb.weights.is_cuda and part.dtype == torch.bfloat16

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from arctrm.config.training import OptimiserConfig
 from arctrm.training.muon import Muon
 
-PRETRAINED = ".pretrained."
+PRETRAINED = "pretrained"
 """In the names of a hub reader's weights: others trained them with AdamW, and so do we."""
 
 FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
@@ -109,7 +109,7 @@ def _split(model: nn.Module, use_muon: bool) -> tuple[list[Tensor], list[Tensor]
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if not use_muon or ".layers." not in name or PRETRAINED in name or p.ndim < 2:
+        if not use_muon or ".layers." not in name or PRETRAINED in name.split(".") or p.ndim < 2:
             others.append(p)
             continue
         parts = next((n for key, n in FUSED_PARTS.items() if key in name), 1)

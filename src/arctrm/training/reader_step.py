@@ -1,19 +1,19 @@
-"""One training step of the tiny reader on one packed batch: loss on output tokens, gradient out.
+"""One training step of a reader on one packed batch: loss on output tokens, gradient out.
 
 Legend: T tokens, R rows (pairs).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arctrm.config.reader import ReaderConfig
 from arctrm.data.task import NUM_COLOURS
-from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import OUTPUT_PART, part_of
 from arctrm.training.losses import IGNORE
-from arctrm.training.reader_stream import DIHEDRAL, FLAG, TASK, ReaderBatch, ReaderStream
+from arctrm.training.reader_stream import ReaderBatch, ReaderStream
 from arctrm.training.step import COUNTS
 
 
@@ -58,14 +58,31 @@ def reader_losses(
     return ReaderLosses(entropy.sum(), valid.sum(), rows)
 
 
+class TrainedReader(Protocol):
+    """A reader that can be trained alone."""
+
+    @property
+    def config(self) -> ReaderConfig:
+        """What sequences it is shown."""
+
+    def losses(self, batch: ReaderBatch) -> ReaderLosses:
+        """Loss of a batch, with gradient."""
+
+
 class ReaderStep:
     """Next batch, forward, loss, backward; sums counts into `counts` [COUNTS].
 
-    Everything it touches has a fixed address and shape, so that one CUDA graph can replay it.
+    Everything it touches has a fixed address and shape, so that one CUDA graph can replay it (but
+    for hub readers, which pad their batches).
     """
 
     def __init__(
-        self, reader: TinyReader, stream: ReaderStream, num_tokens: int, num_rows: int, scale: float
+        self,
+        reader: TrainedReader,
+        stream: ReaderStream,
+        num_tokens: int,
+        num_rows: int,
+        scale: float,
     ):
         self.reader, self.stream = reader, stream
         self.num_tokens, self.loss_scale = num_tokens, scale
@@ -83,7 +100,7 @@ class ReaderStep:
         """Add the gradient of one packed batch."""
         with torch.no_grad():
             batch = self._noisy(self.stream.next_batch(self.queue, self.num_tokens))
-        losses = self.losses(batch)
+        losses = self.reader.losses(batch)
         (losses.total / losses.num_labels.clamp(min=1) * self.loss_scale).backward()
         with torch.no_grad():
             self._count(losses, batch)
@@ -101,14 +118,6 @@ class ReaderStep:
         changed = cells & (torch.rand(tokens.shape, device=tokens.device) < share)
         colours = torch.randint(NUM_COLOURS, tokens.shape, device=tokens.device)
         return batch._replace(tokens=torch.where(changed, colours, tokens))
-
-    def losses(self, batch: ReaderBatch) -> ReaderLosses:
-        """Loss of a batch, with gradient."""
-        rows = batch.rows
-        condition = self.reader.condition(rows[:, TASK], rows[:, DIHEDRAL], rows[:, FLAG])
-        of_token = condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))
-        hidden = self.reader.hidden(batch.tokens, batch.positions, of_token, batch.packing)
-        return reader_losses(self.reader.head(hidden), batch.labels, batch.row, rows.shape[0])
 
     def _count(self, losses: ReaderLosses, batch: ReaderBatch) -> None:
         sums = {name: values.sum() for name, values in losses.rows.items()}

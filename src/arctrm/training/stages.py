@@ -16,6 +16,7 @@ from arctrm.data.dataset import BaseSet
 from arctrm.errors import ConfigError
 from arctrm.hybrid import Hybrid
 from arctrm.reader.tiny import TinyReader
+from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.metrics import Metrics
 from arctrm.training.reader_step import ReaderStep
 from arctrm.training.reader_stream import ReaderStream
@@ -132,10 +133,12 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     source = PairSource(base, config.data, config.seed, model.device)
     by_blocks = goes_by_blocks(training, model.device)
     stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks)
-    num_rows = _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
+    reader, num_rows = TinyJointReader(model), _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
     num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
     return [
-        ReaderStep(model, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum)
+        ReaderStep(
+            reader, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum
+        )
         for _ in range(training.grad_accum)
     ]
 
