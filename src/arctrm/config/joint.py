@@ -96,8 +96,9 @@ class CouplingConfig(StrictModel):
 
     heard_pairs: Literal["all", "test"] = "all"
     """Pairs for which TRM hears the reader; the others TRM answers alone. test: test pairs only,
-    for a reader that was trained on demonstrations alone (data.test_pair_weight = 0): what it says
-    of them is as right and as wrong as what it says of the pairs to be solved."""
+    for a reader that was trained on demonstrations alone (data.test_pair_weight = 0 in its own
+    run): what it says of them is as right and as wrong as what it says of the pairs to be solved.
+    Needs test pairs that are drawn."""
 
     draft_every: int = Field(2000, ge=1)
     """Optimiser steps between two rounds of drafting."""

@@ -25,7 +25,7 @@ from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
 from arctrm.training.drafts import DraftPool
-from arctrm.training.joint_data import steps_of, with_data_path
+from arctrm.training.joint_data import require_heard_pairs, steps_of, with_data_path
 from arctrm.training.joint_hub import check_fits, joint_reader
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.joint_stream import JointStream
@@ -44,7 +44,12 @@ def run(config: JointConfig, out: Path, resume: bool, shared: Accelerator | None
 
 
 def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) -> Stage:
-    """The hybrid and its training steps, on this process's device."""
+    """The hybrid and its training steps, on this process's device.
+
+    Raises:
+        UserError: models, checkpoints or data do not fit the configuration.
+    """
+    require_heard_pairs(config, base)
     torch.manual_seed(config.seed)
     hybrid = new_hybrid(config, base, accelerator.device)
     for load, checkpoint in (
@@ -160,6 +165,7 @@ def describe(config: JointConfig) -> Table:
     """What `joint` would run: data, parameters of every part; writes nothing."""
     config = with_data_path(config)
     base = prepare(_without_writing(config.data))
+    require_heard_pairs(config, base)
     with torch.device("meta"):
         reader, width = _empty_reader(config, base)
         own = empty_hybrid(ReaderConfig(), config.trm, config.coupling, base.num_tasks)
