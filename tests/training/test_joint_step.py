@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from joint_parts import SEEN, drawn, fill_drafts, make, new_config, small_base
+from joint_parts import SEEN, drawn, fill_drafts, make, new_config, process, small_base
 from torch import nn
 
 from arctrm.adapters import DraftAdapter
@@ -18,6 +18,7 @@ from arctrm.training.joint import gradient_norms, joint_stage
 from arctrm.training.joint_step import JOINT_COUNTS
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.source import OUTPUT
+from arctrm.training.stages import is_captured
 from arctrm.training.step import GraphedStep
 
 EACH = pytest.mark.parametrize("form", SEEN)
@@ -362,6 +363,28 @@ def test_fixed_shapes_change_nothing_but_the_shapes(form):
         losses.append(step.loss(batch)[0])
         assert step.attempts(batch)[0].start.context is not None
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "dtype", "expected"),
+    [
+        ("cuda", "auto", "auto", True),
+        ("cuda", "on", "auto", True),
+        ("cuda", "off", "auto", False),
+        ("cuda", "auto", "float32", False),
+        ("cpu", "auto", "auto", False),
+        ("cpu", "off", "auto", False),
+    ],
+)
+def test_only_a_step_that_is_to_be_captured_has_the_largest_shapes(
+    monkeypatch, device, setting, dtype, expected
+):
+    """As it would be decided on `device`; the parts themselves are on the CPU."""
+    config = new_config({"training.cuda_graph": setting, "training.dtype": dtype})
+    there = lambda training, _: is_captured(training, torch.device(device))
+    monkeypatch.setattr("arctrm.training.joint.is_captured", there)
+    (step,) = joint_stage(config, small_base(), process()).steps
+    assert step.fixed_shapes == expected
 
 
 @pytest.mark.gpu

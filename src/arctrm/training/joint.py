@@ -32,7 +32,7 @@ from arctrm.training.joint_stream import JointStream
 from arctrm.training.metrics import Metrics, Sums
 from arctrm.training.reader_stream import ReaderStream
 from arctrm.training.source import PairSource
-from arctrm.training.stages import RANK_SEED_STEP, Stage, compute_dtype, rows_of
+from arctrm.training.stages import RANK_SEED_STEP, Stage, compute_dtype, is_captured, rows_of
 from arctrm.training.starting import load_reader, load_trm
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
@@ -71,8 +71,9 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
         batches = config.training.grad_accum * accelerator.num_processes
         num_steps = steps_of(config.epochs, base, steps[0].stream, batches, config.seed)
     capturable = hybrid.tiny is not None
+    captured = capturable and is_captured(config.training, accelerator.device)
     for step in steps:
-        step.fixed_shapes = capturable and accelerator.device.type == "cuda"
+        step.fixed_shapes = captured
     return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps)
 
 

@@ -100,6 +100,21 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def is_captured(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether steps run as a CUDA graph: on a GPU, with the packed attention kernel (bfloat16).
+
+    Raises:
+        ConfigError: training.cuda_graph asks for what is not possible.
+    """
+    possible = device.type == "cuda" and compute_dtype(training.dtype, device) == torch.bfloat16
+    if training.cuda_graph == "on" and not possible:
+        raise ConfigError(
+            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
+            f"{device.type}: a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
+        )
+    return possible and training.cuda_graph != "off"
+
+
 def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
     training = config.training
     stream = PairStream(base, config.data, config.trm, config.seed, model.H_init.device)
