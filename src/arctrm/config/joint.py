@@ -175,6 +175,11 @@ class JointConfig(JointModelConfig):
                 f"reader.input_attention = 'full' with llama_model = {self.llama_model!r}: a model "
                 "of the hub keeps its own attention; leave reader.input_attention out"
             )
+        if self.reader.gradient_checkpointing:
+            raise ValueError(
+                f"reader.gradient_checkpointing = true with llama_model = {self.llama_model!r}: "
+                "that is of the tiny reader; set hub.gradient_checkpointing = true"
+            )
         hub = _with(self.hub, ("hub", "name"), 1, self.llama_model, "llama_model")
         assert isinstance(hub, HubReaderConfig)
         mode = "frozen" if self.llama_frozen else "lora"

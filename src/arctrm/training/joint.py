@@ -15,7 +15,6 @@ from arctrm.adapters import count_parameters
 from arctrm.config.data import DataConfig
 from arctrm.config.joint import TINY, JointConfig
 from arctrm.config.reader import ReaderConfig
-from arctrm.config.training import TrainingConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
@@ -61,7 +60,7 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
             if accelerator.process_index == 0:
                 note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)
-    _to_device(hybrid.to(accelerator.device), config.training)
+    _to_device(hybrid.to(accelerator.device), config)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     steps = [_step(config, hybrid, base) for _ in range(config.training.grad_accum)]
     counts = [step.counts for step in steps]
@@ -89,9 +88,9 @@ def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None =
     return hub_hybrid(hub, config.reader, config.trm, config.coupling, base.num_tasks)
 
 
-def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
+def _to_device(hybrid: Hybrid, config: JointConfig) -> None:
     """Arithmetic and compilation of the parts, which stand on their device."""
-    device, tiny = hybrid.trm.H_init.device, hybrid.tiny
+    training, device, tiny = config.training, hybrid.trm.H_init.device, hybrid.tiny
     hybrid.train()
     hybrid.trm.dtype = compute_dtype(training.dtype, device)
     compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
@@ -99,6 +98,7 @@ def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
         hybrid.trm.level = torch.compile(run_level, dynamic=False)
     if tiny is not None:
         tiny.dtype = hybrid.trm.dtype
+        tiny.checkpointed = config.reader.gradient_checkpointing
         if compiled:
             tiny.compile_layers()
 

@@ -50,6 +50,7 @@ MAY_DIFFER_ON_RESUME = (
     "recipe",
     "reader_checkpoint",
     "trm_checkpoint",
+    "reader.gradient_checkpointing",
     "training.compile",
     "training.cuda_graph",
     "training.checkpoint_every",

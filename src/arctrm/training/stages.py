@@ -68,6 +68,7 @@ def new_stage(config: PretrainConfig, base: BaseSet, accelerator: Accelerator) -
             model.level = torch.compile(run_level, dynamic=False)
         steps = _trm_steps(model, config, base)
     else:
+        model.checkpointed = config.reader.gradient_checkpointing
         if compiled:
             model.compile_layers()
         steps = _reader_steps(model, config, base)
