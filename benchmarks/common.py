@@ -1,7 +1,10 @@
-"""What the benchmarks share: timing of a training job, the machine's rates, the profile."""
+"""What the benchmarks share: one line for a user's error, arguments, timing of a training job, the
+machine's rates, the profile.
+"""
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +19,22 @@ from torch.profiler import ProfilerActivity, profile
 from arctrm.config import TRMConfig
 from arctrm.console import console
 from arctrm.data.task import Task
+from arctrm.errors import UserError
 from arctrm.training.loop import Run, train_step
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
 
 Item = TypeVar("Item")
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a script; what cannot be used of what its user gave is one line, exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def weights_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,6 @@ mdlARC's decoder (75.5M) reaches 25 grids/s on one H200.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from arctrm.config import EvalConfig, InferenceConfig, ReaderConfig
 from arctrm.config.decoding import DecodingConfig
 from arctrm.console import console
 from arctrm.data.task import NUM_COLOURS, Grid, Task
-from arctrm.errors import ConfigError, UserError
+from arctrm.errors import ConfigError
 from arctrm.reader import grammar
 from arctrm.reader.decoding import Decoded
 from arctrm.reader.grammar import num_tokens
@@ -60,6 +59,7 @@ from arctrm.training.stages import compute_dtype
 from arctrm.trm.model import count_parameters
 from common import (
     fresh_peak,
+    guarded,
     matrix_rate,
     memory_rate,
     peak_memory,
@@ -367,8 +367,4 @@ def candidates(answer: Grid, count: int) -> list[Grid]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guarded(main)

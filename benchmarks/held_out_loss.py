@@ -18,10 +18,12 @@ from rich.table import Table
 
 from arctrm.config import EvalConfig
 from arctrm.console import console
+from arctrm.errors import ConfigError
 from arctrm.solving.candidates import Key
 from arctrm.solving.evaluate import load
 from arctrm.solving.reading import judge, task_readings
 from arctrm.solving.weights import load_solver
+from common import guarded
 
 
 def main() -> None:
@@ -36,9 +38,13 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
     for checkpoint in args.checkpoints:
         solver = load_solver(checkpoint, config.inference, device)
-        assert solver.reader is not None, f"{checkpoint} holds no reader"
+        if solver.reader is None:
+            raise ConfigError(f"{checkpoint}: holds no reader; give a checkpoint with one")
         if solver.held_out < args.held_out:
-            raise SystemExit(f"{checkpoint}: was trained with data.held_out = {solver.held_out}")
+            raise ConfigError(
+                f"{checkpoint}: was trained with data.held_out = {solver.held_out}, but --held-out "
+                f"is {args.held_out}; give at most as many as were held out"
+            )
         readings = [r for task in tasks for r in task_readings(solver, task, args.views, 0)]
         answers = {
             (task_id, i): [grid]
@@ -69,4 +75,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

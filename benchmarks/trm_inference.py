@@ -17,7 +17,6 @@ attention is not counted.
 import argparse
 import dataclasses
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from arctrm.config import EvalConfig, InferenceConfig, TRMConfig
 from arctrm.console import console
 from arctrm.data import canvas
 from arctrm.data.task import MAX_SIDE
-from arctrm.errors import ConfigError, UserError
+from arctrm.errors import ConfigError
 from arctrm.solving.candidates import Query, answer, refined, task_queries
 from arctrm.solving.evaluate import load
 from arctrm.solving.weights import Solver, load_solver
@@ -43,6 +42,7 @@ from arctrm.trm.layers import BlockWeights, apply_rotary, rms_norm, rotary_table
 from arctrm.trm.model import TRM, count_parameters
 from common import (
     fresh_peak,
+    guarded,
     matrix_rate,
     peak_memory,
     show_profile,
@@ -261,8 +261,4 @@ def show(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    guarded(main)

@@ -88,6 +88,10 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
             ["reader.input_attention=full", "llama_model=a/b"],
             ["reader.input_attention = 'full'", "llama_model = 'a/b'", "leave"],
         ),
+        (
+            ["reader.gradient_checkpointing=true", "llama_model=a/b"],
+            ["reader.gradient_checkpointing = true", "'a/b'", "hub.gradient_checkpointing"],
+        ),
         (["trm.task_embedding=per_view"], ["trm.task_embedding = 'per_view'", "'shared'"]),
     ],
 )

@@ -10,8 +10,9 @@ import torch
 
 from arctrm.cli.app import run_app
 from arctrm.config import JointConfig
-from arctrm.errors import CheckpointError
+from arctrm.errors import CheckpointError, ConfigError
 from arctrm.recipe.run import run
+from arctrm.recipe.stages import describe
 from arctrm.training import joint, loop
 from arctrm.training.checkpoints import latest_checkpoint, resolve_checkpoint
 
@@ -161,6 +162,16 @@ def test_folders_of_other_runs_are_refused(whole, config, tmp_path):
         run(config, whole / "joint", True)
     with pytest.raises(CheckpointError, match="holds the stages of a recipe"):
         joint.run(config, whole, False)
+
+
+def test_a_recipe_without_test_pairs_to_be_heard_stops_before_its_first_stage(config, tmp_path):
+    coupling = config.coupling.model_copy(update={"heard_pairs": "test"})
+    deaf = config.model_copy(update={"coupling": coupling})
+    for act in (lambda: run(deaf, tmp_path / "out", False), lambda: describe(deaf, tmp_path)):
+        with pytest.raises(ConfigError, match=r"coupling\.heard_pairs = 'test'") as refused:
+            act()
+        assert refused.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):

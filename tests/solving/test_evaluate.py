@@ -95,6 +95,26 @@ def test_the_scores_are_those_of_the_submission(evaluated, trained):
     assert scores.pair_fraction[2] == pytest.approx(np.mean(solved))
 
 
+def test_a_test_input_that_nothing_answers_is_scored_as_it_is_submitted(
+    trained, tmp_path, write_tasks, monkeypatch
+):
+    """By its own input, which is the answer of one task and of the right size in all."""
+    same = [
+        replace(task, test=tuple(replace(pair, output=pair.input) for pair in task.test))
+        for task in trained.known[:1]
+    ]
+    tasks = same + [t for t in trained.known[1:] if t.test[0].input.shape == t.test[0].output.shape]
+    folder = write_tasks(tmp_path / "tasks", tasks)
+    monkeypatch.setattr("arctrm.solving.pool.answer", lambda *_: [])
+    scores = run(config(trained.run, folder), tmp_path / "out")
+    submitted = read_submission(tmp_path / "out" / "submission.json")
+    for task, row in zip(tasks, sorted(scores.tasks, key=lambda r: r.id), strict=True):
+        verdicts = scoring.judge(submitted[task.id], [pair.output for pair in task.test])
+        assert row.solved == sum(map(any, verdicts))
+    assert (scores.task_fraction[1], scores.task_fraction[10]) == (1 / len(tasks),) * 2
+    assert scores.shape_accuracy == 1
+
+
 def test_a_model_that_is_right_scores_one(trained, tmp_path, monkeypatch):
     """The whole path from candidates to scores.json, with the candidates made right."""
     from arctrm.solving import pool

@@ -77,6 +77,16 @@ def test_a_full_disk_leaves_the_older_submission_and_nothing_half_written(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_bytes_are_on_the_disk_before_the_older_submission_is_replaced(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        told = lambda *args, name=name, real=real: (done.append(name), real(*args))
+        monkeypatch.setattr(os, name, told)
+    write_submission(tmp_path / "submission.json", submission({"a": [(A, B)]}))
+    assert done == ["fsync", "replace", "fsync"]  # the file, and then the folder that names it
+
+
 def test_who_is_reading_the_older_submission_still_reads_it_whole(tmp_path):
     path = tmp_path / "submission.json"
     write_submission(path, submission({"a": [(A, B)]}))

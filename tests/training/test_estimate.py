@@ -2,7 +2,13 @@
 
 import pytest
 
-from arctrm.config import OptimiserConfig, ScheduleConfig, TrainingConfig, TRMConfig
+from arctrm.config import (
+    OptimiserConfig,
+    ReaderConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    TRMConfig,
+)
 from arctrm.training.estimate import block_parameters, estimate, memory_bytes, operations_per_token
 
 TRM_SMALL = TRMConfig(hidden_size=64, num_heads=2, num_layers=2, H_cycles=3, L_cycles=4)
@@ -14,6 +20,14 @@ def test_operations_are_counted_as_by_hand():
     passes = 3 * (4 + 1)  # H cycles x (L updates + the H update)
     with_gradient = 4 + 1  # the last H cycle goes backward too, at twice the cost
     assert operations_per_token(TRM_SMALL) == one_pass * (passes + 2 * with_gradient)
+
+
+def test_a_checkpointed_reader_goes_forward_once_more_and_keeps_the_inputs_of_its_layers():
+    plain = ReaderConfig(hidden_size=64, num_heads=2, num_layers=20)
+    again = plain.model_copy(update={"gradient_checkpointing": True})
+    assert operations_per_token(again) == pytest.approx(operations_per_token(plain) * 4 / 3)
+    training = TrainingConfig(tokens_per_batch=2**20)
+    assert memory_bytes(again, training, 0) < 0.2 * memory_bytes(plain, training, 0)
 
 
 def test_memory_is_linear_in_the_tokens_on_top_of_the_weights():

@@ -159,6 +159,15 @@ def test_the_checkpoint_holds_every_part_and_the_configuration(run_of, tmp_path)
     assert len(meta.task_ids) == len(meta.notes["task_fingerprints"]) == 3
 
 
+def test_a_run_may_go_on_with_gradient_checkpointing_and_ends_with_the_same_bytes(run_of, tmp_path):
+    steps = {"training.checkpoint_every_steps": 2, "training.schedule.max_steps": 4}
+    joint.run(run_of(steps), tmp_path / "whole", False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
+    joint.run(run_of({**steps, "reader.gradient_checkpointing": True}), tmp_path / "cut", True)
+    assert end_of(tmp_path / "cut", 4) == end_of(tmp_path / "whole", 4)
+
+
 def test_another_coupling_is_refused_on_resume(run_of, tmp_path):
     joint.run(run_of({"training.schedule.max_steps": 1}), tmp_path, False)
     changes = {"training.schedule.max_steps": 1, "coupling.trm_weight": 2.0}

@@ -1,6 +1,7 @@
 """The ten keys of the older pipeline's file: each has its effect."""
 
 import json
+import re
 from dataclasses import replace
 from math import ceil
 
@@ -194,3 +195,50 @@ def test_epochs_end_the_run_and_a_resumed_one_at_the_same_step(folder, tmp_path)
 def test_the_dry_run_names_the_epochs(folder):
     text = plain(joint.describe(new_config({**QUICK, "data_path": str(folder), "epochs": 7})))
     assert "7 epochs" in text
+
+
+# -- heard_pairs
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory, write_tasks):
+    """Three tasks of five demonstrations and one test pair."""
+    return write_tasks(tmp_path_factory.mktemp("data") / "tested", small_tasks(3, num_tests=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"test_set": "itself"}, r"0 of its 15 pairs .*data\.test_set = .*tested.*; add a set"),
+        (
+            {"test_pair_weight": 0},
+            r"all 3 test pairs have data\.test_pair_weight = 0.*; set that above",
+        ),
+        ({"held_out": 3}, r"0 of its 15 pairs .*data\.held_out = 3"),
+    ],
+    ids=["evaluated", "weight", "held out"],
+)
+def test_heard_test_pairs_without_any_are_refused_before_anything_is_trained(
+    tested, tmp_path, changes, said
+):
+    data = {"subsets": [str(tested)], "test_set": None, **changes}
+    if data["test_set"] == "itself":
+        data["test_set"] = str(tested)
+    both = {**QUICK, "coupling.heard_pairs": "test"}
+    both |= {f"data.{key}": value for key, value in data.items()}
+    for act in (lambda c: joint.run(c, tmp_path / "run", False), joint.describe):
+        text = refused(ConfigError, lambda act=act: act(new_config(both)))
+        assert re.search(said, text)
+        assert text.endswith("or set coupling.heard_pairs = 'all'")
+    assert not (tmp_path / "run").exists()
+    joint.describe(new_config({**both, "coupling.heard_pairs": "all"}))
+    joint.describe(new_config({**both, "coupling.context": False}))  # nothing to hear anyway
+
+
+def test_test_pairs_of_a_subset_without_weight_are_not_heard(tested, tmp_path, write_tasks):
+    shown = write_tasks(tmp_path / "shown", small_tasks(num_tasks=5, seed=1, num_tests=1)[3:])
+    changes = {"data.subsets": [str(tested), str(shown)], "data.test_set": str(shown)}
+    changes |= {"data.weights": {"tested": 0.0}, "coupling.heard_pairs": "test"}
+    text = refused(ConfigError, lambda: joint.describe(new_config({**QUICK, **changes})))
+    assert "all 3 test pairs" in text
+    assert "data.weights = {'tested': 0.0}" in text

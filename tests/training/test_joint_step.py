@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from joint_parts import SEEN, drawn, fill_drafts, make, new_config, small_base
+from joint_parts import SEEN, drawn, fill_drafts, make, new_config, process, small_base
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from arctrm.adapters import DraftAdapter
 from arctrm.config import OptimiserConfig
@@ -18,6 +19,7 @@ from arctrm.training.joint import gradient_norms, joint_stage
 from arctrm.training.joint_step import JOINT_COUNTS
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.source import OUTPUT
+from arctrm.training.stages import is_captured
 from arctrm.training.step import GraphedStep
 
 EACH = pytest.mark.parametrize("form", SEEN)
@@ -106,6 +108,30 @@ def test_nothing_of_a_frozen_reader_moves(form):
     for name, parameter in hybrid.reader.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name]), name
+
+
+@EACH
+def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(form):
+    """Bytes that autograd keeps, of both attempts and the reader's own loss together."""
+    gradients, kept = [], []
+    for flag in (False, True):
+        changes = {"reader.gradient_checkpointing": flag, "reader.num_layers": 6}
+        hybrid, step = make(changes, form=form)
+        fill_drafts(step)
+        batch, bytes_of = drawn(step), {}
+
+        def pack(tensor, bytes_of=bytes_of):
+            storage = tensor.untyped_storage()
+            bytes_of[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            total, _ = step.loss(batch)
+        kept.append(sum(bytes_of.values()))
+        total.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in hybrid.parameters()]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-6)
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_a_step_works_on_real_tasks():
@@ -364,17 +390,40 @@ def test_fixed_shapes_change_nothing_but_the_shapes(form):
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("device", "setting", "dtype", "expected"),
+    [
+        ("cuda", "auto", "auto", True),
+        ("cuda", "on", "auto", True),
+        ("cuda", "off", "auto", False),
+        ("cuda", "auto", "float32", False),
+        ("cpu", "auto", "auto", False),
+        ("cpu", "off", "auto", False),
+    ],
+)
+def test_only_a_step_that_is_to_be_captured_has_the_largest_shapes(
+    monkeypatch, device, setting, dtype, expected
+):
+    """As it would be decided on `device`; the parts themselves are on the CPU."""
+    config = new_config({"training.cuda_graph": setting, "training.dtype": dtype})
+    there = lambda training, _: is_captured(training, torch.device(device))
+    monkeypatch.setattr("arctrm.training.joint.is_captured", there)
+    (step,) = joint_stage(config, small_base(), process()).steps
+    assert step.fixed_shapes == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("back", [False, True])
-def test_a_captured_joint_step_learns_like_an_eager_one(back):
+@pytest.mark.parametrize(("back", "checkpointed"), [(False, False), (True, False), (True, True)])
+def test_a_captured_joint_step_learns_like_an_eager_one(back, checkpointed):
     """Drafting goes on between the replays."""
     accelerator = SimpleNamespace(
         device=torch.device("cuda"), process_index=0, num_processes=1, is_main_process=True
     )
     losses = []
     for captured in (False, True):
-        config = new_config({"coupling.back": back, "reader.num_heads": 2})
+        changes = {"coupling.back": back, "reader.gradient_checkpointing": checkpointed}
+        config = new_config({**changes, "reader.num_heads": 2})
         stage = joint_stage(config, small_base(), accelerator)
         assert stage.capturable
         (step,) = stage.steps

@@ -75,8 +75,9 @@ def reader(tiny):
         {"training.grad_accum": 2, "training.optimiser.clip_norm": 0.5},
         {"training.ema_decay": 0.0, "training.optimiser.kind": "adamw"},
         {"reader.task_embedding": False},
+        {"reader.gradient_checkpointing": True},
     ],
-    ids=["pair", "task", "grad_accum", "adamw_no_ema", "no_task_embedding"],
+    ids=["pair", "task", "grad_accum", "adamw_no_ema", "no_task_embedding", "checkpointed"],
 )
 def test_every_variant_resumes_exactly(reader, tmp_path, changes):
     steps = {"training.schedule.max_steps": 8, "training.checkpoint_every_steps": 3}

@@ -96,8 +96,9 @@ class CouplingConfig(StrictModel):
 
     heard_pairs: Literal["all", "test"] = "all"
     """Pairs for which TRM hears the reader; the others TRM answers alone. test: test pairs only,
-    for a reader that was trained on demonstrations alone (data.test_pair_weight = 0): what it says
-    of them is as right and as wrong as what it says of the pairs to be solved."""
+    for a reader that was trained on demonstrations alone (data.test_pair_weight = 0 in its own
+    run): what it says of them is as right and as wrong as what it says of the pairs to be solved.
+    Needs test pairs that are drawn."""
 
     draft_every: int = Field(2000, ge=1)
     """Optimiser steps between two rounds of drafting."""
@@ -173,6 +174,11 @@ class JointConfig(JointModelConfig):
             raise ValueError(
                 f"reader.input_attention = 'full' with llama_model = {self.llama_model!r}: a model "
                 "of the hub keeps its own attention; leave reader.input_attention out"
+            )
+        if self.reader.gradient_checkpointing:
+            raise ValueError(
+                f"reader.gradient_checkpointing = true with llama_model = {self.llama_model!r}: "
+                "that is of the tiny reader; set hub.gradient_checkpointing = true"
             )
         hub = _with(self.hub, ("hub", "name"), 1, self.llama_model, "llama_model")
         assert isinstance(hub, HubReaderConfig)

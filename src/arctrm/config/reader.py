@@ -48,6 +48,10 @@ class ReaderConfig(StrictModel):
     task_embedding: bool = True
     """Add a learned vector of the task to every token."""
 
+    gradient_checkpointing: bool = False
+    """Keep the input of each layer instead of all activations while the reader is trained, alone or
+    joined: less memory, a third more time."""
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ReaderConfig":
         step = 8 * self.num_heads

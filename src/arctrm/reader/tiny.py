@@ -8,10 +8,12 @@ Legend: T tokens of a packed batch, B prompts, S tokens fed now, R rows (pairs),
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -55,14 +57,15 @@ class GridRotary(nn.Module):
 class TinyReader(nn.Module):
     """A reader of grids; `num_rows` task embeddings. Follows `reader.interface.GridReader`.
 
-    `dtype` is the arithmetic of the layers; parameters are float32 in training.
+    `dtype` is the arithmetic of the layers; parameters are float32 in training. Where it is
+    `checkpointed`, training keeps the input of each layer only.
     """
 
     def __init__(self, config: ReaderConfig, num_rows: int):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
-        self.compiled = False
+        self.compiled = self.checkpointed = False
         width = config.hidden_size
         self.llama = LlamaForCausalLM(llama_config(config))
         self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
@@ -111,8 +114,15 @@ class TinyReader(nn.Module):
             x = (cells + condition_TD.to(self.dtype))[None]
             turned = llama.rotary_emb(x, position_ids=positions_T[None])
             for layer in llama.layers:
-                x = layer(x, position_embeddings=turned, packing=packing)
+                x = self._run(layer, x, position_embeddings=turned, packing=packing)
             return llama.norm(x)[0]
+
+    def _run(self, layer: nn.Module, x: Tensor, **given: Any) -> Tensor:
+        """A layer, whose activations are computed anew for its gradient where `checkpointed`."""
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return layer(x, **given)
+        # Nothing in a layer is random, and a CUDA graph could not hold the state of a generator.
+        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **given)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32 [..., VOCABULARY], of hidden states."""

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from arctrm.config import JointConfig
 from arctrm.console import console, note
+from arctrm.data.build import prepare
 from arctrm.errors import CheckpointError
 from arctrm.recipe.record import Record, read
 from arctrm.recipe.stages import EVALUATION, Plan, RecipeStage, length, plan
@@ -15,6 +16,7 @@ from arctrm.solving import evaluate
 from arctrm.training import joint, pretrain
 from arctrm.training.checkpoints import check_same_config, latest_checkpoint, read_meta
 from arctrm.training.devices import new_accelerator
+from arctrm.training.joint_data import require_heard_pairs
 from arctrm.training.provenance import run_record, write_run_record
 from arctrm.training.schedule import Schedule
 
@@ -32,6 +34,7 @@ def run(config: JointConfig, out: Path, resume: bool) -> None:
     left = _left(planned)
     accelerator = new_accelerator()
     accelerator.wait_for_everyone()
+    _check_data(left, accelerator)
     record = Record(out, accelerator, config, old)
     record.write()
     if accelerator.is_main_process:
@@ -79,6 +82,15 @@ def _left(planned: Plan) -> tuple[RecipeStage, ...]:
         if checkpoint is not None:
             return planned.stages[index + _is_finished(stage, checkpoint) :]
     return planned.stages
+
+
+def _check_data(left: tuple[RecipeStage, ...], accelerator: Accelerator) -> None:
+    """Refuse now, not after the stages before it, data that the joint stage cannot use."""
+    for stage in left:
+        if isinstance(stage.config, JointConfig):
+            with accelerator.main_process_first():  # builds the data set where it has a path
+                base = prepare(stage.config.data)
+            require_heard_pairs(stage.config, base)
 
 
 def _is_finished(stage: RecipeStage, checkpoint: Path) -> bool:

@@ -49,7 +49,7 @@ from arctrm.solving.questions import (
 )
 from arctrm.solving.reading import as_logit, judge, reranked, to_judge
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.vote import Candidate, Ranked, attempts
+from arctrm.solving.vote import Candidate, Ranked, attempts, submitted
 from arctrm.training.provenance import run_record
 
 Known = dict[str, list[Grid | None]]
@@ -241,7 +241,10 @@ def _report(
         note(f"no answers are known, so nothing is scored; {took}")
         return None
     predictions = {
-        task.id: [[_grid(attempt) for attempt in test.attempts] for test in record.test]
+        task.id: [
+            submitted([_grid(attempt) for attempt in test.attempts], pair.input)
+            for test, pair in zip(record.test, task.test, strict=True)
+        ]
         for task, record in zip(tasks, records, strict=True)
     }
     scores = scoring.score(predictions, known)

@@ -25,7 +25,7 @@ from arctrm.solving.answering import Asked, answer_all, ask, rank_all, say_what_
 from arctrm.solving.candidates import Key, require_test_inputs
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.vote import Ranked, attempts
+from arctrm.solving.vote import Ranked, attempts, submitted
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
@@ -198,10 +198,11 @@ def _report(
 
 
 def _predictions(tasks: list[Task], ranked: dict[Key, list[Ranked]]) -> dict[str, list[list[Grid]]]:
+    """What is scored: the grids that `_submit` writes, and those that come after them."""
     return {
         task.id: [
-            [r.grid for r in ranked[task.id, index][:PASS_AT_MOST]]
-            for index in range(len(task.test))
+            submitted([r.grid for r in ranked[task.id, index][:PASS_AT_MOST]], pair.input)
+            for index, pair in enumerate(task.test)
         ]
         for task in tasks
     }

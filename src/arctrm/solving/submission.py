@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from arctrm.data.parse import load_json, parse_grid
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError, ResourceError
+from arctrm.training.files import replace_text
 
 ATTEMPT_NAMES = ("attempt_1", "attempt_2")
 
@@ -34,19 +34,14 @@ def submission(predictions: Mapping[str, Sequence[Attempts]]) -> Submission:
 
 
 def write_submission(path: Path, content: Submission) -> None:
-    """Write the file aside, then rename it: an older file is replaced whole or not at all.
+    """Write the file in one step: an older one is replaced whole or not at all, a crash included.
 
     Raises:
         ResourceError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    aside = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        replace_text(path, json.dumps(content))
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"

@@ -103,6 +103,13 @@ def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
     return ranked[0].grid, ranked[min(1, len(ranked) - 1)].grid
 
 
+def submitted(ranked: Sequence[Grid], fallback: Grid) -> list[Grid]:
+    """What is scored of the grids of a test input, best first: where there is none, `fallback`, as
+    `attempts` submits it.
+    """
+    return list(ranked) or [fallback]
+
+
 def evidence(
     ranked: Sequence[Ranked], views: int, leave_one_out: float | None = None
 ) -> tuple[Evidence, Evidence]:

@@ -33,7 +33,13 @@ def passes(model: TRMConfig | ReaderConfig) -> tuple[int, int]:
 def operations_per_token(model: TRMConfig | ReaderConfig) -> float:
     """Arithmetic of one training step on one token (backward = 2 x forward), attention left out."""
     without, with_gradient = passes(model)
-    return 2 * block_parameters(model) * (without + 3 * with_gradient)
+    times = 4 if is_checkpointed(model) else 3
+    return 2 * block_parameters(model) * (without + times * with_gradient)
+
+
+def is_checkpointed(model: TRMConfig | ReaderConfig) -> bool:
+    """Whether activations are computed anew for the gradient."""
+    return isinstance(model, ReaderConfig) and model.gradient_checkpointing
 
 
 def memory_bytes(
@@ -47,8 +53,10 @@ def memory_bytes(
     states = 4 * numbers
     width = 2 if torch.cuda.is_available() else 4
     kept = 12 * model.hidden_size + 4 * model.inner_size
-    per_token = kept * width * model.num_layers * passes(model)[1]
-    return states + per_token * training.tokens_per_batch
+    numbers_per_token = kept * model.num_layers * passes(model)[1]
+    if is_checkpointed(model):
+        numbers_per_token = model.hidden_size * model.num_layers + kept
+    return states + width * numbers_per_token * training.tokens_per_batch
 
 
 def estimate(

@@ -15,7 +15,6 @@ from arctrm.adapters import count_parameters
 from arctrm.config.data import DataConfig
 from arctrm.config.joint import TINY, JointConfig
 from arctrm.config.reader import ReaderConfig
-from arctrm.config.training import TrainingConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
@@ -25,7 +24,7 @@ from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
 from arctrm.training.drafts import DraftPool
-from arctrm.training.joint_data import steps_of, with_data_path
+from arctrm.training.joint_data import require_heard_pairs, steps_of, with_data_path
 from arctrm.training.joint_hub import check_fits, joint_reader
 from arctrm.training.joint_step import JOINT_COUNTS, JointStep
 from arctrm.training.joint_stream import JointStream
@@ -37,6 +36,7 @@ from arctrm.training.stages import (
     Stage,
     compute_dtype,
     goes_by_blocks,
+    is_captured,
     is_compiled,
     rows_of,
 )
@@ -51,7 +51,12 @@ def run(config: JointConfig, out: Path, resume: bool, shared: Accelerator | None
 
 
 def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) -> Stage:
-    """The hybrid and its training steps, on this process's device."""
+    """The hybrid and its training steps, on this process's device.
+
+    Raises:
+        UserError: models, checkpoints or data do not fit the configuration.
+    """
+    require_heard_pairs(config, base)
     torch.manual_seed(config.seed)
     hybrid = new_hybrid(config, base, accelerator.device)
     for load, checkpoint in (
@@ -63,7 +68,7 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
             if accelerator.process_index == 0:
                 note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)
-    _to_device(hybrid.to(accelerator.device), config.training)
+    _to_device(hybrid.to(accelerator.device), config)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     steps = [_step(config, hybrid, base) for _ in range(config.training.grad_accum)]
     counts = [step.counts for step in steps]
@@ -73,8 +78,9 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
         batches = config.training.grad_accum * accelerator.num_processes
         num_steps = steps_of(config.epochs, base, steps[0].stream, batches, config.seed)
     capturable = hybrid.tiny is not None
+    captured = capturable and is_captured(config.training, accelerator.device)
     for step in steps:
-        step.fixed_shapes = capturable and accelerator.device.type == "cuda"
+        step.fixed_shapes = captured
     return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps)
 
 
@@ -90,9 +96,9 @@ def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None =
     return hub_hybrid(hub, config.reader, config.trm, config.coupling, base.num_tasks)
 
 
-def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
+def _to_device(hybrid: Hybrid, config: JointConfig) -> None:
     """Arithmetic and compilation of the parts, which stand on their device."""
-    device, tiny = hybrid.trm.H_init.device, hybrid.tiny
+    training, device, tiny = config.training, hybrid.trm.H_init.device, hybrid.tiny
     hybrid.train()
     hybrid.trm.dtype = compute_dtype(training.dtype, device)
     compiled = is_compiled(training, device)
@@ -100,6 +106,7 @@ def _to_device(hybrid: Hybrid, training: TrainingConfig) -> None:
         hybrid.trm.level = torch.compile(run_level, dynamic=False)
     if tiny is not None:
         tiny.dtype = hybrid.trm.dtype
+        tiny.checkpointed = config.reader.gradient_checkpointing
         if compiled:
             tiny.compile_layers()
 
@@ -169,6 +176,7 @@ def describe(config: JointConfig) -> Table:
     """What `joint` would run: data, parameters of every part; writes nothing."""
     config = with_data_path(config)
     base = prepare(_without_writing(config.data))
+    require_heard_pairs(config, base)
     with torch.device("meta"):
         reader, width = _empty_reader(config, base)
         own = empty_hybrid(ReaderConfig(), config.trm, config.coupling, base.num_tasks)

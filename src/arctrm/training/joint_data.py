@@ -1,9 +1,12 @@
-"""What `data_path` and `epochs` of `arctrm joint` mean, which only the data tells."""
+"""What `data_path`, `epochs` and `coupling.heard_pairs` of `arctrm joint` mean, which only the data
+tells.
+"""
 
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from arctrm.config.data import DataConfig
@@ -13,6 +16,7 @@ from arctrm.data.sources import BUNDLED, subset_label
 from arctrm.errors import ConfigError
 from arctrm.training import reader_stream as reading
 from arctrm.training.joint_stream import JointStream
+from arctrm.training.source import IS_TEST, pair_weights
 
 MEASURED_BATCHES = 16
 
@@ -56,6 +60,38 @@ def _of_built(config: JointConfig, folder: Path) -> DataConfig:
 
 def _changed(data: DataConfig, **changes: Any) -> DataConfig:
     return DataConfig.model_validate({**dict(data), **changes})
+
+
+def require_heard_pairs(config: JointConfig, base: BaseSet) -> None:
+    """Refuse a data set about no pair of which TRM would hear the reader.
+
+    Raises:
+        ConfigError: says why no test pair is drawn, and what to change.
+        DataError: the weights do not fit the data set.
+    """
+    coupling, data = config.coupling, config.data
+    if coupling.heard_pairs == "all" or not (coupling.context or coupling.draft):
+        return
+    is_test = np.asarray(base.pairs)[:, IS_TEST].astype(bool)
+    if (pair_weights(base, data)[is_test] > 0).any():
+        return
+    num_tests = f"{is_test.sum():,}"
+    if not is_test.any():
+        problem = (
+            f"0 of its {base.num_pairs:,} pairs are test pairs that may be trained "
+            f"on (data.test_set = {base.meta.test_set!r}, data.held_out = {data.held_out})"
+        )
+        cure = "add a set that is not evaluated to data.subsets"
+    elif data.test_pair_weight == 0:
+        problem = f"all {num_tests} test pairs have data.test_pair_weight = {data.test_pair_weight}"
+        cure = "set that above 0"
+    else:
+        problem = f"all {num_tests} test pairs have no weight in data.weights = {data.weights}"
+        cure = "give one of their subsets a weight above 0"
+    raise ConfigError(
+        "coupling.heard_pairs = 'test': the data set has no test pair about which TRM could hear "
+        f"the reader, for {problem}; {cure}, or set coupling.heard_pairs = 'all'"
+    )
 
 
 def steps_of(

@@ -17,7 +17,7 @@ from arctrm.config.joint import JointConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
-from arctrm.errors import CheckpointError, ConfigError
+from arctrm.errors import CheckpointError
 from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoints import (
     RECIPE_RECORD,
@@ -37,7 +37,7 @@ from arctrm.training.loop import Run, restore, train
 from arctrm.training.optimisers import EMA, FlatGradients, Optimisers
 from arctrm.training.progress import TrainingProgress
 from arctrm.training.provenance import git_revision, run_record, write_run_record
-from arctrm.training.stages import Stage, new_model, new_stage
+from arctrm.training.stages import Stage, is_captured, new_model, new_stage
 from arctrm.training.tracking import Tracker
 from arctrm.trm.model import count_parameters
 
@@ -50,6 +50,7 @@ MAY_DIFFER_ON_RESUME = (
     "recipe",
     "reader_checkpoint",
     "trm_checkpoint",
+    "reader.gradient_checkpointing",
     "training.compile",
     "training.cuda_graph",
     "training.checkpoint_every",
@@ -86,7 +87,7 @@ def run(
     job, capturable = _build(config, base, out, accelerator, began_at, stage)
     if checkpoint is not None:
         _restore(job, checkpoint)
-    if capturable and _can_capture(config.training, job):
+    if capturable and is_captured(config.training, accelerator.device):
         job.capture()
     is_main = accelerator.is_main_process
     if is_main:
@@ -179,18 +180,6 @@ def describe(config: PretrainConfig) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _can_capture(training: TrainingConfig, job: Run) -> bool:
-    """Whether steps run as a CUDA graph: on a GPU, with the packed attention kernel (bfloat16)."""
-    device = job.accelerator.device.type
-    possible = device == "cuda" and job.model.dtype == torch.bfloat16
-    if training.cuda_graph == "on" and not possible:
-        raise ConfigError(
-            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on {device}: "
-            "a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
-        )
-    return possible and training.cuda_graph != "off"
 
 
 def _starting_point(out: Path, resume: bool) -> Path | None:

@@ -34,7 +34,7 @@ class PairSource:
         bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
         self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
         self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
-        weights = _weights(base, data)
+        weights = pair_weights(base, data)
         self.drawable = torch.from_numpy(weights > 0).to(device)
         self.cumulative = torch.from_numpy(weights.cumsum() / weights.sum()).to(device)
 
@@ -105,8 +105,12 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
     return (x >> 40 & 0xFFFFFF).float() / 2**24
 
 
-def _weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs]: the weight of a pair: its subset's x its area's x that of test pairs."""
+def pair_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
+    """float64 [num_pairs]: the weight of a pair: its subset's x its area's x that of test pairs.
+
+    Raises:
+        DataError: a subset that is not there has a weight, or no pair has one above 0.
+    """
     unknown = set(data.weights) - set(base.meta.subsets)
     if unknown:
         raise DataError(

@@ -69,6 +69,7 @@ def new_stage(config: PretrainConfig, base: BaseSet, accelerator: Accelerator) -
             model.level = torch.compile(run_level, dynamic=False)
         steps = _trm_steps(model, config, base)
     else:
+        model.checkpointed = config.reader.gradient_checkpointing
         if compiled:
             model.compile_layers()
         steps = _reader_steps(model, config, base)
@@ -108,8 +109,27 @@ def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
 
 def goes_by_blocks(training: TrainingConfig, device: torch.device) -> bool:
     """Whether the reader's attention goes by blocks: compiled, in bfloat16, on a GPU."""
-    narrow = compute_dtype(training.dtype, device) == torch.bfloat16
-    return device.type == "cuda" and narrow and is_compiled(training, device)
+    return _is_narrow_on_gpu(training, device) and is_compiled(training, device)
+
+
+def is_captured(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether steps run as a CUDA graph: on a GPU, with the packed attention kernel (bfloat16).
+
+    Raises:
+        ConfigError: training.cuda_graph asks for what is not possible.
+    """
+    possible = _is_narrow_on_gpu(training, device)
+    if training.cuda_graph == "on" and not possible:
+        raise ConfigError(
+            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
+            f"{device.type}: a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
+        )
+    return possible and training.cuda_graph != "off"
+
+
+def _is_narrow_on_gpu(training: TrainingConfig, device: torch.device) -> bool:
+    """Where the packed attention kernels are."""
+    return device.type == "cuda" and compute_dtype(training.dtype, device) == torch.bfloat16
 
 
 def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
