@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("trm_inference", ["--checkpoint", "NOWHERE"]),
         ("grid_decoding", ["--checkpoint", "NOWHERE"]),
         ("held_out_loss", ["NOWHERE"]),
+        ("rankings", ["NOWHERE"]),
     ],
 )
 def test_a_missing_checkpoint_is_one_line_and_exit_code_2(

@@ -15,6 +15,7 @@ from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError
 from arctrm.reader.interface import left_padded
 from arctrm.solving.evaluate import describe, run
+from arctrm.solving.kept import KEPT, read_candidates
 from arctrm.solving.reading import task_readings
 from arctrm.solving.submission import check_complete, read_submission
 from arctrm.solving.weights import load_solver
@@ -83,6 +84,32 @@ def test_scores_and_submission_are_those_of_any_checkpoint(evaluated, tasks, tin
         if not np.array_equal(grid, query)
     ]
     assert decoded  # not only the fallback
+
+
+def test_kept_candidates_are_what_was_submitted_and_who_proposed_it(
+    evaluated, tasks, tiny_reader, folder, tmp_path
+):
+    asked = config(tiny_reader, folder, rank="experts", scoring_views=2)
+    keep = asked.evaluation.model_copy(update={"keep_candidates": True})
+    run(asked.model_copy(update={"evaluation": keep}), tmp_path / "out")
+    kept = read_candidates(tmp_path / "out" / KEPT)
+    answers = read_submission(tmp_path / "out" / "submission.json")
+    assert kept.keys() == {task.id for task in tasks}
+    found = [
+        (own, attempts)
+        for name, inputs in kept.items()
+        for own, attempts in zip(inputs, answers[name], strict=True)
+        if own
+    ]
+    assert found
+    for own, attempts in found:
+        for one, grid in zip((own[0], own[min(1, len(own) - 1)]), attempts, strict=True):
+            assert np.array_equal(one.grid, grid)
+        views = [view for one in own for view in one.views_by["reader"]]
+        assert sorted(views) == sorted(set(views))
+        assert set(views) <= set(range(3))
+        assert all(len(one.reader_scores) == 2 for one in own)
+    assert not (evaluated[1] / KEPT).exists()
 
 
 def test_the_same_seed_writes_the_same_submission(evaluated, tiny_reader, folder, tmp_path):

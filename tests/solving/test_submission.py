@@ -67,10 +67,11 @@ def test_a_full_disk_leaves_the_older_submission_and_nothing_half_written(tmp_pa
     before = path.read_bytes()
 
     def full_disk(self: Path, *args, **kwargs) -> int:
-        self.write_bytes(b"half")
+        with self.open("wb") as file:
+            file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ResourceError, match=r"submission\.json: cannot be written \(No space left"):
         write_submission(path, submission({"a": [(B, B)]}))
     assert path.read_bytes() == before

@@ -22,7 +22,7 @@ class InferenceConfig(StrictModel):
     other answers."""
 
     tokens_per_batch: int | None = Field(None, ge=1024)
-    """Tokens in one packed batch; by default 32768 on a GPU (8192 with a hub reader) and 1024 on a
+    """Tokens in one packed batch; by default 131072 on a GPU (8192 with a hub reader) and 1024 on a
     CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -113,6 +113,10 @@ class EvaluationConfig(TaskChoiceConfig):
     ] = ()
     """Score again with one thing left out, each in turn: of a hybrid, or of an evaluation that
     adapts."""
+
+    keep_candidates: bool = False
+    """Write candidates.json.gz, too: every grid that was proposed, by whom, under which views, and
+    what the reader finds of it."""
 
     @property
     def adapts(self) -> bool:

@@ -28,7 +28,7 @@ from arctrm.training.stages import TOKENS_PER_ROW
 from arctrm.trm.model import TRM
 from arctrm.trm.packing import longest_row, sequences, token_map
 
-CPU_TOKENS, GPU_TOKENS = 1024, 32768
+CPU_TOKENS, GPU_TOKENS = 1024, 131072
 HUB_TOKENS = 8192
 """On a GPU with a hub reader, whose states of a whole task belong to every row."""
 
@@ -46,6 +46,8 @@ class Query:
     """uint8 [height, width]: the input on its canvas."""
     row: int
     """Task embedding row."""
+    number: int = 0
+    """Of the view among those asked under."""
 
 
 def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
@@ -65,8 +67,8 @@ def task_queries(solver: Solver, task: Task, num_views: int, seed: int) -> list[
     view to offer and gives no query.
     """
     return [
-        _query(solver.trm, task, index, view, row)
-        for view, row in task_views(solver, task, num_views, seed)
+        _query(solver.trm, task, index, view, row, number)
+        for number, (view, row) in enumerate(task_views(solver, task, num_views, seed))
         for index in range(len(task.test))
     ]
 
@@ -82,14 +84,15 @@ def task_views(solver: Solver, task: Task, num_views: int, seed: int) -> list[tu
     return [(view, solver.mean_row if row is None else row) for view in views]
 
 
-def _query(trm: TRM, task: Task, index: int, view: View, row: int) -> Query:
+def _query(trm: TRM, task: Task, index: int, view: View, row: int, number: int) -> Query:
     grid = task.test[index].input
     height, width = query_canvas(task, grid)
     if DIHEDRALS[view.dihedral][0]:
         height, width = width, height
     if trm.config.layout == "reference":
         height = width = MAX_SIDE
-    return Query((task.id, index), view, canvas.encode(view.apply(grid), height, width), row)
+    codes = canvas.encode(view.apply(grid), height, width)
+    return Query((task.id, index), view, codes, row, number)
 
 
 def batch_tokens(solver: Solver, inference: InferenceConfig) -> int:
@@ -125,7 +128,12 @@ def answer(
     source = "trm" if guides is None else "hybrid"
     said = refined(solver, queries, inference, advance, guides)
     return [
-        (query.key, Candidate(grid_on(query, own.codes), own.q_halt, source, steps=own.steps))
+        (
+            query.key,
+            Candidate(
+                grid_on(query, own.codes), own.q_halt, source, steps=own.steps, view=query.number
+            ),
+        )
         for query, own in zip(queries, said, strict=True)
     ]
 

@@ -23,6 +23,7 @@ from arctrm.solving import scoring
 from arctrm.solving.adaptation import require_adaptable
 from arctrm.solving.answering import Asked, answer_all, ask, rank_all, say_what_is_unusual
 from arctrm.solving.candidates import Key, require_test_inputs
+from arctrm.solving.kept import KEPT, write_candidates
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Ranked, attempts, submitted
@@ -62,6 +63,8 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     scores = None
     if accelerator.is_main_process:
         _submit(tasks, ranked, out)
+        if config.evaluation.keep_candidates:
+            write_candidates(out / KEPT, tasks, ranked)
         scores = _report(config, before, adapted, tasks, ranked, known, seconds, out)
     rows: dict[str, scoring.Scores] = {} if scores is None else {"everything": scores}
     for name, own in _ablated(solver, before, tasks, asked, config, accelerator):
@@ -133,7 +136,7 @@ def _open_folder(out: Path, config: EvalConfig) -> None:
         raise DataError(f"{out}: is the folder of a training run; choose another --out")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        for older in ("scores.json", "ablations.json"):
+        for older in ("scores.json", "ablations.json", KEPT):
             (out / older).unlink(missing_ok=True)
     write_run_record(out, run_record(config))
 

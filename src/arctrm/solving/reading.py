@@ -39,6 +39,8 @@ class Reading:
     """Room for every plausible output."""
     layout: Prompt | None = None
     """The prompt in the tokens of the tiny reader, where TRM may be told of it."""
+    number: int = 0
+    """Of the view among those asked under."""
 
 
 def task_readings(solver: Solver, task: Task, num_views: int, seed: int) -> list[Reading]:
@@ -47,21 +49,27 @@ def task_readings(solver: Solver, task: Task, num_views: int, seed: int) -> list
     assert reader is not None
     rng = np.random.default_rng([seed, *task.id.encode(), 1])
     return [
-        _reading(reader, task, index, view, row, rng)
-        for view, row in task_views(solver, task, num_views, seed)
+        _reading(reader, task, index, view, row, number, rng)
+        for number, (view, row) in enumerate(task_views(solver, task, num_views, seed))
         for index in range(len(task.test))
     ]
 
 
 def _reading(
-    reader: JointReader, task: Task, index: int, view: View, row: int, rng: np.random.Generator
+    reader: JointReader,
+    task: Task,
+    index: int,
+    view: View,
+    row: int,
+    number: int,
+    rng: np.random.Generator,
 ) -> Reading:
     query = task.test[index].input
     room = output_room(task, query, view)
     pairs = _context(reader, task, view, room, query, rng)
     condition = (row, view.dihedral, int(view.identity_colours))
     layout = prompt(pairs, view.apply(query), condition)
-    return Reading((task.id, index), view, reader.own(layout), query, room, layout)
+    return Reading((task.id, index), view, reader.own(layout), query, room, layout, number)
 
 
 def output_room(task: Task, query: Grid, view: View) -> int:
@@ -105,7 +113,8 @@ def as_candidates(
 def as_candidate(reading: Reading, one: Decoded) -> tuple[Key, Candidate]:
     """What the reader proposes, turned back."""
     grid = turned_back(reading, one.grid)
-    return reading.key, Candidate(grid, as_logit(one.log_probability), "reader")
+    q = as_logit(one.log_probability)
+    return reading.key, Candidate(grid, q, "reader", view=reading.number)
 
 
 def as_logit(log_probability: float) -> float:

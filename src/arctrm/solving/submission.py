@@ -11,7 +11,7 @@ from typing import Any
 from arctrm.data.parse import load_json, parse_grid
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError, ResourceError
-from arctrm.training.files import replace_text
+from arctrm.training.files import replace_bytes
 
 ATTEMPT_NAMES = ("attempt_1", "attempt_2")
 
@@ -41,7 +41,7 @@ def write_submission(path: Path, content: Submission) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(content))
+        replace_bytes(path, json.dumps(content).encode())
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another --out"

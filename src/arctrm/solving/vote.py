@@ -30,6 +30,8 @@ class Candidate:
     """Score (0..1) of the held-out demonstrations in the attempt that gave it; None without."""
     steps: int | None = None
     """Supervision steps behind it, where TRM proposed it."""
+    view: int | None = None
+    """Number of the view under which it was proposed; None where there was none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +45,19 @@ class Ranked:
     """Mean of their confidences."""
     sources: tuple[str, ...]
     """Who proposed it, sorted."""
-    reader_score: float | None = None
-    """The reader's log-probability of it (nats), mean over views; None if not scored."""
+    reader_scores: tuple[float, ...] = ()
+    """The reader's log-probability of it (nats) under each view; none if not scored."""
+    views_by: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Numbers of the views under which each source voted for it, as far as known."""
     votes_by: Mapping[str, int] = field(default_factory=dict)
     """Votes of each source."""
     probe: float | None = None
     """Best probe score of its candidates; None without."""
+
+    @property
+    def reader_score(self) -> float | None:
+        """The mean of the reader's scores over the views; None if not scored."""
+        return fsum(self.reader_scores) / len(self.reader_scores) if self.reader_scores else None
 
 
 @dataclass(frozen=True)
@@ -87,10 +96,13 @@ def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> l
     """The first of `ranked` reordered by the reader: `scores` has one list per view, one
     log-probability per grid. What was not scored keeps its order behind them.
     """
-    means = [fsum(views) / len(views) for views in zip(*scores, strict=True)]
-    scored = [replace(entry, reader_score=mean) for entry, mean in zip(ranked, means, strict=False)]
-    order = sorted(range(len(scored)), key=lambda i: -means[i])  # stable: votes decide ties
-    return [scored[i] for i in order] + list(ranked[len(scored) :])
+    by_grid = zip(*scores, strict=True)
+    scored = [
+        replace(entry, reader_scores=own) for entry, own in zip(ranked, by_grid, strict=False)
+    ]
+    # Stable: votes decide ties.
+    best_first = sorted(scored, key=lambda entry: -fsum(entry.reader_scores))
+    return best_first + list(ranked[len(scored) :])
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
@@ -148,12 +160,17 @@ def _ranked(group: list[Candidate]) -> Ranked:
     # fsum is exact, so the mean does not depend on the order of the candidates.
     mean_q = fsum(candidate.q for candidate in group) / len(group)
     votes_by = Counter(sorted(candidate.source for candidate in group))
+    views: dict[str, tuple[int, ...]] = {
+        source: tuple(sorted(c.view for c in group if c.source == source and c.view is not None))
+        for source in votes_by
+    }
     probes = [candidate.probe for candidate in group if candidate.probe is not None]
     return Ranked(
         np.asarray(group[0].grid, dtype=np.uint8),
         len(group),
         mean_q,
         tuple(votes_by),
+        views_by=views,
         votes_by=votes_by,
         probe=max(probes, default=None),
     )

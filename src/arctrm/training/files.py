@@ -30,19 +30,24 @@ def write_text_atomically(path: Path, text: str) -> None:
         ResourceError: the disk is full.
         CheckpointError: the folder cannot be written for another reason.
     """
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """`write_text_atomically` for what is no text."""
     with disk_errors(path.parent):
-        replace_text(path, text)
+        replace_bytes(path, content)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """`write_text_atomically` for who has a sentence of their own for what the system refuses.
+def replace_bytes(path: Path, content: bytes) -> None:
+    """`write_bytes_atomically` for who has a sentence of their own for what the system refuses.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     aside = path.with_name(f".tmp-{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         flush_to_disk(aside)
         os.replace(aside, path)
     finally:

@@ -1,0 +1,129 @@
+"""What other rankings would have made of the candidates that an evaluation kept; no model needed.
+
+    arctrm eval --checkpoint runs/arc1 --set evaluation.keep_candidates=true --out scores/arc1
+    python benchmarks/rankings.py scores/arc1 --test-set evaluation
+
+Prints task_fraction in percent: against the number of views that propose (the first of them),
+against the number of views under which the reader judges, and for rules in which the votes of TRM
+weigh beside the reader's judgement. The rules are for choosing on tasks that were held out of
+training (`data.held_out`, `evaluation.held_out`), not on those whose score is to be reported.
+With fewer proposing views, of the grids that were judged those count that are still proposed.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+
+from arctrm.console import console
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Grid
+from arctrm.solving import scoring
+from arctrm.solving.kept import KEPT, read_candidates
+from arctrm.solving.vote import Ranked
+from common import guarded
+
+Rule = Callable[[Sequence[Ranked]], list[Ranked]]
+"""Reorders the grids of one test input."""
+
+WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Nats of the reader's mean score that e times as many votes of TRM are worth."""
+
+
+def main() -> None:
+    args = arguments()
+    kept = read_candidates(args.scores / KEPT)
+    known = scoring.answers(load_tasks(args.test_set))
+    known = {task: known[task] for task in kept}
+    everything = [one for inputs in kept.values() for own in inputs for one in own]
+    views = [v for one in everything for own in one.views_by.values() for v in own]
+    judging = max((len(one.reader_scores) for one in everything), default=0)
+    table = Table(title=f"{len(kept)} tasks, task_fraction (%)")
+    for column in ("ranked by", *(f"pass@{k}" for k in scoring.PASSES)):
+        table.add_column(column)
+    for name, rule in rules(1 + max(views, default=0), judging):
+        table.add_row(name, *row(kept, known, rule))
+    console().print(table)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scores", type=Path, help="output folder of arctrm eval")
+    parser.add_argument("--test-set", default="evaluation")
+    return parser.parse_args()
+
+
+def rules(proposing: int, judging: int) -> list[tuple[str, Rule]]:
+    """Names and rules, for so many views that propose and that judge."""
+    found: list[tuple[str, Rule]] = [("the evaluation", list)]
+    for n in powers(proposing):
+        found.append((f"votes, {n} views", lambda own, n=n: by_votes(first(own, n))))
+    if not judging:
+        return found
+    for n in powers(proposing):
+        found.append((f"reader, {n} views", lambda own, n=n: by_reader(first(own, n), judging)))
+    for n in powers(judging):
+        found.append((f"reader, judging under {n}", lambda own, n=n: by_reader(own, n)))
+    for w in WEIGHTS:
+        found.append((f"reader, TRM's votes x {w:g}", lambda own, w=w: with_trm(own, w)))
+    return found
+
+
+def powers(limit: int) -> list[int]:
+    """1, 2, 4, ... and the limit itself."""
+    return [2**i for i in range(limit.bit_length()) if 2**i < limit] + [limit]
+
+
+def first(own: Sequence[Ranked], views: int) -> list[Ranked]:
+    """What is left where only the first views propose."""
+    found = []
+    for one in own:
+        left = {s: tuple(v for v in vs if v < views) for s, vs in one.views_by.items()}
+        votes = sum(map(len, left.values()))
+        if votes:
+            found.append(replace(one, views_by=left, votes=votes))
+    return found
+
+
+def by_votes(own: Sequence[Ranked]) -> list[Ranked]:
+    """By votes, then by the proposers' confidence."""
+    return sorted(own, key=lambda one: (-one.votes, -one.mean_q))
+
+
+def by_reader(own: Sequence[Ranked], views: int) -> list[Ranked]:
+    """By the mean score of the first views that judged; what was not judged by votes, behind."""
+    return sorted(by_votes(own), key=lambda one: -mean(one.reader_scores[:views]))
+
+
+def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
+    """By the reader's mean score and the logarithm of TRM's votes (one more than there are)."""
+
+    def value(one: Ranked) -> float:
+        votes = sum(len(vs) for source, vs in one.views_by.items() if source != "reader")
+        return mean(one.reader_scores) + weight * math.log(votes + 1)
+
+    return sorted(by_votes(own), key=lambda one: -value(one))
+
+
+def mean(scores: Sequence[float]) -> float:
+    """Of none: the least."""
+    return math.fsum(scores) / len(scores) if scores else -math.inf
+
+
+def row(
+    kept: dict[str, list[list[Ranked]]], known: dict[str, list[Grid | None]], rule: Rule
+) -> list[str]:
+    """The scores of a rule, in percent."""
+    predictions = {
+        task: [[one.grid for one in rule(own)[: scoring.PASSES[-1]]] for own in inputs]
+        for task, inputs in kept.items()
+    }
+    found = scoring.score(predictions, known).task_fraction
+    return [f"{100 * found[k]:.1f}" for k in scoring.PASSES]
+
+
+if __name__ == "__main__":
+    guarded(main)
