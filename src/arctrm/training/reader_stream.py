@@ -180,38 +180,30 @@ class ReaderStream:
         labels = torch.where(real & outputs, following, IGNORE)
         firsts = begins[: rows.shape[0]].view(num_sequences, -1)[:, 0]
         offsets = torch.cat((firsts, begins[rows.shape[0] :])).to(torch.int32)
+        prompts = self._prompts(rows, num_sequences, offsets.shape[0] - 1)
+        if self.by_blocks:
+            packing = block_packing(offsets, num_tokens, longest, prompts)
+        else:
+            packing = new_packing(offsets, longest, self.dtype, prompts, longest_part)
         return ReaderBatch(
             rows,
             torch.where(real, tokens, PAD),
             torch.where(real, positions, 0),
             labels,
             row,
-            self._packing(rows, num_sequences, num_tokens, offsets, (longest, longest_part)),
+            packing,
             num_sequences,
         )
 
-    def _packing(
-        self,
-        rows: Tensor,
-        num_sequences: int,
-        num_tokens: int,
-        offsets: Tensor,
-        bounds: tuple[int, int],
-    ) -> Packing:
-        """Where the sequences lie; their inputs are seen whole if the reader sees them so.
-
-        `bounds` of the tokens of a sequence and of its parts.
+    def _prompts(self, rows: Tensor, num_sequences: int, num_slots: int) -> Tensor | None:
+        """Tokens of each of `num_slots` sequences that see each other, those that are not there
+        included; None where the reader sees inputs causally.
         """
-        prompts: Tensor | None = None
-        if self.seen_whole:
-            firsts = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
-            prompts = self.asked(firsts).minimum(firsts[:, LENGTH])
-            unused = prompts.new_zeros(offsets.shape[0] - 1 - num_sequences)
-            prompts = torch.cat((prompts, unused))
-        longest, longest_part = bounds
-        if self.by_blocks:
-            return block_packing(offsets, num_tokens, longest, prompts)
-        return new_packing(offsets, longest, self.dtype, prompts, longest_part)
+        if not self.seen_whole:
+            return None
+        firsts = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
+        prompts = self.asked(firsts).minimum(firsts[:, LENGTH])
+        return torch.cat((prompts, prompts.new_zeros(num_slots - num_sequences)))
 
     def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
