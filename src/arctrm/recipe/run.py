@@ -16,7 +16,7 @@ from arctrm.solving import evaluate
 from arctrm.training import joint, pretrain
 from arctrm.training.checkpoints import check_same_config, latest_checkpoint, read_meta
 from arctrm.training.devices import new_accelerator
-from arctrm.training.joint_data import require_heard_pairs
+from arctrm.training.joint_data import needs_heard_pairs, require_heard_pairs
 from arctrm.training.provenance import run_record, write_run_record
 from arctrm.training.schedule import Schedule
 
@@ -87,7 +87,7 @@ def _left(planned: Plan) -> tuple[RecipeStage, ...]:
 def _check_data(left: tuple[RecipeStage, ...], accelerator: Accelerator) -> None:
     """Refuse now, not after the stages before it, data that the joint stage cannot use."""
     for stage in left:
-        if isinstance(stage.config, JointConfig):
+        if isinstance(stage.config, JointConfig) and needs_heard_pairs(stage.config):
             with accelerator.main_process_first():  # builds the data set where it has a path
                 base = prepare(stage.config.data)
             require_heard_pairs(stage.config, base)

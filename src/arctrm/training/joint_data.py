@@ -62,6 +62,12 @@ def _changed(data: DataConfig, **changes: Any) -> DataConfig:
     return DataConfig.model_validate({**dict(data), **changes})
 
 
+def needs_heard_pairs(config: JointConfig) -> bool:
+    """Whether TRM is to hear the reader, and about test pairs only."""
+    coupling = config.coupling
+    return coupling.heard_pairs == "test" and (coupling.context or coupling.draft)
+
+
 def require_heard_pairs(config: JointConfig, base: BaseSet) -> None:
     """Refuse a data set about no pair of which TRM would hear the reader.
 
@@ -69,8 +75,8 @@ def require_heard_pairs(config: JointConfig, base: BaseSet) -> None:
         ConfigError: says why no test pair is drawn, and what to change.
         DataError: the weights do not fit the data set.
     """
-    coupling, data = config.coupling, config.data
-    if coupling.heard_pairs == "all" or not (coupling.context or coupling.draft):
+    data = config.data
+    if not needs_heard_pairs(config):
         return
     is_test = np.asarray(base.pairs)[:, IS_TEST].astype(bool)
     if (pair_weights(base, data)[is_test] > 0).any():
