@@ -19,7 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from arctrm.config import TRMConfig
 from arctrm.console import console
 from arctrm.data.task import Task
-from arctrm.errors import UserError
+from arctrm.errors import ConfigError, UserError
+from arctrm.reader.interface import GridReader
+from arctrm.solving.weights import Solver
 from arctrm.training.loop import Run, train_step
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.layers import run_level
@@ -35,6 +37,13 @@ def guarded(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def reader_of(solver: Solver) -> GridReader:
+    """The reader of weights that must hold one."""
+    if solver.reader is None:
+        raise ConfigError(f"{solver.name}: holds no reader; give a checkpoint with one")
+    return solver.reader
 
 
 def weights_arguments(parser: argparse.ArgumentParser) -> None:

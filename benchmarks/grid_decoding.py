@@ -63,6 +63,7 @@ from common import (
     matrix_rate,
     memory_rate,
     peak_memory,
+    reader_of,
     show_profile,
     spread,
     timed,
@@ -209,8 +210,7 @@ def random_solver(args: argparse.Namespace, tasks: list[Task], device: torch.dev
 
 def trained_solver(args: argparse.Namespace, device: torch.device) -> Solver:
     solver = load_solver(args.checkpoint, InferenceConfig(), device)
-    if solver.reader is None:
-        raise ConfigError(f"{solver.name}: holds no reader; give a checkpoint with one")
+    reader_of(solver)  # refuses what holds none
     return solver
 
 

@@ -23,7 +23,7 @@ from arctrm.solving.candidates import Key
 from arctrm.solving.evaluate import load
 from arctrm.solving.reading import judge, task_readings
 from arctrm.solving.weights import load_solver
-from common import guarded
+from common import guarded, reader_of
 
 
 def main() -> None:
@@ -38,8 +38,7 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
     for checkpoint in args.checkpoints:
         solver = load_solver(checkpoint, config.inference, device)
-        if solver.reader is None:
-            raise ConfigError(f"{checkpoint}: holds no reader; give a checkpoint with one")
+        reader = reader_of(solver)
         if solver.held_out < args.held_out:
             raise ConfigError(
                 f"{checkpoint}: was trained with data.held_out = {solver.held_out}, but --held-out "
@@ -52,7 +51,7 @@ def main() -> None:
             for i, grid in enumerate(grids)
             if grid is not None
         }
-        judged = judge(solver.reader, readings, answers, config.reader)
+        judged = judge(reader, readings, answers, config.reader)
         by_key: dict[Key, list[float]] = {}
         for key, own in judged:
             by_key.setdefault(key, []).extend(own)

@@ -95,7 +95,8 @@ def by_votes(own: Sequence[Ranked]) -> list[Ranked]:
 
 def by_reader(own: Sequence[Ranked], views: int) -> list[Ranked]:
     """By the mean score of the first views that judged; what was not judged by votes, behind."""
-    return sorted(by_votes(own), key=lambda one: -mean(one.reader_scores[:views]))
+    judged = [replace(one, reader_scores=one.reader_scores[:views]) for one in by_votes(own)]
+    return sorted(judged, key=lambda one: -reader_score(one))
 
 
 def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
@@ -103,14 +104,14 @@ def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
 
     def value(one: Ranked) -> float:
         votes = sum(len(vs) for source, vs in one.views_by.items() if source != "reader")
-        return mean(one.reader_scores) + weight * math.log(votes + 1)
+        return reader_score(one) + weight * math.log(votes + 1)
 
     return sorted(by_votes(own), key=lambda one: -value(one))
 
 
-def mean(scores: Sequence[float]) -> float:
-    """Of none: the least."""
-    return math.fsum(scores) / len(scores) if scores else -math.inf
+def reader_score(one: Ranked) -> float:
+    """The reader's mean score; the least for a grid that it did not judge."""
+    return -math.inf if one.reader_score is None else one.reader_score
 
 
 def row(
