@@ -20,6 +20,14 @@ from arctrm.data.task import Task
 
 REFERENCE = Path(__file__).parent / "fixtures" / "trm_reference_small.safetensors"
 NUM_KNOWN, NUM_OTHER = 6, 3
+SMALL_TRM = {
+    "hidden_size": 32,
+    "num_heads": 2,
+    "num_layers": 1,
+    "H_cycles": 2,
+    "L_cycles": 1,
+    "halt_max_steps": 4,
+}
 
 
 def task_json(task: Task) -> dict:
@@ -80,20 +88,11 @@ def pretrained(tmp_path_factory, small_tasks, write_tasks):
     folder = write_tasks(tmp_path_factory.mktemp("tasks") / "known", small_tasks[:NUM_KNOWN])
 
     def run(steps=30, num_aug=8, seed=0, **trm) -> Path:
-        trm = {
-            "hidden_size": 32,
-            "num_heads": 2,
-            "num_layers": 1,
-            "H_cycles": 2,
-            "L_cycles": 1,
-            "halt_max_steps": 4,
-            **trm,
-        }
         config = PretrainConfig.model_validate(
             {
                 "seed": seed,
                 "data": {"subsets": [str(folder)], "test_set": str(folder), "num_aug": num_aug},
-                "trm": trm,
+                "trm": {**SMALL_TRM, **trm},
                 "training": {
                     "tokens_per_batch": 2048,
                     "ema_decay": 0.9,
@@ -110,10 +109,14 @@ def pretrained(tmp_path_factory, small_tasks, write_tasks):
 
 @pytest.fixture(scope="session")
 def trained(pretrained, small_tasks, tmp_path_factory, write_tasks):
-    """A run folder, the tasks it was trained on (with answers), and tasks it does not know."""
+    """A run folder and the sizes of its TRM, the tasks it was trained on (with answers), and tasks
+    it does not know.
+    """
     known, others = small_tasks[:NUM_KNOWN], small_tasks[NUM_KNOWN:]
     folder = write_tasks(tmp_path_factory.mktemp("known"), known)
-    return SimpleNamespace(run=pretrained(), known=known, others=others, folder=folder)
+    return SimpleNamespace(
+        run=pretrained(), trm=SMALL_TRM, known=known, others=others, folder=folder
+    )
 
 
 @pytest.fixture(scope="session")
@@ -160,14 +163,7 @@ def joined(tmp_path_factory, trained, tiny_reader):
             "reader_checkpoint": str(tiny_reader),
             "trm_checkpoint": str(trained.run),
             "data": {"subsets": [str(trained.folder)], "test_set": str(trained.folder)},
-            "trm": {
-                "hidden_size": 32,
-                "num_heads": 2,
-                "num_layers": 1,
-                "H_cycles": 2,
-                "L_cycles": 1,
-                "halt_max_steps": 4,
-            },
+            "trm": trained.trm,
             "reader": {
                 "hidden_size": 32,
                 "num_heads": 2,

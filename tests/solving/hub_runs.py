@@ -18,14 +18,7 @@ def joint_config(model, trained, mode, coupling) -> JointConfig:
             "hub": {"mode": mode, "lora_rank": 4},
             "trm_checkpoint": trained.run,
             "data": {"subsets": [str(trained.folder)], "test_set": str(trained.folder)},
-            "trm": {
-                "hidden_size": 32,
-                "num_heads": 2,
-                "num_layers": 1,
-                "H_cycles": 2,
-                "L_cycles": 1,
-                "halt_max_steps": 4,
-            },
+            "trm": trained.trm,
             "reader": {"sequence": "task", "max_pairs": 3, "max_tokens": 1900},
             "coupling": {**sizes, "reader_tokens_per_batch": 4096, **coupling},
             "training": {
