@@ -35,7 +35,7 @@ OPTIONS: dict[str, Any] = {
     "bwd_num_stages": 3,
 }
 """Small tiles: a query block meets three or four blocks of keys, and all of them need the mask. The
-fastest of twenty tried on an H100 (benchmarks/RESULTS.md): forward four times torch's default."""
+fastest of twenty tried on an H100 (LOG.md, 2026-11-25): forward four times torch's default."""
 
 
 def span_blocks(begin_T: Tensor, end_T: Tensor) -> BlockMask:
