@@ -168,7 +168,7 @@ class Job:
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token."""
         config = self.reader.config
-        return 2 * config.num_layers * config.hidden_size * self.element_size
+        return 2 * config.depth * config.hidden_size * self.element_size
 
 
 def build(args: argparse.Namespace) -> Job:

@@ -21,6 +21,7 @@ from arctrm.reader.tokens import END, ROW_END, prompt
 SIDE = 5
 CONFIG = ReaderConfig(hidden_size=64, num_layers=2, num_heads=4)
 FULL = CONFIG.model_copy(update={"input_attention": "full"})
+LOOPED = FULL.model_copy(update={"loops": 2})
 
 
 def new_reader(device="cpu", dtype=torch.float32, config=CONFIG):
@@ -119,8 +120,9 @@ def test_packed_scores_are_cached_scores(batch_size, max_places):
     np.testing.assert_allclose(found, np.concatenate(expected), atol=5e-4, rtol=1e-5)
 
 
-def test_inputs_that_are_seen_whole_are_read_alike_by_either_way():
-    reader = new_reader(config=FULL)
+@pytest.mark.parametrize("config", [FULL, LOOPED], ids=["once", "looped"])
+def test_inputs_that_are_seen_whole_are_read_alike_by_either_way(config):
+    reader = new_reader(config=config)
     rng = np.random.default_rng(2)
     asked = [prompt([], grid(rng), (i % 3, i % 8, i % 2)) for i in range(20)]
     bounds = [31] * 20

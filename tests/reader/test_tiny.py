@@ -1,5 +1,7 @@
 """The tiny reader: one model whether packed for training or cached for decoding."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -27,9 +29,10 @@ CONFIG = ReaderConfig(hidden_size=32, num_layers=2, num_heads=2)
 
 
 FULL = CONFIG.model_copy(update={"input_attention": "full"})
+LOOPED = FULL.model_copy(update={"loops": 3})
 
 
-@pytest.fixture(params=[CONFIG, FULL], ids=["causal", "full"])
+@pytest.fixture(params=[CONFIG, FULL, LOOPED], ids=["causal", "full", "looped"])
 def reader(request):
     torch.manual_seed(0)
     return TinyReader(request.param, 3)
@@ -53,6 +56,18 @@ def packed_logits(reader, sequences, conditions):
         prompts = torch.tensor(ends)
     packing = new_packing(offsets, max(lengths), torch.float32, prompts)
     return reader.head(reader.hidden(tokens, positions, of_token, packing)).split(lengths)
+
+
+def unrolled(reader):
+    """The weights of a looped reader, those of each pass by the name of the layer it would be."""
+    weights = dict(reader.llama.state_dict())
+    layers = [name for name in weights if ".layers." in name]
+    for time in range(1, reader.config.loops):
+        for name in layers:
+            head, number, tail = re.fullmatch(r"(.*layers\.)(\d+)(\..*)", name).groups()
+            place = time * reader.config.num_layers + int(number)
+            weights[f"{head}{place}{tail}"] = weights[name]
+    return weights
 
 
 def test_a_pair_is_start_input_separator_output_end_with_row_ends():
@@ -102,11 +117,12 @@ def test_packed_and_cached_logits_are_the_same(reader):
 
 
 def test_the_packed_layers_are_those_of_a_plain_llama(reader):
-    """Same weights in a LlamaForCausalLM with our rotary module: same logits."""
+    """Same weights in a LlamaForCausalLM with our rotary module, each pass of a looped reader as
+    layers of its own: same logits."""
     pair = Pair(*grids((3, 3), (3, 3)))
     tokens, positions = (torch.from_numpy(x) for x in pair_tokens(pair, 0))
-    plain = LlamaForCausalLM(llama_config(CONFIG))
-    plain.load_state_dict(reader.llama.state_dict())
+    plain = LlamaForCausalLM(llama_config(reader.config))
+    plain.load_state_dict(unrolled(reader))
     plain.model.rotary_emb = GridRotary(16, CONFIG.rope_base)
     plain.set_attn_implementation("eager")
     condition = reader.condition(*torch.tensor([(1, 2, 0)]).unbind(1))

@@ -19,6 +19,10 @@ class ReaderConfig(StrictModel):
     num_layers: int = Field(10, ge=1)
     """Decoder layers."""
 
+    loops: int = Field(1, ge=1)
+    """Times that a token goes through all layers (a looped transformer): the arithmetic of
+    num_layers x loops layers, the weights of num_layers."""
+
     num_heads: int = Field(8, ge=1)
     """Attention heads; hidden_size / num_heads must be a multiple of 8."""
 
@@ -77,6 +81,11 @@ class ReaderConfig(StrictModel):
     def sees_inputs_whole(self) -> bool:
         """Whether the tokens of an input see each other."""
         return self.input_attention == "full"
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token goes through."""
+        return self.num_layers * self.loops
 
     @property
     def inner_size(self) -> int:

@@ -40,8 +40,9 @@ class Lean:
         llama, config = reader.llama.model, reader.config
         self.num_heads, self.head_width = config.num_heads, config.hidden_size // config.num_heads
         self.eps = float(reader.llama.config.rms_norm_eps)
-        self.activation: Callable[[Tensor], Tensor] = llama.layers[0].mlp.act_fn
-        self.layers = [self._layer(layer) for layer in llama.layers]
+        own = reader.layers.trained
+        self.activation: Callable[[Tensor], Tensor] = own[0].mlp.act_fn
+        self.layers = [self._layer(layer) for layer in own] * config.loops
         self.last_norm = self._cast(llama.norm.weight)
         self.grid_ids = torch.tensor(choice_ids(reader.grid_tokens), device=reader.device)
         head = reader.llama.lm_head
@@ -50,7 +51,7 @@ class Lean:
 
     @property
     def num_layers(self) -> int:
-        """Layers."""
+        """Layers that a token goes through, each with keys and values of its own."""
         return len(self.layers)
 
     def _layer(self, layer: Any) -> _Layer:

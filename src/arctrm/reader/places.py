@@ -43,7 +43,7 @@ def affordable_places(reader: TinyReader) -> int:
     """Places whose keys and values fit into the share of the device's memory that they may take."""
     free = torch.cuda.mem_get_info(reader.device)[0]
     free += torch.cuda.memory_reserved(reader.device) - torch.cuda.memory_allocated(reader.device)
-    of_place = 2 * reader.config.num_layers * reader.hidden_size * reader.dtype.itemsize
+    of_place = 2 * reader.config.depth * reader.hidden_size * reader.dtype.itemsize
     return int(min(free * MEMORY_SHARE, MOST_MEMORY)) // of_place
 
 

@@ -21,6 +21,7 @@ from arctrm.config.reader import ReaderConfig
 from arctrm.data.views import NUM_DIHEDRALS
 from arctrm.reader.attention import PACKED, Packing
 from arctrm.reader.interface import CACHE, GridTokens
+from arctrm.reader.looping import LoopedLayers
 from arctrm.reader.tokens import GRID_TOKENS, PAD, SIDE, VOCABULARY, prompt_of
 from arctrm.trm.model import Table
 
@@ -68,6 +69,8 @@ class TinyReader(nn.Module):
         self.compiled = self.checkpointed = False
         width = config.hidden_size
         self.llama = LlamaForCausalLM(llama_config(config))
+        layers = list(self.llama.model.layers)[: config.num_layers]
+        self.llama.model.layers = LoopedLayers(layers, config.loops)
         self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
@@ -88,10 +91,17 @@ class TinyReader(nn.Module):
         """Where the weights are."""
         return self.dihedral_emb.weights.device
 
+    @property
+    def layers(self) -> LoopedLayers:
+        """The decoder layers, run `loops` times."""
+        layers = self.llama.model.layers
+        assert isinstance(layers, LoopedLayers)
+        return layers
+
     def compile_layers(self) -> None:
         """torch.compile of every layer, in place (the names of the weights stay)."""
         self.compiled = True
-        for layer in self.llama.model.layers:
+        for layer in self.layers.trained:
             layer.compile(dynamic=False)
 
     def condition(self, embedding_row: Tensor, dihedral: Tensor, colour_flag: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ class TinyReader(nn.Module):
             cells = one_hot @ llama.embed_tokens.weight.to(self.dtype)
             x = (cells + condition_TD.to(self.dtype))[None]
             turned = llama.rotary_emb(x, position_ids=positions_T[None])
-            for layer in llama.layers:
+            for layer in self.layers.passes:
                 x = self._run(layer, x, position_embeddings=turned, packing=packing)
             return llama.norm(x)[0]
 
@@ -202,7 +212,7 @@ def llama_config(config: ReaderConfig) -> LlamaConfig:
         vocab_size=VOCABULARY,
         hidden_size=config.hidden_size,
         intermediate_size=config.inner_size,
-        num_hidden_layers=config.num_layers,
+        num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_heads,
         max_position_embeddings=config.longest_sequence,

@@ -26,7 +26,7 @@ def block_parameters(model: TRMConfig | ReaderConfig) -> int:
 def passes(model: TRMConfig | ReaderConfig) -> tuple[int, int]:
     """Times that the blocks run in one training step, without and with gradient."""
     if isinstance(model, ReaderConfig):
-        return 0, 1
+        return 0, model.loops
     return (model.H_cycles - 1) * (model.L_cycles + 1), model.L_cycles + 1
 
 
@@ -55,7 +55,7 @@ def memory_bytes(
     kept = 12 * model.hidden_size + 4 * model.inner_size
     numbers_per_token = kept * model.num_layers * passes(model)[1]
     if is_checkpointed(model):
-        numbers_per_token = model.hidden_size * model.num_layers + kept
+        numbers_per_token = model.hidden_size * model.num_layers * passes(model)[1] + kept
     return states + width * numbers_per_token * training.tokens_per_batch
 
 

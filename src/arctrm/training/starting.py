@@ -33,7 +33,7 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "reader": (
         ReaderConfig,
         (
-            *("hidden_size", "num_heads", "num_layers", "expansion", "rope_base"),
+            *("hidden_size", "num_heads", "num_layers", "loops", "expansion", "rope_base"),
             *("input_attention", "task_embedding"),
         ),
     ),
