@@ -22,7 +22,7 @@ from arctrm.reader import grammar
 from arctrm.reader.grammar import END, NUM_CHOICES, GridState
 from arctrm.reader.interface import Prompt
 from arctrm.reader.lean import Lean
-from arctrm.reader.places import Appended, Places, affordable_places, groups, offsets
+from arctrm.reader.places import Continued, Places, affordable_places, groups, offsets
 from arctrm.reader.tiny import TinyReader
 
 CHECK_EVERY = 8
@@ -48,8 +48,8 @@ class PackedDecoder:
         self.lean, self.sizes = Lean(reader), sizes
         self.temperature, self.max_side = temperature, max_side
         most = affordable_places(reader) if max_places is None else max_places
-        self.longest = max(sizes, default=0)
-        self.places = Places(self.lean, max(self.longest, min(sum(sizes), most)))
+        longest = max(sizes, default=0)
+        self.places = Places(self.lean, max(longest, min(sum(sizes), most)))
         self.steps: dict[int, _Step] = {}
 
     def batches(self, order: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -158,16 +158,12 @@ class _Step:
     """One output token of all rows of a step; `rows`, `noise` and `choice` stay where they are."""
 
     def __init__(self, decoder: PackedDecoder, num_rows: int):
-        self.lean, self.places, self.longest = decoder.lean, decoder.places, decoder.longest
+        self.lean, self.places = decoder.lean, decoder.places
         self.temperature, self.max_side = decoder.temperature, decoder.max_side
         self.num_rows, device = num_rows, decoder.places.device
         self.rows = self._no_rows()
         self.noise = torch.zeros(num_rows, NUM_CHOICES, device=device)
         self.choice = torch.full((num_rows,), END, device=device)
-        # Sequence 2r is row r: one query over the places it has filled. Sequence 2r + 1 is what
-        # lies between these and the next row, without queries.
-        self.begin_q = torch.zeros(2 * num_rows + 1, dtype=torch.int32, device=device)
-        self.begin_k = torch.zeros_like(self.begin_q)
         self.graph = self._captured() if device.type == "cuda" else None
 
     def _no_rows(self) -> _Rows:
@@ -203,8 +199,6 @@ class _Step:
         own.finished[num:] = True
         own.begin[num:] = self.places.count
         own.prompt[num:] = nobody
-        sequence = torch.arange(len(self.begin_q), device=kept.device)
-        self.begin_q.copy_(((sequence + 1) // 2).clamp(max=num))
 
     def __call__(self) -> None:
         """Choose a token in every row and feed it."""
@@ -234,7 +228,7 @@ class _Step:
         positions = self.lean.reader.output_positions(rows.output_start, 0, state.y, state.x)
         self._advance(state)
         tokens = self.lean.grid_ids.index_select(0, self.choice)
-        hidden = self.lean.hidden(tokens, positions, rows.condition, self._appended())
+        hidden = self.lean.hidden(tokens, positions, rows.condition, self._continued())
         rows.logits.copy_(self.lean.logits(hidden))
         rows.used.add_(rows.active)
 
@@ -253,12 +247,9 @@ class _Step:
         for name in ("y", "x", "width", "finished"):
             getattr(rows, name).copy_(getattr(after, name))
 
-    def _appended(self) -> Appended:
+    def _continued(self) -> Continued:
         """The chosen tokens behind their rows; those of rows that have ended go nowhere."""
-        rows, nowhere = self.rows, self.places.count
-        place = torch.where(rows.active, rows.begin + rows.used, nowhere)
-        filled = torch.where(rows.active, rows.used + 1, (rows.begin < nowhere).long())
-        self.begin_k[:-1:2] = rows.begin
-        self.begin_k[1::2] = rows.begin + filled
-        self.begin_k[-1:] = nowhere
-        return Appended(self.places, place, self.begin_q, self.begin_k, 1, self.longest)
+        rows = self.rows
+        place = torch.where(rows.active, rows.begin + rows.used, self.places.count)
+        filled = torch.where(rows.active, rows.used + 1, 0)
+        return Continued(self.places, place, rows.begin, filled)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arctrm.reader.attention import ragged_attention
 from arctrm.reader.interface import GridReader, Prompt
+from arctrm.reader.last_attention import has_kernel, last_attention
 from arctrm.reader.lean import Lean
 from arctrm.reader.rows import distinct
 from arctrm.reader.tiny import TinyReader
@@ -30,10 +31,12 @@ MEMORY_SHARE, MOST_MEMORY = 1 / 3, 32 * 2**30
 def is_packed(reader: GridReader) -> bool:
     """Whether grids are decoded and scored on packed places: by a tiny reader on a GPU in 16 bits.
 
-    All others (hub models, CPUs, float32) go through transformers' cache, see `reader.rows`.
+    All others (hub models, CPUs, float32, torch without Triton) go through transformers' cache, see
+    `reader.rows`.
     """
     return (
         isinstance(reader, TinyReader)
+        and has_kernel()
         and reader.device.type == "cuda"
         and reader.dtype in (torch.bfloat16, torch.float16)
     )
@@ -159,3 +162,22 @@ class Appended:
         return ragged_attention(
             query, keys, values, self.begin_q, self.begin_k, self.max_q, self.max_k
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Continued:
+    """Attention of one new token in each row, which is written first, over what the row then holds.
+
+    All int64 [R]: its place, the row's first place, the places that the row fills.
+    """
+
+    places: Places
+    place_R: Tensor
+    begin_R: Tensor
+    filled_R: Tensor
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write keys and values, then attend; an `Attend`."""
+        self.places.write(layer, self.place_R, key, value)
+        keys, values = self.places.keys[layer], self.places.values[layer]
+        return last_attention(query, keys, values, self.begin_R, self.filled_R)
