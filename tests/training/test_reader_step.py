@@ -363,8 +363,12 @@ def test_two_pairs_are_learned_in_sixty_steps(kind, adamw_lr):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("form", FORMS)
-def test_a_captured_step_learns_like_an_eager_one(form):
+@pytest.mark.parametrize(
+    "reader",
+    [{}, {"sequence": "task"}, {"dropout": 0.1, "loops": 2, "input_attention": "full"}],
+    ids=["pair", "task", "dropout"],
+)
+def test_a_captured_step_learns_like_an_eager_one(reader):
     cuda = torch.device("cuda")
     task = Task("one", (PAIR_A, PAIR_B))
     losses = {}
@@ -373,8 +377,8 @@ def test_a_captured_step_learns_like_an_eager_one(form):
             base_set_from_tasks({"a": [task]}, None, 1),
             device=cuda,
             dtype=torch.bfloat16,
-            sequence=form,
             tokens=4096,
+            **reader,
         )
         optimisers = Optimisers(model, OptimiserConfig(muon_lr=0.02, adamw_lr=0.02))
         run = GraphedStep(step) if captured else step
@@ -404,6 +408,19 @@ def test_the_packed_kernel_agrees_with_one_sequence_at_a_time(real, form):
         assert (batch.packing.lengths is None) == (dtype == torch.bfloat16)
         losses[dtype] = step.reader.losses(batch).rows["cell_loss"]
     torch.testing.assert_close(*losses.values(), atol=0.03, rtol=0.02)
+
+
+def test_layers_drop_out_of_the_loss_and_of_nothing_else(real):
+    data = DataConfig(num_aug=50)
+    (_, _, plain), (_, _, dropping) = make(real, data=data), make(real, data=data, dropout=0.3)
+    batch = plain.stream.next_batch(plain.queue, plain.num_tokens)
+    hidden = [step.reader.hidden(batch) for step in (plain, dropping)]
+    assert torch.equal(*hidden)
+    first, second = (dropping.reader.losses(batch).total for _ in range(2))
+    assert first != second
+    whole = plain.reader.losses(batch).total
+    assert 0.8 < first / whole < 1.25
+    assert plain.reader.losses(batch).total == whole
 
 
 def test_noise_changes_output_cells_of_every_other_row_and_no_label(real):

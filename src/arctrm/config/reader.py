@@ -49,6 +49,10 @@ class ReaderConfig(StrictModel):
     """Share of the output cells that are shown in a random colour, in every other training
     sequence: what comes next must not hang on what was written before. Labels stay true."""
 
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of what each layer adds to a token's vector that is left out where the reader's own
+    loss is computed, the rest enlarged to make up for it; never where grids are read or written."""
+
     task_embedding: bool = True
     """Add a learned vector of the task to every token."""
 

@@ -113,9 +113,17 @@ class TinyReader(nn.Module):
         return both + self.puzzle_emb.weights.index_select(0, embedding_row)
 
     def hidden(
-        self, tokens_T: Tensor, positions_T: Tensor, condition_TD: Tensor, packing: Packing
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        condition_TD: Tensor,
+        packing: Packing,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """Hidden states [T, D] after the final norm, of a packed batch."""
+        """Hidden states [T, D] after the final norm, of a packed batch.
+
+        With `dropout`, such a share of what each layer adds is left out at random.
+        """
         llama = self.llama.model
         with self._arithmetic():
             # A product with one-hot rows: its gradient is a product too, not a contended scatter.
@@ -124,7 +132,8 @@ class TinyReader(nn.Module):
             x = (cells + condition_TD.to(self.dtype))[None]
             turned = llama.rotary_emb(x, position_ids=positions_T[None])
             for layer in self.layers.passes:
-                x = self._run(layer, x, position_embeddings=turned, packing=packing)
+                y = self._run(layer, x, position_embeddings=turned, packing=packing)
+                x = x + F.dropout(y - x, dropout) if dropout else y
             return llama.norm(x)[0]
 
     def _run(self, layer: nn.Module, x: Tensor, **given: Any) -> Tensor:

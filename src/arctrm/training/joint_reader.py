@@ -93,6 +93,11 @@ class TinyJointReader:
 
     def hidden(self, batch: ReaderBatch, soft_TH: Tensor | None = None) -> Tensor:
         """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
+        return self._hidden(batch, soft_TH)
+
+    def _hidden(
+        self, batch: ReaderBatch, soft_TH: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
         rows = batch.rows
         condition = self.reader.condition(
             rows[:, reading.TASK], rows[:, reading.DIHEDRAL], rows[:, reading.FLAG]
@@ -100,9 +105,9 @@ class TinyJointReader:
         added = condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))
         if soft_TH is not None:
             added = added + soft_TH
-        return self.reader.hidden(batch.tokens, batch.positions, added, batch.packing)
+        return self.reader.hidden(batch.tokens, batch.positions, added, batch.packing, dropout)
 
     def losses(self, batch: ReaderBatch) -> ReaderLosses:
-        """The reader's own loss on output tokens, with gradient."""
-        logits = self.reader.head(self.hidden(batch))
+        """The reader's own loss on output tokens, with gradient; here layers drop out."""
+        logits = self.reader.head(self._hidden(batch, dropout=self.config.dropout))
         return reader_losses(logits, batch.labels, batch.row, batch.rows.shape[0])
