@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from arctrm.span_attention import sequence_of, span_attention, span_blocks
+from arctrm.trm.packing import has_packed_kernel
 
 PACKED = "arctrm_packed"
 
@@ -79,7 +80,7 @@ def new_packing(
     The first `prompt_N` (int [N]) tokens of each sequence see each other; `max_part` bounds these
     and what follows them (default: `max_len`).
     """
-    if offsets.is_cuda and dtype in (torch.bfloat16, torch.float16):
+    if has_packed_kernel(offsets.device, dtype):
         prompts = None if prompt_N is None else _prompts(offsets, prompt_N, max_part or max_len)
         return Packing(offsets, max_len, None, prompts)
     lengths = offsets.diff().tolist()

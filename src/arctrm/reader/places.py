@@ -21,6 +21,7 @@ from arctrm.reader.last_attention import has_kernel, last_attention
 from arctrm.reader.lean import Lean
 from arctrm.reader.rows import distinct
 from arctrm.reader.tiny import TinyReader
+from arctrm.trm.packing import has_packed_kernel
 
 TOKENS_AT_ONCE = 2**17
 """Tokens of one pass through the layers, unless a single row has more."""
@@ -37,8 +38,7 @@ def is_packed(reader: GridReader) -> bool:
     return (
         isinstance(reader, TinyReader)
         and has_kernel()
-        and reader.device.type == "cuda"
-        and reader.dtype in (torch.bfloat16, torch.float16)
+        and has_packed_kernel(reader.device, reader.dtype)
     )
 
 

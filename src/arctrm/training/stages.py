@@ -25,6 +25,7 @@ from arctrm.training.step import MicroStep, Step
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 from arctrm.trm.model import TRM
+from arctrm.trm.packing import has_packed_kernel
 
 TOKENS_PER_ROW = 64
 """Rows of a small packed batch = tokens / this: a bound on the offsets."""
@@ -109,7 +110,8 @@ def is_compiled(training: TrainingConfig, device: torch.device) -> bool:
 
 def goes_by_blocks(training: TrainingConfig, device: torch.device) -> bool:
     """Whether the reader's attention goes by blocks: compiled, in bfloat16, on a GPU."""
-    return _is_narrow_on_gpu(training, device) and is_compiled(training, device)
+    narrow = has_packed_kernel(device, compute_dtype(training.dtype, device))
+    return narrow and is_compiled(training, device)
 
 
 def is_captured(training: TrainingConfig, device: torch.device) -> bool:
@@ -118,18 +120,13 @@ def is_captured(training: TrainingConfig, device: torch.device) -> bool:
     Raises:
         ConfigError: training.cuda_graph asks for what is not possible.
     """
-    possible = _is_narrow_on_gpu(training, device)
+    possible = has_packed_kernel(device, compute_dtype(training.dtype, device))
     if training.cuda_graph == "on" and not possible:
         raise ConfigError(
             f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
             f"{device.type}: a graph needs bfloat16 on a GPU; set training.cuda_graph = 'auto'"
         )
     return possible and training.cuda_graph != "off"
-
-
-def _is_narrow_on_gpu(training: TrainingConfig, device: torch.device) -> bool:
-    """Where the packed attention kernels are."""
-    return device.type == "cuda" and compute_dtype(training.dtype, device) == torch.bfloat16
 
 
 def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:

@@ -92,6 +92,11 @@ def sequences(tokens: TokenMap, config: TRMConfig, dtype: torch.dtype) -> Sequen
     else:
         positions = torch.stack((tokens.y, tokens.x), dim=1)
     cos, sin = rotary_tables(positions, head, config.rope_base)
-    packed_kernel = cos.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    packed_kernel = has_packed_kernel(cos.device, dtype)
     lengths = None if packed_kernel else tuple(n for n in tokens.offsets.diff().tolist() if n)
     return Sequences(tokens.offsets, longest_row(config), cos, sin, False, lengths)
+
+
+def has_packed_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch attends to packed sequences in one call there: on a GPU, in 16 bits."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
