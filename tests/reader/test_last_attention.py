@@ -43,7 +43,7 @@ def test_a_row_attends_to_the_places_it_fills():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("width", [32, 64, 80])
+@pytest.mark.parametrize("width", [8, 32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_attends_alike(width, dtype):
     assert has_kernel()
