@@ -3,7 +3,7 @@
 A step chooses a token in every row, by the grammar, and feeds it. All it reads and writes has a
 fixed address, so that a graph, captured once for a number of rows, serves every batch of a call.
 Rows that have ended go on as rows that cost next to nothing: they write to a place that nobody
-reads, and see one place only. Once half of the rows have ended the others move to the step of a
+reads, and see none. Once half of the rows have ended the others move to the step of a
 smaller number; their keys and values stay where they are. On a CPU (tests) the same step runs
 uncaptured.
 
@@ -170,7 +170,6 @@ class _Step:
         device = self.places.device
         numbers = torch.zeros(8, self.num_rows, dtype=torch.long, device=device).unbind()
         prompt, begin, used, left, output_start, y, x, width = numbers
-        begin.fill_(self.places.count)
         vectors = self.lean.reader.dihedral_emb.weights
         active = torch.zeros(self.num_rows, dtype=torch.bool, device=device)
         return _Rows(
@@ -190,14 +189,13 @@ class _Step:
         )
 
     def load(self, source: _Rows, kept: Tensor, nobody: int) -> None:
-        """Take over the rows at `kept`, in ascending order; all others belong to `nobody`."""
+        """Take over the rows at `kept`; all others belong to `nobody`."""
         num, own = len(kept), self.rows
         for field in fields(_Rows):
             target = getattr(own, field.name)[:num]
             target.copy_(getattr(source, field.name).index_select(0, kept))
         own.active[num:] = False
         own.finished[num:] = True
-        own.begin[num:] = self.places.count
         own.prompt[num:] = nobody
 
     def __call__(self) -> None:
