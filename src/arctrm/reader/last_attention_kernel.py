@@ -1,10 +1,8 @@
 """The kernel behind `last_attention`; importing this needs Triton.
 
-One program for each row and head goes through the row's places in blocks, with running maxima and
-sums as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Every slot of a block has
-a maximum and sums of its own, which meet only behind the last block: until then no thread waits for
-another warp's. A query meets its keys by multiplying and adding: a matrix unit would have one row
-in sixteen to work on.
+One program for each row and head: it goes through the row's places in blocks with a running
+maximum and sum, as online softmax does (Milakov and Gimelshein 2018, arXiv 1805.02867). A query
+meets its keys by multiplying and adding: a matrix unit would have one row in sixteen to work on.
 """
 
 import torch
@@ -12,10 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, MOST_SLOTS = 4096, 128
-"""Numbers of a block of keys, and places at most: 64 places of a head of 64."""
-LOWEST = tl.constexpr(-1e30)
-"""Below all scores, and finite: a slot that has seen no place must not become not-a-number."""
+PLACES_AT_ONCE = 64
+"""Of a block. A maximum and sums for each slot of it, merged at the end, were slower (LOG.md)."""
 
 
 @triton.jit
@@ -30,37 +26,36 @@ def _attend(
     num_heads: tl.constexpr,
     width: tl.constexpr,
     LANES: tl.constexpr,
-    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row, head = program // num_heads, program % num_heads
-    lane, slot = tl.arange(0, LANES), tl.arange(0, SLOTS)
+    lane = tl.arange(0, LANES)
     inside = lane < width
     own = program * width + lane
-    within = slot[:, None] * (num_heads * width) + lane[None, :]
     asked = tl.load(query + own, mask=inside, other=0.0).to(tl.float32) * scale
     first = tl.load(begin + row)
     count = tl.load(filled + row).to(tl.int32)
-    top = tl.full([SLOTS], LOWEST, tl.float32)
-    total = tl.zeros([SLOTS], dtype=tl.float32)
-    mixed = tl.zeros([SLOTS, LANES], dtype=tl.float32)
-    for start in range(0, count, SLOTS):
-        there = slot < count - start
-        where = ((first + start) * num_heads + head) * width + within
+    top = tl.full([], -float("inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    mixed = tl.zeros([LANES], dtype=tl.float32)
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        there = place < count
+        at = ((first + place) * num_heads + head) * width
+        where = at[:, None] + lane[None, :]
         mask = there[:, None] & inside[None, :]
         key = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
         value = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
-        score = tl.where(there, tl.sum(key * asked[None, :], axis=1), LOWEST)
-        higher = tl.maximum(top, score)
+        score = tl.where(there, tl.sum(key * asked[None, :], axis=1), -float("inf"))
+        higher = tl.maximum(top, tl.max(score, axis=0))
         faded = tl.exp(top - higher)
-        weight = tl.where(there, tl.exp(score - higher), 0.0)
-        mixed = mixed * faded[:, None] + weight[:, None] * value
-        total = total * faded + weight
+        weight = tl.exp(score - higher)
+        mixed = mixed * faded + tl.sum(weight[:, None] * value, axis=0)
+        total = total * faded + tl.sum(weight, axis=0)
         top = higher
-    share = tl.exp(top - tl.max(top, axis=0))
-    whole = tl.sum(total * share, axis=0)
-    found = tl.sum(mixed * share[:, None], axis=0) / tl.where(whole > 0, whole, 1.0)
-    tl.store(result + own, found.to(result.dtype.element_ty), mask=inside)
+    mixed = mixed / tl.where(total > 0, total, 1.0)
+    tl.store(result + own, mixed.to(result.dtype.element_ty), mask=inside)
 
 
 def launch(
@@ -72,7 +67,6 @@ def launch(
     result = torch.empty_like(query_RAK)
     assert keys_PAK.is_contiguous()
     assert values_PAK.is_contiguous()
-    lanes = triton.next_power_of_2(width)
     _attend[(num_rows * num_heads,)](
         query_RAK,
         keys_PAK,
@@ -83,8 +77,8 @@ def launch(
         width**-0.5,
         num_heads=num_heads,
         width=width,
-        LANES=lanes,
-        SLOTS=min(MOST_SLOTS, TILE // lanes),
+        LANES=triton.next_power_of_2(width),
+        BLOCK=PLACES_AT_ONCE,
         num_warps=4,
     )
     return result
