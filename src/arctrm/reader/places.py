@@ -124,10 +124,12 @@ class Places:
         )
         return self.lean.logits(hidden.index_select(0, ends[1:].long() - 1))
 
-    def write(self, layer: int, places_T: Tensor, key: Tensor, value: Tensor) -> None:
-        """Put the keys and values of tokens into their places."""
-        self.keys[layer].index_copy_(0, places_T, key)
-        self.values[layer].index_copy_(0, places_T, value)
+    def write(
+        self, layer: int, places_T: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put the keys and values of tokens into their places; all those of the layer."""
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.index_copy_(0, places_T, key), values.index_copy_(0, places_T, value)
 
     def _copy(self, source: np.ndarray, target: np.ndarray, lengths: np.ndarray) -> None:
         """Copy ranges of places, a layer at a time, a bounded number of places at once."""
@@ -157,8 +159,7 @@ class Appended:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write keys and values, then attend; an `Attend`."""
-        self.places.write(layer, self.place_T, key, value)
-        keys, values = self.places.keys[layer], self.places.values[layer]
+        keys, values = self.places.write(layer, self.place_T, key, value)
         return ragged_attention(
             query, keys, values, self.begin_q, self.begin_k, self.max_q, self.max_k
         )
@@ -178,6 +179,5 @@ class Continued:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write keys and values, then attend; an `Attend`."""
-        self.places.write(layer, self.place_R, key, value)
-        keys, values = self.places.keys[layer], self.places.values[layer]
+        keys, values = self.places.write(layer, self.place_R, key, value)
         return last_attention(query, keys, values, self.begin_R, self.filled_R)

@@ -91,13 +91,10 @@ class TinyJointReader:
         """The prompt that asks for the output of `query` after complete `pairs`."""
         return prompt(pairs, query, condition)
 
-    def hidden(self, batch: ReaderBatch, soft_TH: Tensor | None = None) -> Tensor:
-        """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
-        return self._hidden(batch, soft_TH)
-
-    def _hidden(
+    def hidden(
         self, batch: ReaderBatch, soft_TH: Tensor | None = None, dropout: float = 0.0
     ) -> Tensor:
+        """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
         rows = batch.rows
         condition = self.reader.condition(
             rows[:, reading.TASK], rows[:, reading.DIHEDRAL], rows[:, reading.FLAG]
@@ -109,5 +106,5 @@ class TinyJointReader:
 
     def losses(self, batch: ReaderBatch) -> ReaderLosses:
         """The reader's own loss on output tokens, with gradient; here layers drop out."""
-        logits = self.reader.head(self._hidden(batch, dropout=self.config.dropout))
+        logits = self.reader.head(self.hidden(batch, dropout=self.config.dropout))
         return reader_losses(logits, batch.labels, batch.row, batch.rows.shape[0])
