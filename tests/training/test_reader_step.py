@@ -29,7 +29,7 @@ from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.losses import IGNORE
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep, reader_losses
-from arctrm.training.reader_stream import DIHEDRAL, FLAG, PAIR, TASK, ReaderStream
+from arctrm.training.reader_stream import DIHEDRAL, FLAG, PAIR, SCALE, TASK, ReaderStream
 from arctrm.training.source import OUTPUT, PairSource
 from arctrm.training.step import COUNTS, GraphedStep
 
@@ -421,6 +421,29 @@ def test_layers_drop_out_of_the_loss_and_of_nothing_else(real):
     whole = plain.reader.losses(batch).total
     assert 0.8 < first / whole < 1.25
     assert plain.reader.losses(batch).total == whole
+
+
+def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
+    scaling = {"scale_augmentation": 0.7, "scale_factors": ((2, 2), (2, 1))}
+    _, _, step = make(real, **scaling, scaled_sides=30)
+    stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, scaled=True)
+    batch = stream.next_batch(stream.draw(64), 16384)
+    model, reader = step.reader.reader, step.reader
+    scale = batch.rows[:, SCALE][batch.row.clamp(max=len(batch.rows) - 1)]
+    assert set(scale.tolist()) == {0, 1, 2}
+    before = reader.hidden(batch)
+    torch.testing.assert_close(
+        reader.hidden(batch._replace(rows=batch.rows.index_fill(1, torch.tensor(SCALE), 0)))[
+            scale == 0
+        ],
+        before[scale == 0],
+    )
+    with torch.no_grad():
+        model.scale_emb.weights[1] += 1.0
+    changed = (reader.hidden(batch) - before).abs().amax(1) > 1e-3
+    assert torch.equal(changed, scale == 2)
+    reader.losses(batch).total.backward()
+    assert (model.scale_emb.weights.grad.abs().sum(1) > 0).all()
 
 
 def test_noise_changes_output_cells_of_every_other_row_and_no_label(real):

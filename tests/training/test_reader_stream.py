@@ -32,7 +32,7 @@ def make(base, form, data=None, seed=0, **reader):
     config = ReaderConfig(hidden_size=16, num_heads=2, num_layers=1, sequence=form, **reader)
     torch.manual_seed(seed)
     source = PairSource(base, data or DataConfig(num_aug=50), seed, CPU)
-    return s.ReaderStream(source, config, torch.float32)
+    return s.ReaderStream(source, config, torch.float32, scaled=True)
 
 
 def batches(stream, count, num_tokens=TOKENS, num_sequences=SEQUENCES):
@@ -50,11 +50,12 @@ def sequences(batch, stream):
             yield own, slice(begin, end)
 
 
-def as_seen(base, row):
+def as_seen(base, row, factors=((1, 1),)):
     view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
     assert view.identity_colours == bool(row[s.FLAG])
     pair = base.pair(int(row[s.PAIR]))
-    return Pair(view.apply(pair.input), view.apply(pair.output))
+    block = np.ones(factors[int(row[s.SCALE])], dtype=np.uint8)
+    return Pair(np.kron(view.apply(pair.input), block), np.kron(view.apply(pair.output), block))
 
 
 def lengths(rows_NKC):
@@ -81,6 +82,55 @@ def test_tokens_and_positions_are_the_codecs_of_the_drawn_view(base, form):
             seen, several = seen + 1, several + (len(pairs) > 1)
     assert seen > 12
     assert (several > 6) == (form == "task")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_some_sequences_are_shown_larger_as_kronecker_products_of_their_grids(base, form):
+    factors = ((1, 1), (2, 2), (1, 3))
+    stream = make(base, form, scale_augmentation=0.7, scale_factors=factors[1:], scaled_sides=30)
+    seen = [0, 0, 0]
+    for batch in batches(stream, 12):
+        for rows, where in sequences(batch, stream):
+            present = [row for row in rows if row[s.LENGTH]]
+            pairs = [as_seen(base, row, factors) for row in present]
+            parts = [pair_tokens(pair, index) for index, pair in enumerate(pairs)]
+            tokens, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
+            np.testing.assert_array_equal(batch.tokens[where].numpy(), tokens)
+            np.testing.assert_array_equal(batch.positions[where].numpy(), positions)
+            seen[int(present[-1][s.SCALE])] += 1
+    assert min(seen) > 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_would_be_too_large_is_shown_as_it_is(base, form):
+    factors = torch.tensor([(1, 1), (2, 2), (1, 3)])
+    reader = {"scale_factors": factors[1:].tolist(), "scaled_sides": 30}
+    stream = make(base, form, scale_augmentation=0.5, **reader)
+    rows = stream.draw(4000)
+    assert (rows[..., s.SCALE] == rows[:, -1:, s.SCALE]).all()
+    scale = rows[:, -1, s.SCALE]
+    sides = torch.zeros(len(rows), 2, dtype=torch.long)
+    for k in range(stream.num_pairs):
+        pairs = stream.source.pairs[rows[:, k, s.PAIR]]
+        for grid in (s.INPUT, s.OUTPUT):
+            seen = torch.stack(stream.source.seen_size(pairs[:, grid], rows[:, k, s.DIHEDRAL]), 1)
+            sides = sides.maximum(seen * (rows[:, k, s.LENGTH] > 0)[:, None])
+    assert ((sides * factors[scale]).amax(1) <= 30)[scale > 0].all()
+    small = sides.amax(1) <= 10
+    shares = torch.bincount(scale[small], minlength=3) / small.sum()
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.08, rtol=0)
+    assert (scale[sides.amin(1) > 15] == 0).all()
+
+
+def test_a_stream_that_is_not_to_scale_draws_what_one_without_scaling_draws(base):
+    stream = make(base, "pair", scale_augmentation=0.5)
+    plain = s.ReaderStream(stream.source, stream.config, torch.float32)
+    drawn = []
+    for each in (plain, make(base, "pair")):
+        torch.manual_seed(0)
+        drawn.append(each.draw(200))
+    assert torch.equal(*drawn)
+    assert (drawn[0][..., s.SCALE] == 0).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

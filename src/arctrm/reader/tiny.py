@@ -75,6 +75,8 @@ class TinyReader(nn.Module):
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
         self.colour_flag_emb = Table(torch.randn(2, width) * INIT_STD)
+        if config.scale_augmentation:
+            self.scale_emb = Table(torch.randn(len(config.scale_factors), width) * INIT_STD)
 
     @property
     def grid_tokens(self) -> GridTokens:
@@ -104,10 +106,22 @@ class TinyReader(nn.Module):
         for layer in self.layers.trained:
             layer.compile(dynamic=False)
 
-    def condition(self, embedding_row: Tensor, dihedral: Tensor, colour_flag: Tensor) -> Tensor:
-        """The vectors [R, D] that are added to every token of each row."""
+    def condition(
+        self,
+        embedding_row: Tensor,
+        dihedral: Tensor,
+        colour_flag: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """The vectors [R, D] that are added to every token of each row.
+
+        `scale` numbers the factors by which grids are shown larger, from 1; 0: as they are.
+        """
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag)
+        if scale is not None:
+            scales = F.pad(self.scale_emb.weights, (0, 0, 1, 0))
+            both = both + scales.index_select(0, scale)
         if not self.config.task_embedding:
             return both
         return both + self.puzzle_emb.weights.index_select(0, embedding_row)

@@ -96,9 +96,10 @@ class TinyJointReader:
     ) -> Tensor:
         """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
         rows = batch.rows
-        condition = self.reader.condition(
-            rows[:, reading.TASK], rows[:, reading.DIHEDRAL], rows[:, reading.FLAG]
-        )
+        told = [rows[:, column] for column in (reading.TASK, reading.DIHEDRAL, reading.FLAG)]
+        if self.config.scale_augmentation:
+            told.append(rows[:, reading.SCALE])
+        condition = self.reader.condition(*told)
         added = condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))
         if soft_TH is not None:
             added = added + soft_TH

@@ -37,9 +37,10 @@ from arctrm.trm.packing import dummy_lengths
 
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
 # SOFT is no pair but a soft prefix.
-PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT = range(7)
-COLOURS = slice(7, 7 + NUM_COLOURS)
-NUM_COLUMNS = 7 + NUM_COLOURS
+# SCALE numbers the factors by which its grids are shown larger, from 1; 0: as they are.
+PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT, SCALE = range(8)
+COLOURS = slice(8, 8 + NUM_COLOURS)
+NUM_COLUMNS = 8 + NUM_COLOURS
 
 CONTEXT_WINDOW = 16
 """Pairs of a task, at least, among which those that come first are drawn."""
@@ -72,8 +73,11 @@ class ReaderStream:
         dtype: torch.dtype,
         marks: Marks = Marks(),
         by_blocks: bool = False,
+        scaled: bool = False,
     ):
-        """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU."""
+        """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU. `scaled`: some
+        sequences are shown larger, as `reader.scale_augmentation` says.
+        """
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.by_blocks = by_blocks
         self.num_pairs = config.pairs_per_sequence
@@ -86,6 +90,8 @@ class ReaderStream:
         counts = torch.bincount(source.pairs[self.by_task, 0], minlength=source.fixed.shape[0])
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
+        self.scaled = scaled and config.scale_augmentation > 0
+        self.factors = torch.tensor([(1, 1), *config.scale_factors], device=self.device)
         heads = marks.start + marks.before_input
         self.head_codes = torch.tensor(heads, device=self.device)
         self.output_codes = torch.tensor(marks.before_output, device=self.device)
@@ -97,9 +103,31 @@ class ReaderStream:
         task = self.source.pairs[last, 0]
         _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
         others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
-        return self.sequences(torch.cat((others, last[:, None]), dim=1), task, dihedral, colours)
+        pairs = torch.cat((others, last[:, None]), dim=1)
+        scale = self.draw_scales(pairs, dihedral) if self.scaled else None
+        return self.sequences(pairs, task, dihedral, colours, scale)
 
-    def sequences(self, pairs: Tensor, task: Tensor, dihedral: Tensor, colours: Tensor) -> Tensor:
+    def draw_scales(self, pairs: Tensor, dihedral: Tensor) -> Tensor:
+        """Scale [n] of sequences of pairs [n, K]: 0 also where one of them would be too large."""
+        count = pairs.shape[0]
+        scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
+        is_larger = torch.rand(count, device=self.device) < self.config.scale_augmentation
+        rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)
+        turns = dihedral.repeat_interleave(pairs.shape[1])
+        sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
+        sides = torch.stack([side * (pairs >= 0).flatten() for size in sizes for side in size])
+        heights_widths = sides.view(2, 2, count, -1).amax((0, 3)).T
+        largest = (heights_widths * self.factors[scale]).amax(1)
+        return torch.where(is_larger & (largest <= self.config.scaled_sides), scale, 0)
+
+    def sequences(
+        self,
+        pairs: Tensor,
+        task: Tensor,
+        dihedral: Tensor,
+        colours: Tensor,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence."""
         rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
@@ -107,6 +135,8 @@ class ReaderStream:
         rows[..., DIHEDRAL] = dihedral[:, None]
         rows[..., FLAG] = same_colours(colours)[:, None]
         rows[..., COLOURS] = colours[:, None]
+        if scale is not None:
+            rows[..., SCALE] = scale[:, None]
         rows[..., INDEX] = 1
         there = self._fitting(self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)) > 0
         rows[..., INDEX] = there.cumsum(1) - 1
@@ -129,15 +159,22 @@ class ReaderStream:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        height, width = self.source.seen_size(pair[:, OUTPUT], rows[:, DIHEDRAL])
+        height, width = self._seen_size(rows, OUTPUT)
         return self.asked(rows) + height * (width + 1) + 1
 
     def asked(self, rows: Tensor) -> Tensor:
         """Tokens [R] of each row before its output."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        height, width = self.source.seen_size(pair[:, INPUT], rows[:, DIHEDRAL])
+        height, width = self._seen_size(rows, INPUT)
         return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
+
+    def _seen_size(self, rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        """Height and width [R] of a grid of each row's pair, as it is shown."""
+        grid = self.source.pairs[rows[:, PAIR]][:, columns]
+        sizes = self.source.seen_size(grid, rows[:, DIHEDRAL])
+        if not self.scaled:
+            return sizes
+        height, width = (torch.stack(sizes, dim=1) * self.factors[rows[:, SCALE]]).unbind(1)
+        return height, width
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Tokens [R] before each row's input."""
@@ -210,8 +247,8 @@ class ReaderStream:
         token's row [T, columns].
         """
         pair = self.source.pairs[row[:, PAIR]]
-        in_height, in_width = self.source.seen_size(pair[:, INPUT], row[:, DIHEDRAL])
-        out_height, out_width = self.source.seen_size(pair[:, OUTPUT], row[:, DIHEDRAL])
+        in_height, in_width = self._seen_size(row, INPUT)
+        out_height, out_width = self._seen_size(row, OUTPUT)
         head = self._heads(row)
         separator = head + in_height * (in_width + 1)
         body = separator + len(self.marks.before_output)
@@ -226,7 +263,10 @@ class ReaderStream:
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
         grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
-        colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
+        cell_y, cell_x = self._cells(row, y, x)
+        colour = self.source.colour_at(
+            grid, row[:, DIHEDRAL], row[:, COLOURS], cell_y, cell_x, inside
+        )
         tokens = torch.where(inside, colour, ROW_END)
         part = torch.where(after, OUTPUT_PART, INPUT_PART)
         from_end = len(self.head_codes) - head  # later pairs have no start
@@ -242,6 +282,13 @@ class ReaderStream:
         part = part + row[:, INDEX] * PARTS_PER_PAIR
         is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output
+
+    def _cells(self, row: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells of the grids themselves that stand at (y, x) [T] where they are shown."""
+        if not self.scaled:
+            return y, x
+        rows, columns = self.factors[row[:, SCALE]].unbind(1)
+        return y // rows, x // columns
 
 
 def _at(codes: Tensor, place: Tensor) -> Tensor:

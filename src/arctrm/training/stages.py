@@ -149,7 +149,7 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     training = config.training
     source = PairSource(base, config.data, config.seed, model.device)
     by_blocks = goes_by_blocks(training, model.device)
-    stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks)
+    stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks, scaled=True)
     reader, num_rows = TinyJointReader(model), _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
     num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
     return [
