@@ -143,10 +143,14 @@ def test_every_kind_of_failure_has_its_line_and_exit_code():
     )
 
 
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""A shell starts what runs in the background deaf to interrupts, and its children with it."""
+
+
 def test_an_interrupt_is_one_line_and_exit_130():
     """A real signal in a real process, sent in the middle of the command."""
     code = (
-        "import os, signal, sys; from arctrm.cli import main\n"
+        f"{HEARD}; import os, sys; from arctrm.cli import main\n"
         "import arctrm.data.build as b\n"
         "b.build = lambda *given: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['data', 'build'])"
@@ -157,7 +161,7 @@ def test_an_interrupt_is_one_line_and_exit_130():
 
 def test_an_interrupt_while_typer_is_imported_is_one_line_and_exit_130(tmp_path):
     """A real signal, sent by a module that takes Typer's place on the path."""
-    (tmp_path / "typer.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    (tmp_path / "typer.py").write_text(f"{HEARD}; import os; os.kill(os.getpid(), signal.SIGINT)")
     done = subprocess.run(
         [sys.executable, "-m", "arctrm", "--help"],
         capture_output=True,

@@ -236,6 +236,17 @@ def test_a_syntax_error_is_named_with_its_line(toml):
             "trm.hidden_size = 510 is not a multiple of 4 x trm.num_heads = 32; use 480 or 512",
         ),
         (
+            "[trm.scaling]\nfactors = [[2, 2], [1, 1]]",
+            "scaling.factors = [[2, 2], [1, 1]]: none, or one that changes nothing; give pairs "
+            "[rows, columns] such as [[2, 2], [1, 2]]",
+        ),
+        (
+            '[trm]\nlayout = "reference"\ncondition_cells = false\nscaling.share = 0.2',
+            "trm.scaling.share = 0.2 with trm.layout = 'reference' and trm.task_embedding = "
+            "'shared': TRM could not be told of it; set trm.scaling.share = 0, or trm.layout = "
+            "'compact' and trm.task_embedding = 'shared'",
+        ),
+        (
             '[training.schedule]\nbudget = "10m"\nmax_steps = 5',
             "training.schedule.budget = 600.0 and training.schedule.max_steps = 5 contradict each "
             "other; give exactly one of the two",

@@ -40,7 +40,7 @@ def config(tmp_path_factory, small_tasks, write_tasks):
             "batch_size": 4,
             "data": {"subsets": [folder], "test_set": folder, "num_aug": 4},
             "trm": {**narrow, "num_layers": 1, "H_cycles": 1, "L_cycles": 1, "halt_max_steps": 2},
-            "reader": {**narrow, "num_layers": 1},
+            "reader": {**narrow, "num_layers": 1, "scaling": {"share": 0.3}},
             "coupling": {**sizes, "reader_tokens_per_batch": 4096},
             "training": {**TRAINING, **SCHEDULE},
             "recipe": {

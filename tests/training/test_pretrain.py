@@ -101,8 +101,9 @@ def test_ctrl_c_saves_exits_130_and_resumes_to_the_same_bytes(whole, tmp_path):
         {"training.optimiser.kind": "adamw", "training.optimiser.clip_norm": 0.5},
         {"trm.layout": "reference", "trm.condition_cells": False, "trm.stablemax": True},
         {"trm.task_embedding": "per_view", "trm.task_embedding_init": "mean"},
+        {"trm.scaling.share": 0.5},
     ],
-    ids=["grad_accum", "no_ema", "adamw", "reference", "per_view"],
+    ids=["grad_accum", "no_ema", "adamw", "reference", "per_view", "scaled"],
 )
 def test_every_variant_resumes_exactly(tiny, tmp_path, changes):
     steps = {"training.schedule.max_steps": 8, "training.checkpoint_every_steps": 3}

@@ -76,8 +76,17 @@ def reader(tiny):
         {"training.ema_decay": 0.0, "training.optimiser.kind": "adamw"},
         {"reader.task_embedding": False},
         {"reader.gradient_checkpointing": True},
+        {"reader.scaling.share": 0.5},
     ],
-    ids=["pair", "task", "grad_accum", "adamw_no_ema", "no_task_embedding", "checkpointed"],
+    ids=[
+        "pair",
+        "task",
+        "grad_accum",
+        "adamw_no_ema",
+        "no_task_embedding",
+        "checkpointed",
+        "scaled",
+    ],
 )
 def test_every_variant_resumes_exactly(reader, tmp_path, changes):
     steps = {"training.schedule.max_steps": 8, "training.checkpoint_every_steps": 3}

@@ -424,8 +424,8 @@ def test_layers_drop_out_of_the_loss_and_of_nothing_else(real):
 
 
 def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
-    scaling = {"scale_augmentation": 0.7, "scale_factors": ((2, 2), (2, 1))}
-    _, _, step = make(real, **scaling, scaled_sides=30)
+    scaling = {"share": 0.7, "factors": ((2, 2), (2, 1)), "sides": 30}
+    _, _, step = make(real, scaling=scaling)
     stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, scaled=True)
     batch = stream.next_batch(stream.draw(64), 16384)
     model, reader = step.reader.reader, step.reader

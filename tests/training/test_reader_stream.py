@@ -87,7 +87,7 @@ def test_tokens_and_positions_are_the_codecs_of_the_drawn_view(base, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_some_sequences_are_shown_larger_as_kronecker_products_of_their_grids(base, form):
     factors = ((1, 1), (2, 2), (1, 3))
-    stream = make(base, form, scale_augmentation=0.7, scale_factors=factors[1:], scaled_sides=30)
+    stream = make(base, form, scaling={"share": 0.7, "factors": factors[1:], "sides": 30})
     seen = [0, 0, 0]
     for batch in batches(stream, 12):
         for rows, where in sequences(batch, stream):
@@ -104,8 +104,8 @@ def test_some_sequences_are_shown_larger_as_kronecker_products_of_their_grids(ba
 @pytest.mark.parametrize("form", FORMS)
 def test_what_would_be_too_large_is_shown_as_it_is(base, form):
     factors = torch.tensor([(1, 1), (2, 2), (1, 3)])
-    reader = {"scale_factors": factors[1:].tolist(), "scaled_sides": 30}
-    stream = make(base, form, scale_augmentation=0.5, **reader)
+    scaling = {"share": 0.5, "factors": factors[1:].tolist(), "sides": 30}
+    stream = make(base, form, scaling=scaling)
     rows = stream.draw(4000)
     assert (rows[..., s.SCALE] == rows[:, -1:, s.SCALE]).all()
     scale = rows[:, -1, s.SCALE]
@@ -123,7 +123,7 @@ def test_what_would_be_too_large_is_shown_as_it_is(base, form):
 
 
 def test_a_stream_that_is_not_to_scale_draws_what_one_without_scaling_draws(base):
-    stream = make(base, "pair", scale_augmentation=0.5)
+    stream = make(base, "pair", scaling={"share": 0.5})
     plain = s.ReaderStream(stream.source, stream.config, torch.float32)
     drawn = []
     for each in (plain, make(base, "pair")):

@@ -10,7 +10,7 @@ from arctrm.data.task import Pair, Task
 from arctrm.training.losses import row_losses
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.step import COUNTS, GraphedStep, MicroStep
-from arctrm.training.stream import DIHEDRAL, EMBEDDING, FLAG, LENGTH, STEPS, PairStream
+from arctrm.training.stream import DIHEDRAL, EMBEDDING, FLAG, LENGTH, SCALE, STEPS, PairStream
 from arctrm.trm.model import TRM
 from arctrm.trm.packing import sequences
 
@@ -42,7 +42,7 @@ def make(
     model = TRM(config, base.num_tasks).to(device)
     model.dtype = dtype  # before the state, whose latents have it too
     gradients = FlatGradients(list(model.parameters()))
-    stream = PairStream(base, data, config, 0, device)
+    stream = PairStream(base, data, config, 0, device, scaled=True)
     state = stream.new_state(model, 1024, rows)
     return model, gradients, MicroStep(model, stream, state, halt_max_steps, scale)
 
@@ -92,12 +92,22 @@ def test_tasks_that_are_not_drawn_get_no_gradient():
     assert touched.tolist() == [False, True]
 
 
-def test_every_trained_parameter_gets_gradient_from_real_rows():
-    model, _, step = make(base_of(PAIR, OTHER), data=DataConfig(num_aug=50))
+@pytest.mark.parametrize("scaling", [{}, {"share": 0.6}])
+def test_every_trained_parameter_gets_gradient_from_real_rows(scaling):
+    model, _, step = make(base_of(PAIR, OTHER), data=DataConfig(num_aug=50), scaling=scaling)
     for _ in range(3):
         step()
     untouched = [n for n, p in model.named_parameters() if not p.grad.abs().sum() > 0]
     assert untouched == []
+
+
+def test_a_scale_that_no_row_has_gets_no_gradient():
+    model, _, step = make(base_of(PAIR), rows=1, scaling={"share": 0.5})
+    step.state.queue[:, SCALE] = 2
+    step.stream.place(step.state.queue, torch.zeros(1, 8))
+    step()
+    touched = model.scale_emb.weights.grad.abs().sum(1) > 0
+    assert touched.tolist() == [False, True, False]
 
 
 def test_the_loss_scale_scales_the_gradient_and_steps_add_up():

@@ -28,12 +28,12 @@ def base():
     return base_set_from_tasks(tasks, "evaluation", 50)
 
 
-def make(base, data=None, seed=0, **trm):
+def make(base, data=None, seed=0, scaled=False, **trm):
     config = TRMConfig(**SMALL, **trm)
     torch.manual_seed(seed)
     model = TRM(config, base.num_tasks * (50 if config.task_embedding == "per_view" else 1))
     data = data or DataConfig(num_aug=50)
-    stream = s.PairStream(base, data, config, seed, CPU)
+    stream = s.PairStream(base, data, config, seed, CPU, scaled=scaled)
     return model, stream, stream.new_state(model, TOKENS, ROWS)
 
 
@@ -69,6 +69,37 @@ def test_rows_are_the_codecs_canvases_of_the_drawn_view(base, layout, translate)
             np.testing.assert_array_equal(labels, np.where(output > 0, output, IGNORE))
             seen += 1
     assert seen > 12
+
+
+def test_some_rows_are_shown_larger_as_kronecker_products_of_their_grids(base):
+    factors = ((1, 1), (2, 2), (1, 3))
+    scaling = {"share": 0.7, "factors": factors[1:], "sides": 28}
+    model, stream, state = make(base, scaled=True, scaling=scaling)
+    seen = [0, 0, 0]
+    for _ in range(8):
+        batch = stream.next_batch(state, model)
+        state.halted.fill_(True)
+        for row, codes, labels in canvases(batch, stream.trm):
+            view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
+            scale = int(row[s.SCALE])
+            pair, block = base.pair(int(row[s.PAIR])), np.ones(factors[scale], dtype=np.uint8)
+            shown = [np.kron(view.apply(grid), block) for grid in (pair.input, pair.output)]
+            larger, output = (canvas.encode(grid, *codes.shape, (0, 0)) for grid in shown)
+            np.testing.assert_array_equal(codes, larger)
+            np.testing.assert_array_equal(labels, np.where(output > 0, output.astype(int), IGNORE))
+            assert not scale or max(max(grid.shape) for grid in shown) <= 28
+            seen[scale] += 1
+    assert min(seen) > 5
+
+
+def test_a_stream_that_is_not_to_scale_draws_what_one_without_scaling_draws(base):
+    drawn = []
+    for scaling in ({"share": 0.5}, {}):
+        _, stream, _ = make(base, scaling=scaling)
+        torch.manual_seed(0)
+        drawn.append(stream.draw(200))
+    assert torch.equal(*drawn)
+    assert (drawn[0][:, s.SCALE] == 0).all()
 
 
 def test_fixed_colours_are_never_moved(base):

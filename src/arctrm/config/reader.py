@@ -1,16 +1,14 @@
 """`[reader]`: the tiny reader, a LLaMA trained from scratch on serialised grids."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
+from arctrm.config.scaling import ScalingConfig
 
 PAIR_TOKENS = 2 * 30 * 31 + 3
 """Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
-
-ScaleFactor = Annotated[int, Field(ge=1, le=6)]
-"""Rows or columns that one of a small grid becomes."""
 
 
 class ReaderConfig(StrictModel):
@@ -52,16 +50,8 @@ class ReaderConfig(StrictModel):
     """Share of the output cells that are shown in a random colour, in every other training
     sequence: what comes next must not hang on what was written before. Labels stay true."""
 
-    scale_augmentation: float = Field(0.0, ge=0, lt=1)
-    """Share of the sequences in training the reader alone whose grids are shown larger, every cell
-    as a block of cells, where they are small enough; a learned vector tells the reader so (VARC's
-    scale augmentation, for sequences)."""
-
-    scale_factors: tuple[tuple[ScaleFactor, ScaleFactor], ...] = ((2, 2),)
-    """The blocks (rows, columns) that a cell may become, each equally likely."""
-
-    scaled_sides: int = Field(16, ge=1, le=30)
-    """Bound on the sides of grids that are shown larger: pairs beyond it stay as they are."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Sequences that are shown larger while the reader is trained alone."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of what each layer adds to a token's vector that is left out where the reader's own
@@ -82,15 +72,6 @@ class ReaderConfig(StrictModel):
             raise ValueError(
                 f"reader.hidden_size = {self.hidden_size} is not a multiple of 8 x "
                 f"reader.num_heads = {step}; use {f'{low} or ' if low else ''}{high}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_scale_by(self) -> "ReaderConfig":
-        if (1, 1) in self.scale_factors or not self.scale_factors:
-            raise ValueError(
-                f"reader.scale_factors = {[list(pair) for pair in self.scale_factors]}: no factor, "
-                "or one that changes nothing; give pairs [rows, columns] such as [[2, 2], [1, 2]]"
             )
         return self
 

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from arctrm.config.base import StrictModel
+from arctrm.config.scaling import ScalingConfig
 
 
 class TRMConfig(StrictModel):
@@ -61,6 +62,9 @@ class TRMConfig(StrictModel):
     condition_cells: bool = True
     """Add task embedding, dihedral code and colour flag to every cell too (compact layout)."""
 
+    scaling: ScalingConfig = ScalingConfig()
+    """Rows that are shown larger while TRM is trained alone (compact layout, shared embeddings)."""
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "TRMConfig":
         step = 4 * self.num_heads
@@ -78,6 +82,16 @@ class TRMConfig(StrictModel):
             raise ValueError(
                 "trm.condition_cells = true contradicts trm.layout = 'reference'; "
                 "set trm.condition_cells = false or trm.layout = 'compact'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scale_can_be_told(self) -> "TRMConfig":
+        if self.scaling.share and (self.layout, self.task_embedding) != ("compact", "shared"):
+            raise ValueError(
+                f"trm.scaling.share = {self.scaling.share} with trm.layout = {self.layout!r} and "
+                f"trm.task_embedding = {self.task_embedding!r}: TRM could not be told of it; set "
+                "trm.scaling.share = 0, or trm.layout = 'compact' and trm.task_embedding = 'shared'"
             )
         return self
 

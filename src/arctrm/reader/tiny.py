@@ -75,8 +75,8 @@ class TinyReader(nn.Module):
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
         self.colour_flag_emb = Table(torch.randn(2, width) * INIT_STD)
-        if config.scale_augmentation:
-            self.scale_emb = Table(torch.randn(len(config.scale_factors), width) * INIT_STD)
+        if config.scaling.share:
+            self.scale_emb = Table(torch.randn(len(config.scaling.factors), width) * INIT_STD)
 
     @property
     def grid_tokens(self) -> GridTokens:
@@ -120,8 +120,7 @@ class TinyReader(nn.Module):
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag)
         if scale is not None:
-            scales = F.pad(self.scale_emb.weights, (0, 0, 1, 0))
-            both = both + scales.index_select(0, scale)
+            both = both + self.scale_emb.or_zero(scale)
         if not self.config.task_embedding:
             return both
         return both + self.puzzle_emb.weights.index_select(0, embedding_row)

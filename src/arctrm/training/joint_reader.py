@@ -97,7 +97,7 @@ class TinyJointReader:
         """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
         rows = batch.rows
         told = [rows[:, column] for column in (reading.TASK, reading.DIHEDRAL, reading.FLAG)]
-        if self.config.scale_augmentation:
+        if self.config.scaling.share:
             told.append(rows[:, reading.SCALE])
         condition = self.reader.condition(*told)
         added = condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))

@@ -32,12 +32,13 @@ from arctrm.reader.tokens import (
     Marks,
 )
 from arctrm.training.losses import IGNORE
+from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.packing import dummy_lengths
 
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
 # SOFT is no pair but a soft prefix.
-# SCALE numbers the factors by which its grids are shown larger, from 1; 0: as they are.
+# SCALE is that of `Scales`.
 PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT, SCALE = range(8)
 COLOURS = slice(8, 8 + NUM_COLOURS)
 NUM_COLUMNS = 8 + NUM_COLOURS
@@ -76,7 +77,7 @@ class ReaderStream:
         scaled: bool = False,
     ):
         """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU. `scaled`: some
-        sequences are shown larger, as `reader.scale_augmentation` says.
+        sequences are shown larger, as `reader.scaling` says.
         """
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.by_blocks = by_blocks
@@ -90,8 +91,7 @@ class ReaderStream:
         counts = torch.bincount(source.pairs[self.by_task, 0], minlength=source.fixed.shape[0])
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
-        self.scaled = scaled and config.scale_augmentation > 0
-        self.factors = torch.tensor([(1, 1), *config.scale_factors], device=self.device)
+        self.scales = Scales(config.scaling, self.device, enabled=scaled)
         heads = marks.start + marks.before_input
         self.head_codes = torch.tensor(heads, device=self.device)
         self.output_codes = torch.tensor(marks.before_output, device=self.device)
@@ -104,21 +104,16 @@ class ReaderStream:
         _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
         others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
         pairs = torch.cat((others, last[:, None]), dim=1)
-        scale = self.draw_scales(pairs, dihedral) if self.scaled else None
+        scale = self.draw_scales(pairs, dihedral) if self.scales.enabled else None
         return self.sequences(pairs, task, dihedral, colours, scale)
 
     def draw_scales(self, pairs: Tensor, dihedral: Tensor) -> Tensor:
-        """Scale [n] of sequences of pairs [n, K]: 0 also where one of them would be too large."""
-        count = pairs.shape[0]
-        scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
-        is_larger = torch.rand(count, device=self.device) < self.config.scale_augmentation
+        """Scales [n] of sequences of pairs [n, K]: all of a sequence are shown in the same one."""
         rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)
         turns = dihedral.repeat_interleave(pairs.shape[1])
         sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
-        sides = torch.stack([side * (pairs >= 0).flatten() for size in sizes for side in size])
-        heights_widths = sides.view(2, 2, count, -1).amax((0, 3)).T
-        largest = (heights_widths * self.factors[scale]).amax(1)
-        return torch.where(is_larger & (largest <= self.config.scaled_sides), scale, 0)
+        largest = (torch.maximum(*both) for both in zip(*sizes, strict=True))
+        return self.scales.draw(*((side.view_as(pairs) * (pairs >= 0)).amax(1) for side in largest))
 
     def sequences(
         self,
@@ -170,11 +165,7 @@ class ReaderStream:
     def _seen_size(self, rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
         """Height and width [R] of a grid of each row's pair, as it is shown."""
         grid = self.source.pairs[rows[:, PAIR]][:, columns]
-        sizes = self.source.seen_size(grid, rows[:, DIHEDRAL])
-        if not self.scaled:
-            return sizes
-        height, width = (torch.stack(sizes, dim=1) * self.factors[rows[:, SCALE]]).unbind(1)
-        return height, width
+        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SCALE])
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Tokens [R] before each row's input."""
@@ -263,7 +254,7 @@ class ReaderStream:
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
         grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
-        cell_y, cell_x = self._cells(row, y, x)
+        cell_y, cell_x = self.scales.cells(y, x, row[:, SCALE])
         colour = self.source.colour_at(
             grid, row[:, DIHEDRAL], row[:, COLOURS], cell_y, cell_x, inside
         )
@@ -282,13 +273,6 @@ class ReaderStream:
         part = part + row[:, INDEX] * PARTS_PER_PAIR
         is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output
-
-    def _cells(self, row: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells of the grids themselves that stand at (y, x) [T] where they are shown."""
-        if not self.scaled:
-            return y, x
-        rows, columns = self.factors[row[:, SCALE]].unbind(1)
-        return y // rows, x // columns
 
 
 def _at(codes: Tensor, place: Tensor) -> Tensor:

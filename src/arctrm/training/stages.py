@@ -131,7 +131,8 @@ def is_captured(training: TrainingConfig, device: torch.device) -> bool:
 
 def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
     training = config.training
-    stream = PairStream(base, config.data, config.trm, config.seed, model.H_init.device)
+    device = model.H_init.device
+    stream = PairStream(base, config.data, config.trm, config.seed, device, scaled=True)
     halt_max_steps = training.halt_max_steps or config.trm.halt_max_steps
     return [
         MicroStep(

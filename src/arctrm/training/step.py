@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from arctrm.training.losses import HALT_WEIGHT, RowLosses, row_losses
-from arctrm.training.stream import DIHEDRAL, EMBEDDING, FLAG, STEPS, Batch, PairStream, StreamState
+from arctrm.training.stream import (
+    DIHEDRAL,
+    EMBEDDING,
+    FLAG,
+    SCALE,
+    STEPS,
+    Batch,
+    PairStream,
+    StreamState,
+)
 from arctrm.trm.carry import halting
 from arctrm.trm.model import TRM, Prediction
 from arctrm.trm.packing import sequences
@@ -81,7 +90,10 @@ class MicroStep:
 
     def _forward(self, batch: Batch) -> tuple[Prediction, RowLosses]:
         rows, tokens = batch.rows, batch.tokens
-        prefix, condition = self.model.prefix(rows[:, EMBEDDING], rows[:, DIHEDRAL], rows[:, FLAG])
+        scale = rows[:, SCALE] if self.model.config.scaling.share else None
+        prefix, condition = self.model.prefix(
+            rows[:, EMBEDDING], rows[:, DIHEDRAL], rows[:, FLAG], scale=scale
+        )
         x = self.model.embed(batch.codes, tokens.row, tokens.first, prefix, condition)
         seq = sequences(tokens, self.model.config, self.model.dtype)
         latents, prediction = self.model.supervision_step(batch.latents, x, seq, tokens.first)

@@ -20,14 +20,16 @@ from arctrm.data.canvas import COLOUR, EOS, PAD
 from arctrm.data.dataset import BaseSet
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS
 from arctrm.training.losses import IGNORE
+from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.model import TRM, Latents
 from arctrm.trm.packing import TokenMap, longest_row, token_map
 
-# Columns of a row: which pair, seen how, on which canvas, worked on for how long.
-PAIR, EMBEDDING, DIHEDRAL, FLAG, HEIGHT, WIDTH, SHIFT_Y, SHIFT_X, LENGTH, STEPS = range(10)
-COLOURS = slice(10, 10 + NUM_COLOURS)
-NUM_COLUMNS = 10 + NUM_COLOURS
+# Columns of a row: which pair, seen how, on which canvas, worked on for how long; SCALE is that of
+# `Scales`.
+PAIR, EMBEDDING, DIHEDRAL, FLAG, HEIGHT, WIDTH, SHIFT_Y, SHIFT_X, LENGTH, STEPS, SCALE = range(11)
+COLOURS = slice(11, 11 + NUM_COLOURS)
+NUM_COLUMNS = 11 + NUM_COLOURS
 
 
 class StreamState(NamedTuple):
@@ -69,10 +71,14 @@ class PairStream:
         seed: int,
         device: torch.device,
         source: PairSource | None = None,
+        scaled: bool = False,
     ):
-        """`source`: pairs that another stream draws from, too."""
+        """`source`: pairs that another stream draws from, too. `scaled`: some rows are shown
+        larger, as `trm.scaling` says.
+        """
         self.data, self.trm, self.device = data, trm, device
         self.source = source or PairSource(base, data, seed, device)
+        self.scales = Scales(trm.scaling, device, enabled=scaled)
 
     def new_state(self, model: TRM, num_tokens: int, num_rows: int) -> StreamState:
         """An empty batch: all rows halted, the queue full."""
@@ -98,14 +104,14 @@ class PairStream:
         rows[:, DIHEDRAL] = dihedral
         rows[:, FLAG] = same_colours(colours)
         rows[:, COLOURS] = colours
+        if self.scales.enabled:
+            rows[:, SCALE] = self.scales.draw(*self._needed(rows))
         self.place(rows, uniform[:, 2:])
         return rows
 
     def place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        sizes = [self.source.seen_size(pair[:, g], rows[:, DIHEDRAL]) for g in (INPUT, OUTPUT)]
-        height, width = (torch.maximum(*both) for both in zip(*sizes, strict=True))
+        height, width = self._needed(rows)
         shifted = (uniform[:, 0] < self.data.translate).long()
         enlarged = uniform[:, 1] < self.data.enlarge_canvas
         for need, size, shift, u in (
@@ -117,6 +123,17 @@ class PairStream:
             extra = (u[:, 1] * u[:, 2] * (MAX_SIDE + 1 - tight)).long() * enlarged
             rows[:, size] = tight + extra if self.trm.layout == "compact" else MAX_SIDE
         rows[:, LENGTH] = self.trm.num_slots + rows[:, HEIGHT] * rows[:, WIDTH]
+
+    def _needed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and width [n] that hold both grids of each row's pair, as they are shown."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        sizes = [self._seen_size(pair[:, grid], rows) for grid in (INPUT, OUTPUT)]
+        height, width = (torch.maximum(*both) for both in zip(*sizes, strict=True))
+        return height, width
+
+    def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
+        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SCALE])
 
     def next_batch(self, state: StreamState, model: TRM) -> Batch:
         """Keep the unfinished rows, fill up from the queue; updates rows and queue in place."""
@@ -170,9 +187,10 @@ class PairStream:
 
     def _grid_codes(self, grid: Tensor, row: Tensor, y: Tensor, x: Tensor) -> Tensor:
         """Codes [T] of a grid (offset, height, width per token) at (y, x) of its view."""
-        rows_seen, columns_seen = self.source.seen_size(grid, row[:, DIHEDRAL])
+        rows_seen, columns_seen = self._seen_size(grid, row)
         in_rows, in_columns = (y >= 0) & (y < rows_seen), (x >= 0) & (x < columns_seen)
         inside = in_rows & in_columns
         border = (in_columns & (y == rows_seen)) | (in_rows & (x == columns_seen))
+        y, x = self.scales.cells(y, x, row[:, SCALE])
         colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
         return torch.where(inside, colour + COLOUR, torch.where(border, EOS, PAD))

@@ -47,6 +47,10 @@ class Table(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(values)
 
+    def or_zero(self, number: Tensor) -> Tensor:
+        """The vectors [n, D] of numbers from 1 on; 0 has none, and adds nothing."""
+        return F.pad(self.weights, (0, 0, 1, 0)).index_select(0, number)
+
 
 class CellEmbedding(nn.Module):
     """The vectors of the cell codes, named as in the reference."""
@@ -82,6 +86,9 @@ class TRM(nn.Module):
             self.slots = Table(
                 truncated_normal(config.num_prefix_slots - 3, width, std=width**-0.5)
             )
+        if config.scaling.share:
+            num_scales = len(config.scaling.factors)
+            self.scale_emb = Table(truncated_normal(num_scales, width, std=width**-0.5))
         self.L_level = RecursiveLevel(config.num_layers, width, config.inner_size)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.q_head = nn.Linear(width, 2)
@@ -106,8 +113,12 @@ class TRM(nn.Module):
         colour_flag: Tensor,
         blank: bool = False,
         context: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Prefix slots [R, P, D] and the vector [R, D] that conditions every cell.
+
+        `scale` [R] numbers the factors by which grids are shown larger, from 1; 0: as they are. Its
+        vector is added to the dihedral code.
 
         `context` [R, C, D] is what a reader says of the task, in the units of the other slots;
         its slots are zero without it.
@@ -125,6 +136,8 @@ class TRM(nn.Module):
             return self._with_context(padded, context), torch.zeros_like(task)
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         flag = self.colour_flag_emb.weights.index_select(0, colour_flag)
+        if scale is not None:
+            turn = turn + self.scale_emb.or_zero(scale)
         if self.config.task_embedding == "per_view":
             turn, flag = torch.zeros_like(turn), torch.zeros_like(flag)
         learned = self.slots.weights.expand(rows, -1, -1)
