@@ -58,7 +58,6 @@ MODELS = {
         "reader.loops": "3",
         "reader.input_attention": "full",
         "reader.output_noise": "0.08",
-        "training.max_rows": "110",
         "training.optimiser.adamw_lr": "1e-3",
     },
     "trm": {
@@ -68,7 +67,6 @@ MODELS = {
         "trm.L_cycles": "3",
         "trm.halt_max_steps": "4",
         "data.enlarge_canvas": "0.1",
-        "training.max_rows": "110",
     },
 }
 ANSWERS = {"inference.views": "16", "inference.compile": "off"}

@@ -86,7 +86,8 @@ class TrainingConfig(StrictModel):
     """Tokens (prefix slots + cells) in one packed batch of one process."""
 
     max_rows: int | None = Field(None, ge=1)
-    """Bound on the pairs in one packed batch; by default tokens_per_batch / 64."""
+    """Bound on the pairs in one packed batch; by default room for pairs of the usual length of
+    ARC-AGI-1, or for more where those of the data set are shorter."""
 
     grad_accum: int = Field(1, ge=1)
     """Packed batches per optimiser step and process; each has its own carry."""

@@ -107,6 +107,10 @@ class ReaderStream:
         scale = self.draw_scales(pairs, dihedral) if self.scales.enabled else None
         return self.sequences(pairs, task, dihedral, colours, scale)
 
+    def mean_length(self, count: int) -> float:
+        """Tokens of a sequence, the mean of `count` drawn ones."""
+        return float(self.draw(count)[..., LENGTH].sum(1).double().mean())
+
     def draw_scales(self, pairs: Tensor, dihedral: Tensor) -> Tensor:
         """Scales [n] of sequences of pairs [n, K]: all of a sequence are shown in the same one."""
         rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)

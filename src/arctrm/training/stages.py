@@ -34,6 +34,8 @@ MANY_ROWS, TOKENS_PER_ROW_OF_MANY = 32, 192
 and a pair of the training mix has 250 tokens (TRM)."""
 TOKENS_PER_PAIR_OF_MANY = 280
 """That of the reader, whose pairs have 330 to 400 tokens."""
+SAMPLED, SPARE = 4096, 1.1
+"""Rows that are drawn to see how long they are; room is for so many more than a batch holds."""
 RANK_SEED_STEP = 1_000_003
 
 
@@ -134,11 +136,12 @@ def _trm_steps(model: TRM, config: PretrainConfig, base: BaseSet) -> list[Step]:
     device = model.H_init.device
     stream = PairStream(base, config.data, config.trm, config.seed, device, scaled=True)
     halt_max_steps = training.halt_max_steps or config.trm.halt_max_steps
+    num_rows = _num_rows(training, _mean_length(stream))
     return [
         MicroStep(
             model,
             stream,
-            stream.new_state(model, training.tokens_per_batch, _num_rows(training)),
+            stream.new_state(model, training.tokens_per_batch, num_rows),
             halt_max_steps,
             1 / training.grad_accum,
         )
@@ -151,8 +154,10 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     source = PairSource(base, config.data, config.seed, model.device)
     by_blocks = goes_by_blocks(training, model.device)
     stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks, scaled=True)
-    reader, num_rows = TinyJointReader(model), _num_rows(training, TOKENS_PER_PAIR_OF_MANY)
-    num_sequences = max(1, num_rows // config.reader.pairs_per_sequence)
+    reader, per_sequence = TinyJointReader(model), config.reader.pairs_per_sequence
+    mean_length = _mean_length(stream) / per_sequence
+    num_rows = _num_rows(training, mean_length, TOKENS_PER_PAIR_OF_MANY)
+    num_sequences = max(1, num_rows // per_sequence)
     return [
         ReaderStep(
             reader, stream, training.tokens_per_batch, num_sequences, 1 / training.grad_accum
@@ -167,5 +172,17 @@ def rows_of(num_tokens: int, of_many: int = TOKENS_PER_ROW_OF_MANY) -> int:
     return max(few, num_tokens // of_many)
 
 
-def _num_rows(training: TrainingConfig, of_many: int = TOKENS_PER_ROW_OF_MANY) -> int:
-    return training.max_rows or rows_of(training.tokens_per_batch, of_many)
+def _num_rows(
+    training: TrainingConfig, mean_length: float, of_many: int = TOKENS_PER_ROW_OF_MANY
+) -> int:
+    """Room for rows of the usual length, or of `mean_length` if they are shorter."""
+    needed = round(SPARE * training.tokens_per_batch / mean_length)
+    return training.max_rows or max(rows_of(training.tokens_per_batch, of_many), needed)
+
+
+def _mean_length(stream: PairStream | ReaderStream) -> float:
+    """Tokens of what `stream` draws, on average; the same in every process and every time."""
+    devices = [stream.device] if stream.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return stream.mean_length(SAMPLED)

@@ -109,6 +109,10 @@ class PairStream:
         self.place(rows, uniform[:, 2:])
         return rows
 
+    def mean_length(self, count: int) -> float:
+        """Tokens of a row, the mean of `count` drawn ones."""
+        return float(self.draw(count)[:, LENGTH].double().mean())
+
     def place(self, rows: Tensor, uniform: Tensor) -> None:
         """Fill in canvas size, shift and length; `uniform` is [n, 8]."""
         height, width = self._needed(rows)
