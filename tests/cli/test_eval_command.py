@@ -43,6 +43,23 @@ def refused(result, *said):
         assert words in err
 
 
+def test_a_submission_is_scored_again_without_weights(arctrm, trained, monkeypatch):
+    test_set = ("--set", f"evaluation.test_set={trained.folder}")
+    code, _, _ = arctrm(
+        *("eval", "--checkpoint", trained.run, *SMALL, "--out", "scores", *test_set),
+    )
+    assert code == 0
+    first = json.loads(Path("scores/scores.json").read_text())
+    monkeypatch.setattr("arctrm.solving.evaluate.load_solver", None)
+    code, out, _ = arctrm("eval", "--submission", "scores", "--out", "again", *test_set)
+    assert code == 0
+    assert "pass@10" not in out
+    second = json.loads(Path("again/scores.json").read_text())
+    assert second["tasks"] == first["tasks"]
+    assert second["task_fraction"]["pass@2"] == first["task_fraction"]["pass@2"]
+    refused(arctrm("eval", "--submission", "scores", "--bundled"), "--bundled contradicts")
+
+
 def test_eval_writes_scores_submission_and_configuration(arctrm, trained):
     code, out, _ = arctrm(
         *("eval", "--checkpoint", trained.run, *SMALL, "--out", "scores", "--seed", "3"),

@@ -12,7 +12,15 @@ COMMANDS = {
     "data show": SHARED | {"--statistics", "--limit"},
     "pretrain": SHARED | {"--resume"},
     "joint": SHARED | {"--resume"},
-    "eval": SHARED | {"--checkpoint", "--bundled", "--blank-task-embedding", "--views", "--ablate"},
+    "eval": SHARED
+    | {
+        "--checkpoint",
+        "--bundled",
+        "--submission",
+        "--blank-task-embedding",
+        "--views",
+        "--ablate",
+    },
     "baseline": SHARED
     | {"--checkpoint", "--model", "--subset", "--views", "--attempts", "--resume"},
     "solve": SHARED

@@ -25,6 +25,14 @@ def evaluate(
     bundled: Annotated[
         bool, typer.Option("--bundled", help="Use the weights that come with the package.")
     ] = False,
+    submission: Annotated[
+        Path | None,
+        typer.Option(
+            "--submission",
+            help="Score this submission.json (or the one in this folder); no weights are loaded.",
+            metavar="PATH",
+        ),
+    ] = None,
     views: Views = None,
     blank_task_embedding: Annotated[
         bool,
@@ -54,8 +62,14 @@ def evaluate(
             f"--bundled contradicts --checkpoint {checkpoint}: one set of weights answers; leave "
             "one of the two out"
         )
+    if bundled and submission is not None:
+        raise ConfigError(
+            f"--bundled contradicts --submission {submission}, which is scored without weights; "
+            "leave one of the two out"
+        )
     flags = {
         "checkpoint": "" if bundled else checkpoint,  # empty: none, also where a file names one
+        "submission": submission,
         "inference.views": views,
         "inference.blank_task_embedding": blank_task_embedding or None,
         "evaluation.ablate": _listed(ablate),
@@ -63,14 +77,16 @@ def evaluate(
         "seed": seed,
     }
     settings = read_config(EvalConfig, config, overrides, flags)
-    from arctrm.solving.evaluate import describe, run
+    from arctrm.solving import evaluate as answering
+    from arctrm.solving import late_scoring
 
+    what = answering if settings.submission is None else late_scoring
     if dry_run:
         from arctrm.console import console
 
-        console().print(describe(settings))
+        console().print(what.describe(settings))
         return
-    run(settings, settings.out or run_folder("eval"))
+    what.run(settings, settings.out or run_folder("eval"))
 
 
 def _listed(ablate: list[str] | None) -> list[str] | None:

@@ -91,6 +91,25 @@ class EvalConfig(AnsweringConfig):
     """Folder for scores.json and submission.json."""
     checkpoint: Path | None = None
     """Checkpoint folder or file; the bundled weights when absent."""
+    submission: Path | None = None
+    """Score this submission.json (or the one in this folder) instead of answering; no weights are
+    loaded."""
+
+    @model_validator(mode="after")
+    def _answers_are_there_already(self) -> "EvalConfig":
+        asked = {
+            "checkpoint": self.checkpoint is not None,
+            "evaluation.ablate": bool(self.evaluation.ablate),
+            "evaluation.adapt_steps": self.evaluation.adapts,
+            "evaluation.keep_candidates": self.evaluation.keep_candidates,
+        }
+        given = [key for key, is_given in asked.items() if is_given]
+        if self.submission is not None and given:
+            raise ValueError(
+                f"submission = {str(self.submission)!r} is scored as it is, but {given[0]} is set; "
+                "leave one of the two out"
+            )
+        return self
 
 
 class SolveConfig(StrictModel):

@@ -51,7 +51,7 @@ def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
     before = load_solver(config.checkpoint, config.inference, accelerator.device)
     _check(before, config)
     if accelerator.is_main_process:
-        _open_folder(out, config)  # now, not after hours of answering
+        open_folder(out, config)  # now, not after hours of answering
         say_what_is_unusual(before, tasks, config, config.evaluation.adapts)
     begin = time.monotonic()
     adapted = adapt(before, tasks, config, accelerator) if config.evaluation.adapts else None
@@ -130,7 +130,7 @@ def _write_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
     write_text_atomically(out / "ablations.json", json.dumps(content, indent=1) + "\n")
 
 
-def _open_folder(out: Path, config: EvalConfig) -> None:
+def open_folder(out: Path, config: EvalConfig) -> None:
     """Begin a result folder: the record of this evaluation, and no older score beside it."""
     if (out / "checkpoints").is_dir():
         raise DataError(f"{out}: is the folder of a training run; choose another --out")
