@@ -82,6 +82,24 @@ def test_embeddings_follow_the_content_of_the_tasks(tmp_path, kind, capsys):
             assert torch.equal(part.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("kind", ["trm", "reader"])
+def test_the_vectors_of_scale_augmentation_are_taken_where_both_have_them(tmp_path, kind):
+    """Joint training sees grids as they are: whether either has such vectors does not matter."""
+    share = f"{kind}.scaling.share"
+    with_scales, path = pretrained(tmp_path / "with", kind, small_base(), **{"scaling.share": 0.5})
+    _, plain = pretrained(tmp_path / "without", kind, small_base())
+    both = started({f"{kind}_checkpoint": path, share: 0.5}, small_base())
+    assert torch.equal(getattr(both, kind).scale_emb.weights, with_scales.scale_emb.weights)
+    dropped = getattr(started({f"{kind}_checkpoint": path}, small_base()), kind)
+    assert not hasattr(dropped, "scale_emb")
+    assert torch.equal(dropped.dihedral_emb.weights, with_scales.dihedral_emb.weights)
+    fresh = getattr(started({f"{kind}_checkpoint": plain, share: 0.5}, small_base()), kind)
+    assert fresh.scale_emb.weights.shape == with_scales.scale_emb.weights.shape
+    changes = {f"{kind}_checkpoint": path, share: 0.5, f"{kind}.scaling.factors": [[2, 2]]}
+    with pytest.raises(CheckpointError, match="scale_emb"):
+        started(changes, small_base())
+
+
 def test_a_run_folder_and_a_bundle_do_as_well(tmp_path):
     model, path = pretrained(tmp_path / "run", "trm", small_base())
     for given in (tmp_path / "run", path):

@@ -21,7 +21,7 @@ from arctrm.hybrid import Hybrid
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_names
 from arctrm.training.checkpoints import read_meta, read_model, resolve_checkpoint
 
-EMBEDDINGS = "puzzle_emb.weights"
+EMBEDDINGS, SCALES = "puzzle_emb.weights", "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "trm": (
         TRMConfig,
@@ -170,7 +170,11 @@ def _load(
 ) -> int:
     if rows is not None:
         weights[EMBEDDINGS] = _in_order(weights[EMBEDDINGS], rows)
-    check_names({n: tuple(t.shape) for n, t in part.state_dict().items()}, weights, folder)
+    own = part.state_dict()
+    if (SCALES in own) != (SCALES in weights):  # of use in pretraining only
+        weights = {n: t for n, t in weights.items() if n != SCALES}
+        weights |= {n: t for n, t in own.items() if n == SCALES}
+    check_names({n: tuple(t.shape) for n, t in own.items()}, weights, folder)
     part.load_state_dict(weights)
     return sum(row is not None for row in rows or ())
 
