@@ -135,6 +135,7 @@ def test_without_known_answers_nothing_is_scored_or_written(tasks, folder):
         ({"checkpoint": "runs/a"}, "checkpoint"),
         ({"evaluation": {"ablate": ["no-trm"]}}, "evaluation.ablate"),
         ({"evaluation": {"adapt_steps": 3}}, "evaluation.adapt_steps"),
+        ({"evaluation": {"adapt_budget": "9s"}}, "evaluation.adapt_budget"),
         ({"evaluation": {"keep_candidates": True}}, "evaluation.keep_candidates"),
     ],
 )

@@ -100,7 +100,8 @@ class EvalConfig(AnsweringConfig):
         asked = {
             "checkpoint": self.checkpoint is not None,
             "evaluation.ablate": bool(self.evaluation.ablate),
-            "evaluation.adapt_steps": self.evaluation.adapts,
+            "evaluation.adapt_steps": self.evaluation.adapt_steps > 0,
+            "evaluation.adapt_budget": self.evaluation.adapt_budget is not None,
             "evaluation.keep_candidates": self.evaluation.keep_candidates,
         }
         given = [key for key, is_given in asked.items() if is_given]
