@@ -158,17 +158,18 @@ class ReaderStream:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
-        height, width = self._seen_size(rows, OUTPUT)
+        pair = self.source.pairs[rows[:, PAIR]]
+        height, width = self._seen_size(pair[:, OUTPUT], rows)
         return self.asked(rows) + height * (width + 1) + 1
 
     def asked(self, rows: Tensor) -> Tensor:
         """Tokens [R] of each row before its output."""
-        height, width = self._seen_size(rows, INPUT)
+        pair = self.source.pairs[rows[:, PAIR]]
+        height, width = self._seen_size(pair[:, INPUT], rows)
         return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
 
-    def _seen_size(self, rows: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-        """Height and width [R] of a grid of each row's pair, as it is shown."""
-        grid = self.source.pairs[rows[:, PAIR]][:, columns]
+    def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
         return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SCALE])
 
     def _heads(self, rows: Tensor) -> Tensor:
@@ -242,8 +243,8 @@ class ReaderStream:
         token's row [T, columns].
         """
         pair = self.source.pairs[row[:, PAIR]]
-        in_height, in_width = self._seen_size(row, INPUT)
-        out_height, out_width = self._seen_size(row, OUTPUT)
+        in_height, in_width = self._seen_size(pair[:, INPUT], row)
+        out_height, out_width = self._seen_size(pair[:, OUTPUT], row)
         head = self._heads(row)
         separator = head + in_height * (in_width + 1)
         body = separator + len(self.marks.before_output)

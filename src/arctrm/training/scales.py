@@ -21,10 +21,8 @@ class Scales:
         self.factors = torch.tensor([(1, 1), *config.factors], device=device)
 
     def draw(self, height: Tensor, width: Tensor) -> Tensor:
-        """Scales int64 [n] of rows whose largest grid sides are `height` and `width` [n]."""
+        """Scales int64 [n], if enabled, of rows whose largest sides are `height`, `width` [n]."""
         count = height.shape[0]
-        if not self.enabled:
-            return torch.zeros(count, dtype=torch.long, device=self.device)
         scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
         is_larger = torch.rand(count, device=self.device) < self.config.share
         sides = torch.maximum(*self.larger(height, width, scale))
