@@ -88,7 +88,7 @@ def test_without_a_length_there_is_no_recipe():
 @pytest.mark.parametrize(
     ("sets", "parts"),
     [
-        (["recipe.reader=1"], ["--set", "recipe.reader = 1", "sum to 1.1", "change one"]),
+        (["recipe.reader=1"], ["--set", "recipe.reader = 1", "sum to 1.05", "change one"]),
         (["recipe.joint=0", "recipe.trm=0.4"], ["recipe.joint = 0", "above 0"]),
         (["recipe.budget=null"], ["no length of the recipe", "set recipe.budget"]),
         (["epochs=2"], ["epochs = 2 contradicts", "leave one of them out"]),
