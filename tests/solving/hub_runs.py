@@ -33,7 +33,7 @@ def joint_config(model, trained, mode, coupling) -> JointConfig:
 
 def config(steps=1, **top) -> SolveConfig:
     """Ends at `steps` steps of adaptation and a few views, long before the budget."""
-    learning = {"max_steps": steps, "tokens_per_batch": 256}
+    learning = {"parts": "all", "max_steps": steps, "tokens_per_batch": 256}
     decoding = {"rank": "experts", "scoring_views": 1}
     return SolveConfig.model_validate(
         {"budget": 60.0, "inference": QUICK, "reader": decoding, "adaptation": learning, **top}

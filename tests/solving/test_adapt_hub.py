@@ -25,7 +25,7 @@ from arctrm.training import reader_stream as reading
 
 TRAINED = ("lora", "full")
 COUPLED = ({}, NO_PATH)
-LEARNING = config().adaptation.model_copy(update={"adamw_lr": 0.01})
+LEARNING = config().adaptation.model_copy(update={"kind": "muon", "adamw_lr": 0.01})
 
 
 def solver_of(folder, **inference):

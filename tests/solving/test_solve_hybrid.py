@@ -26,7 +26,7 @@ def config(budget=30.0, steps=2, **top) -> SolveConfig:
             "budget": budget,
             "inference": QUICK,
             "reader": {"rank": "experts", "scoring_views": 2},
-            "adaptation": {"max_steps": steps, "tokens_per_batch": 256},
+            "adaptation": {"parts": "all", "max_steps": steps, "tokens_per_batch": 256},
             **top,
         }
     )
@@ -185,6 +185,34 @@ def test_adaptation_trains_every_part(solvers, trained, kind):
     fixed = {name for name in before if name.split(".")[-1] in ("H_init", "L_init")}
     assert adapter.steps == 3
     assert still <= fixed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adaptation_of_the_reader_leaves_what_is_beside_it(solvers, trained, kind):
+    solver, task = solvers(kind), trained.others[0]
+    own = config().adaptation.model_copy(update={"parts": "reader"})
+    adapter = Adapter(solver, [task], own, 0)
+    before = {name: tensor.clone() for name, tensor in adapter.solver.model.state_dict().items()}
+    adapter.train([task], time.monotonic() + 60, 3)
+    after = adapter.solver.model.state_dict()
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    of_reader = before if kind == "reader" else {n for n in before if n.startswith("reader.")}
+    assert learned == set(of_reader)
+    assert len(adapter.num_tokens) == 1
+
+
+def test_solve_adapts_the_reader_by_adamw_in_short_batches(solvers, trained):
+    """And TRM where there is no reader; of several tasks a batch holds more."""
+    own = SolveConfig().adaptation
+    for kind in ("pooled", "coupled"):
+        adapter = Adapter(solvers(kind), [trained.others[0]], own, 0)
+        assert adapter.parts == [adapter.solver.tiny]
+        assert set(adapter.learners[0].update.optimisers.all) == {"adamw"}
+        assert adapter.num_tokens == [256]
+    assert Adapter(solvers("reader"), trained.others[:3], own, 0).num_tokens == [768]
+    alone = replace(solvers("pooled"), model=solvers("pooled").trm)
+    adapter = Adapter(alone, [trained.others[0]], own, 0)
+    assert adapter.parts == [adapter.solver.trm]
 
 
 @pytest.mark.parametrize("kind", KINDS)

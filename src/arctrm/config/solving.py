@@ -46,22 +46,37 @@ class InferenceConfig(StrictModel):
 class LearningConfig(StrictModel):
     """Rates and batch of test-time training on the demonstrations of tasks."""
 
+    parts: Literal["all", "reader"] = "all"
+    """What learns: everything that answers, or of a reader and a TRM the reader only."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    """muon: Muon on block matrices + AdamW; adamw: AdamW on all."""
+
     muon_lr: float = Field(1e-3, gt=0)
     """Learning rate of Muon on the block matrices."""
 
     adamw_lr: float = Field(1e-3, gt=0)
-    """Learning rate of AdamW on everything else."""
+    """Learning rate of AdamW on everything else, or on all."""
 
     tokens_per_batch: int | None = Field(None, ge=256)
-    """Tokens in one packed batch; by default 16384 on a GPU (8192 with a hub reader) and 1024 on a
-    CPU."""
+    """Tokens in one packed batch; by default 16384 on a GPU (8192 with a hub reader), on a CPU 256
+    for one task and at most 1024 for several."""
 
     halt_max_steps: int = Field(3, ge=1)
     """Supervision steps before a row is replaced."""
 
 
 class AdaptationConfig(LearningConfig):
-    """Test-time training on a task's own demonstrations."""
+    """Test-time training on a task's own demonstrations: many short steps (LOG.md)."""
+
+    parts: Literal["all", "reader"] = "reader"
+    """As above; a step of both takes four times as long."""
+
+    kind: Literal["muon", "adamw"] = "adamw"
+    """As above; Newton-Schulz alone takes a CPU twice as long as such a step of AdamW."""
+
+    adamw_lr: float = Field(1e-4, gt=0)
+    """As above."""
 
     enabled: bool = True
     """Adapt before answering."""

@@ -58,7 +58,7 @@ class Adapter:
             model = trainable_copy(
                 solver.model, [solver.mean_row if row is None else row for row in rows]
             )
-            self.parts = trained_apart(model)
+            self.parts = trained_apart(model, config.parts)
             self.learners = [Learner(part, config) for part in self.parts]
         own = {task.id: row for row, task in enumerate(tasks)}
         self.solver = replace(

@@ -8,6 +8,7 @@ Batches hold at least the largest demonstration, however small the configured ba
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,8 +36,10 @@ from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
 from arctrm.trm.model import TRM
 
-CPU_TOKENS, GPU_TOKENS, HUB_GPU_TOKENS = 1024, 16384, 8192
-"""Of a batch, on a GPU with a hub reader the last: as many as it answers at once."""
+GPU_TOKENS, HUB_GPU_TOKENS = 16384, 8192
+"""Of a batch on a GPU, with a hub reader the last: as many as it answers at once."""
+CPU_TOKENS, CPU_TOKENS_OF_MANY = 256, 1024
+"""Of a batch on a CPU for each task, and of several tasks at most."""
 DRAFT_EVERY = 50
 """Steps of a coupled hybrid between two rounds of drafting, for each task; of many tasks not more
 than in joint training."""
@@ -58,7 +61,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, config: LearningConfig):
         self.gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
-        rates = OptimiserConfig(muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
+        rates = OptimiserConfig(kind=config.kind, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
         self.update = Update(self.gradients, Optimisers(model, rates), None, CLIP_NORM)
 
     def learn(self, step: Step | GraphedStep, factor: float) -> None:
@@ -75,13 +78,20 @@ class Learner:
         return GraphedStep(step, prepare=step.prepare)
 
 
-def trained_apart(model: Model) -> list[Part]:
-    """The parts of a trainable copy that have no loss in common."""
-    if not isinstance(model, Hybrid) or model.adapters:
+def trained_apart(model: Model, parts: Literal["all", "reader"] = "all") -> list[Part]:
+    """What of a trainable copy learns: the parts that have no loss in common.
+
+    With "reader" TRM and the adapters stay as they are, where there is a reader to be trained.
+    """
+    if not isinstance(model, Hybrid):
         return [model]
     reader = model.reader
     assert isinstance(reader, TinyReader | HubModule)
     is_trained = any(parameter.requires_grad for parameter in reader.parameters())
+    if parts == "reader" and is_trained:
+        return [reader]
+    if model.adapters:
+        return [model]
     return [model.trm, reader] if is_trained else [model.trm]
 
 
@@ -113,7 +123,7 @@ def new_step(
 
 def batch_tokens(part: Part, tasks: Sequence[Task], config: LearningConfig) -> int:
     """Tokens of a packed batch: at least the largest demonstration, of a hybrid two of them."""
-    usual = CPU_TOKENS
+    usual = min(CPU_TOKENS * len(tasks), CPU_TOKENS_OF_MANY)
     if next(part.parameters()).is_cuda:
         has_hub = isinstance(part, HubModule) or (isinstance(part, Hybrid) and part.hub is not None)
         usual = HUB_GPU_TOKENS if has_hub else GPU_TOKENS
