@@ -14,7 +14,8 @@ from arctrm.errors import CheckpointError, ConfigError
 from arctrm.recipe.run import run
 from arctrm.recipe.stages import describe
 from arctrm.training import joint, loop
-from arctrm.training.checkpoints import latest_checkpoint, resolve_checkpoint
+from arctrm.training.checkpoints import latest_checkpoint, read_meta, resolve_checkpoint
+from arctrm.training.starting import origin
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arc1_1h.toml"
 STEPS = {"reader": 4, "trm": 3, "joint": 3}
@@ -87,6 +88,20 @@ def test_every_stage_is_a_run_and_the_folder_is_its_last(whole):
     started_from = json.loads((whole / "joint" / "config.json").read_text())["config"]
     assert started_from["reader_checkpoint"] == str(whole / "reader")
     assert json.loads((whole / "config.json").read_text())["config"]["recipe"]["max_steps"] == 10
+
+
+def test_the_checkpoint_says_how_its_parts_were_trained(whole):
+    """What starts from it says the joint run, too, of a part that was trained in it."""
+    meta = read_meta(latest_checkpoint(whole / "joint"))
+    run = {"step": 3, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
+    for kind in ("reader", "trm"):
+        own, said = read_meta(latest_checkpoint(whole / kind)), meta.notes["parts"][kind]
+        assert said == origin(own, kind)
+        assert (said["step"], said["training"]) == (STEPS[kind], own.config["training"])
+        for frozen in (False, True):
+            later = meta.model_copy(update={"config": meta.config | {"llama_frozen": frozen}})
+            is_still = frozen and kind == "reader"
+            assert origin(later, kind) == (said if is_still else said | {"joined_before": [run]})
 
 
 def test_the_record_says_what_it_was_what_it_cost_and_what_came_out(whole, config):

@@ -11,7 +11,7 @@ from arctrm.config import CouplingConfig
 from arctrm.errors import CheckpointError
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_id_map
 from arctrm.training.checkpoints import Bits, read_meta, resolve_checkpoint, write_bundle
-from arctrm.training.starting import held_by, llama_model, part_weights
+from arctrm.training.starting import held_by, llama_model, origin, part_weights
 
 APART = CouplingConfig(context=False, draft=False, back=False)
 
@@ -56,23 +56,6 @@ def _check_same_tasks(folders: dict[str, Path], metas: dict[str, CheckpointMeta]
             )
 
 
-def _provenance(kind: str, meta: CheckpointMeta) -> dict[str, Any]:
-    """Where a part comes from; what an earlier joining said of it still holds."""
-    said = meta.notes.get("parts", {}).get(kind)
-    if said is not None:
-        return said
-    return {
-        "step": meta.step,
-        "elapsed": meta.elapsed,
-        "world_size": meta.world_size,
-        "examples": meta.examples,
-        "git_revision": meta.git_revision,
-        "seed": meta.config["seed"],
-        "data": meta.config["data"],
-        "training": meta.config["training"],
-    }
-
-
 def _joined(metas: dict[str, CheckpointMeta]) -> CheckpointMeta:
     reader, trm = metas["reader"], metas["trm"]
     config: dict[str, Any] = {
@@ -80,7 +63,7 @@ def _joined(metas: dict[str, CheckpointMeta]) -> CheckpointMeta:
         "reader": reader.config["reader"],
         "coupling": APART.model_dump(mode="json"),
     }
-    parts = {kind: _provenance(kind, meta) for kind, meta in metas.items()}
+    parts = {kind: origin(meta, kind) for kind, meta in metas.items()}
     notes = {"task_fingerprints": trm.notes.get("task_fingerprints", []), "parts": parts}
     return trm.model_copy(
         update={

@@ -23,6 +23,7 @@ from arctrm.hybrid import Hybrid, empty_hybrid, hub_hybrid
 from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
+from arctrm.training.checkpoints import read_meta, resolve_checkpoint
 from arctrm.training.drafts import DraftPool
 from arctrm.training.joint_data import require_heard_pairs, steps_of, with_data_path
 from arctrm.training.joint_hub import check_fits, joint_reader
@@ -40,7 +41,7 @@ from arctrm.training.stages import (
     is_compiled,
     rows_of,
 )
-from arctrm.training.starting import load_reader, load_trm
+from arctrm.training.starting import load_reader, load_trm, origin
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 
@@ -59,12 +60,14 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     require_heard_pairs(config, base)
     torch.manual_seed(config.seed)
     hybrid = new_hybrid(config, base, accelerator.device)
-    for load, checkpoint in (
-        (load_trm, config.trm_checkpoint),
-        (load_reader, config.reader_checkpoint),
+    parts = {}
+    for kind, load, checkpoint in (
+        ("trm", load_trm, config.trm_checkpoint),
+        ("reader", load_reader, config.reader_checkpoint),
     ):
         if checkpoint is not None:
             said = load(hybrid, checkpoint, base, config)
+            parts[kind] = origin(read_meta(resolve_checkpoint(checkpoint)), kind)
             if accelerator.process_index == 0:
                 note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)
@@ -81,7 +84,7 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
     captured = capturable and is_captured(config.training, accelerator.device)
     for step in steps:
         step.fixed_shapes = captured
-    return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps)
+    return Stage(hybrid, list(steps), metrics, capturable, num_steps=num_steps, parts=parts)
 
 
 def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None = None) -> Hybrid:

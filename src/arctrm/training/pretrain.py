@@ -128,6 +128,9 @@ def _build(
     stage = new(config, base, accelerator)
     training = _of_length(config.training, stage.num_steps)
     trained = [p for p in stage.model.parameters() if p.requires_grad]
+    notes: dict[str, Any] = {"task_fingerprints": base.task_fingerprints()}
+    if stage.parts:
+        notes["parts"] = stage.parts
     run = Run(
         out=out,
         config=training,
@@ -143,7 +146,7 @@ def _build(
         task_ids=base.meta.task_ids,
         fingerprint=base.meta.fingerprint,
         git_revision=git_revision(),
-        notes={"task_fingerprints": base.task_fingerprints()},
+        notes=notes,
         began_at=began_at,
     )
     if isinstance(stage.model, TinyReader):

@@ -4,7 +4,7 @@ A stage is all that differs between training TRM and training the tiny reader; d
 optimisers, checkpoints and metrics are the same.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -49,6 +49,8 @@ class Stage(NamedTuple):
     """Whether a step is free of host syncs, so that a CUDA graph can hold it."""
     num_steps: int | None = None
     """Optimiser steps of the run, instead of the configured length."""
+    parts: dict[str, dict[str, Any]] | None = None
+    """How the parts that it starts from were trained, by name; for the notes of its checkpoints."""
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name."""

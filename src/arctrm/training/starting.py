@@ -94,6 +94,33 @@ def llama_model(meta: CheckpointMeta) -> str:
     return meta.config.get("llama_model", "tiny")
 
 
+def origin(meta: CheckpointMeta, kind: str) -> dict[str, Any]:
+    """How the part `kind` ("reader", "trm") of a checkpoint was trained, for `notes.parts`.
+
+    Of a hybrid: what its own notes say of the part, and under "joined_before" the joint runs that
+    have trained it since.
+    """
+    said = meta.notes.get("parts", {}).get(kind)
+    if said is None:
+        return {
+            **_run(meta),
+            "world_size": meta.world_size,
+            "examples": meta.examples,
+            "seed": meta.config["seed"],
+            "data": meta.config["data"],
+            "training": meta.config["training"],
+        }
+    coupling = meta.config.get("coupling", {})
+    joined = any(coupling.get(path) for path in ("context", "draft", "back"))
+    if not joined or (kind == "reader" and meta.config.get("llama_frozen")):
+        return said
+    return said | {"joined_before": [*said.get("joined_before", []), _run(meta)]}
+
+
+def _run(meta: CheckpointMeta) -> dict[str, Any]:
+    return {"step": meta.step, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
+
+
 def part_weights(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Tensor]:
     """The weights of one part, float32, without its name before them.
 
