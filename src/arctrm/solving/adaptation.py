@@ -1,11 +1,11 @@
 """Adaptation: test-time training on the demonstrations of the tasks to be answered.
 
-Everything that answers is fine-tuned on views of the demonstrations (TRM, adapters, a tiny reader,
-what is trained of a hub reader), through the same streams, losses and optimisers as in training,
-with one task embedding for each task: its own if the model knows the task, else the mean of the
-trained ones. `solve` adapts to one task within its time (here), `eval` to all of them side by side
-(`arctrm.solving.side_by_side`). A demonstration can be held out first and be used as a probe
-(leave-one-out) before all of them are trained on.
+What answers (TRM, adapters, a tiny reader, what is trained of a hub reader), or of it the reader
+alone, is fine-tuned on views of the demonstrations, through the same streams and losses as in
+training, with one task embedding for each task: its own if the model knows the task, else the mean
+of the trained ones. `solve` adapts to one task within its time (here), `eval` to all of them side
+by side (`arctrm.solving.side_by_side`). A demonstration can be held out first and be used as a
+probe (leave-one-out) before all of them are trained on.
 """
 
 import time
@@ -58,7 +58,7 @@ class Adapter:
             model = trainable_copy(
                 solver.model, [solver.mean_row if row is None else row for row in rows]
             )
-            self.parts = trained_apart(model, config.parts)
+            self.parts = trained_apart(model, config)
             self.learners = [Learner(part, config) for part in self.parts]
         own = {task.id: row for row, task in enumerate(tasks)}
         self.solver = replace(

@@ -8,7 +8,6 @@ Batches hold at least the largest demonstration, however small the configured ba
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -78,17 +77,18 @@ class Learner:
         return GraphedStep(step, prepare=step.prepare)
 
 
-def trained_apart(model: Model, parts: Literal["all", "reader"] = "all") -> list[Part]:
+def trained_apart(model: Model, config: LearningConfig) -> list[Part]:
     """What of a trainable copy learns: the parts that have no loss in common.
 
-    With "reader" TRM and the adapters stay as they are, where there is a reader to be trained.
+    With `parts = "reader"` TRM and the adapters stay as they are, where there is a reader to be
+    trained.
     """
     if not isinstance(model, Hybrid):
         return [model]
     reader = model.reader
     assert isinstance(reader, TinyReader | HubModule)
     is_trained = any(parameter.requires_grad for parameter in reader.parameters())
-    if parts == "reader" and is_trained:
+    if config.parts == "reader" and is_trained:
         return [reader]
     if model.adapters:
         return [model]
