@@ -1,0 +1,150 @@
+"""Tasks that the weights were never trained on, with several budgets each: what `solve` solves.
+
+    python benchmarks/unseen.py --out runs/unseen.jsonl --take training=20 --take evaluation2=10 \
+        --budget 10 --budget 60
+
+Of each source as many tasks as `--take` says: of those that the weights do not know the first by
+the hash of their ids, so that neither size nor luck chooses. Answers are withheld until a task is
+answered. A line of JSON is added for every task and budget; those that are there already are not
+answered again. `--part 2/3` answers every third task from the second on, for several processes; the
+table counts all lines of the file.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from arctrm.config import SolveConfig
+from arctrm.config.load import load_config
+from arctrm.console import console
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Task
+from arctrm.errors import ConfigError
+from arctrm.solving import scoring
+from arctrm.solving.adaptation import require_adaptable
+from arctrm.solving.anytime import solve_task
+from arctrm.solving.weights import Solver, load_solver
+from arctrm.training.provenance import hardware
+from common import guarded
+
+
+def main() -> None:
+    args = arguments()
+    extra = {"checkpoint": args.checkpoint}
+    configs = [
+        load_config(SolveConfig, args.config, [*args.set, f"budget={budget}"], extra)
+        for budget in args.budget
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    solver = load_solver(configs[0].checkpoint, configs[0].inference, device)
+    require_adaptable(solver, "unseen.py", "give weights that can")
+    asked = [
+        (source, task) for source, count in args.take for task in chosen(solver, source, count)
+    ]
+    number, of = args.part
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {(line["source"], line["task"], line["budget"]) for line in read(args.out)}
+    for config in configs:
+        for source, task in asked[number - 1 :: of]:
+            if (source, task.id, config.budget) in done:
+                continue
+            line = {"source": source, **answer(solver, task, config)}
+            with args.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            console().print(json.dumps(line), markup=False, soft_wrap=True)
+    print_table(read(args.out))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    parser.add_argument("--take", type=take, action="append", required=True, metavar="SOURCE=COUNT")
+    parser.add_argument("--budget", type=float, action="append", required=True, metavar="SECONDS")
+    parser.add_argument("--checkpoint", type=Path, help="the bundled weights unless given")
+    parser.add_argument("--config", type=Path, action="append", default=[], help="of solve")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of solve")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="NUMBER/OF")
+    return parser.parse_args()
+
+
+def take(text: str) -> tuple[str, int]:
+    source, _, count = text.rpartition("=")
+    return source, int(count)
+
+
+def part(text: str) -> tuple[int, int]:
+    number, of = map(int, text.split("/"))
+    if not 1 <= number <= of:
+        raise ValueError
+    return number, of
+
+
+def chosen(solver: Solver, source: str, count: int) -> list[Task]:
+    """The first unknown tasks by the hash of their ids."""
+    unknown = [task for task in load_tasks(source) if solver.row_of(task) is None]
+    unknown.sort(key=lambda task: hashlib.sha256(task.id.encode()).hexdigest())
+    if len(unknown) < count:
+        raise ConfigError(
+            f"--take {source}={count}: {solver.name} does not know {len(unknown)} of its tasks; "
+            "take fewer"
+        )
+    return unknown[:count]
+
+
+def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]:
+    """Test inputs right at the first and at the better attempt, steps, time."""
+    began = time.monotonic()
+    solutions = solve_task(solver, task.without_answers(), config)
+    seconds = time.monotonic() - began
+    known = [pair.output for pair in task.test]
+    right = scoring.judge([s.attempts for s in solutions], known)
+    return {
+        "task": task.id,
+        "budget": config.budget,
+        "seconds": round(seconds, 1),
+        "steps": max(s.adaptation_steps for s in solutions),
+        "inputs": len(right),
+        "first": sum(bool(pair[0]) for pair in right),
+        "right": sum(any(pair) for pair in right),
+        "probe": solutions[0].evidence[0].leave_one_out,
+    }
+
+
+def read(path: Path) -> list[dict]:
+    """The lines so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def print_table(lines: list[dict]) -> None:
+    table = Table(title=f"unseen tasks, {hardware()}", title_justify="left")
+    for column in ("source", "budget", "tasks", "solved", "test inputs", "right", "at the first"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    table.add_column("steps", justify="right")
+    table.add_column("seconds", justify="right")
+    groups = defaultdict(list)
+    for line in lines:
+        groups[line["source"], line["budget"]].append(line)
+    for (source, budget), own in sorted(groups.items()):
+        sums = {key: sum(line[key] for line in own) for key in ("inputs", "right", "first")}
+        steps = sorted(line["steps"] for line in own)
+        table.add_row(
+            source,
+            f"{budget:g} s",
+            str(len(own)),
+            str(sum(line["right"] == line["inputs"] for line in own)),
+            *(str(sums[key]) for key in ("inputs", "right", "first")),
+            f"{steps[0]}-{steps[-1]}, median {statistics.median(steps):g}",
+            f"{statistics.mean(line['seconds'] for line in own):.1f}",
+        )
+    console().print(table)
+
+
+if __name__ == "__main__":
+    guarded(main)
