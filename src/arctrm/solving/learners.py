@@ -35,10 +35,11 @@ from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
 from arctrm.trm.model import TRM
 
-GPU_TOKENS, HUB_GPU_TOKENS = 16384, 8192
-"""Of a batch on a GPU, with a hub reader the last: as many as it answers at once."""
+GPU_TOKENS, GPU_TOKENS_OF_MANY = 1024, 16384
 CPU_TOKENS, CPU_TOKENS_OF_MANY = 256, 1024
-"""Of a batch on a CPU for each task, and of several tasks at most."""
+"""Of a batch for each task, and of several tasks at most."""
+HUB_GPU_TOKENS = 8192
+"""Of a batch with a hub reader on a GPU: as many as it answers at once."""
 DRAFT_EVERY = 50
 """Steps of a coupled hybrid between two rounds of drafting, for each task; of many tasks not more
 than in joint training."""
@@ -126,7 +127,8 @@ def batch_tokens(part: Part, tasks: Sequence[Task], config: LearningConfig) -> i
     usual = min(CPU_TOKENS * len(tasks), CPU_TOKENS_OF_MANY)
     if next(part.parameters()).is_cuda:
         has_hub = isinstance(part, HubModule) or (isinstance(part, Hybrid) and part.hub is not None)
-        usual = HUB_GPU_TOKENS if has_hub else GPU_TOKENS
+        own = min(GPU_TOKENS * len(tasks), GPU_TOKENS_OF_MANY)
+        usual = HUB_GPU_TOKENS if has_hub else own
     return max(config.tokens_per_batch or usual, least_tokens(part, tasks))
 
 
