@@ -2,21 +2,27 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from arctrm.config import EvalConfig
+from arctrm.config import EvalConfig, LearningConfig
 from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, OverlapError, ResourceError
-from arctrm.solving import evaluate, side_by_side
+from arctrm.hybrid import Hybrid
+from arctrm.reader.hub_module import HubModule
+from arctrm.reader.tiny import TinyReader
+from arctrm.solving import evaluate, learners, side_by_side
 from arctrm.solving.adaptation import Adapter
 from arctrm.solving.evaluate import load, run
 from arctrm.solving.learners import batch_tokens
 from arctrm.solving.side_by_side import adapt
 from arctrm.solving.weights import load_solver
+from arctrm.trm.model import TRM
 
 CPU = torch.device("cpu")
 KINDS = ("trm", "reader", "pooled", "coupled")
@@ -116,6 +122,38 @@ def test_a_batch_holds_the_largest_demonstration_of_any_task(solver_of, tasks):
         assert min(adapter.num_tokens) >= 900
         for part in adapter.parts:
             assert batch_tokens(part, tasks, config().adaptation) < 900
+
+
+@pytest.mark.parametrize(
+    ("kind", "hub", "on_gpu", "on_cpu"),
+    [
+        (TRM, None, {1: 1024, 5: 5120, 16: 16384, 400: 16384}, {1: 256, 3: 768, 400: 1024}),
+        (TinyReader, None, {1: 1024, 400: 16384}, {1: 256, 400: 1024}),
+        (Hybrid, None, {1: 1024, 400: 16384}, {1: 256, 400: 1024}),
+        (Hybrid, "a model", {1: 8192, 400: 8192}, {1: 256, 400: 1024}),
+        (HubModule, None, {1: 8192, 400: 8192}, {1: 256, 400: 1024}),
+    ],
+)
+def test_a_batch_grows_with_the_tasks_up_to_a_bound_except_of_a_hub_reader_on_a_gpu(
+    kind, hub, on_gpu, on_cpu, tasks, monkeypatch
+):
+    monkeypatch.setattr(learners, "least_tokens", lambda part, tasks: 100)
+    for is_cuda, expected in ((True, on_gpu), (False, on_cpu)):
+        part = part_on(is_cuda, kind, hub)
+        usual = {n: batch_tokens(part, tasks[:1] * n, LearningConfig()) for n in expected}
+        assert usual == expected
+        set_by_hand = LearningConfig(tokens_per_batch=2000)
+        assert batch_tokens(part, tasks, set_by_hand) == 2000
+        with monkeypatch.context() as patch:
+            patch.setattr(learners, "least_tokens", lambda part, tasks: 20000)
+            assert batch_tokens(part, tasks, set_by_hand) == 20000
+
+
+def part_on(is_cuda, kind, hub):
+    """Something of this kind that says where its weights are."""
+    part = Mock(spec=kind, hub=hub)
+    part.parameters.side_effect = lambda: iter([SimpleNamespace(is_cuda=is_cuda)])
+    return part
 
 
 def test_a_large_batch_has_few_rows_that_stay_empty(solver_of, tasks):

@@ -59,8 +59,8 @@ class LearningConfig(StrictModel):
     """Learning rate of AdamW on everything else, or on all."""
 
     tokens_per_batch: int | None = Field(None, ge=256)
-    """Tokens in one packed batch; by default 16384 on a GPU (8192 with a hub reader), on a CPU 256
-    for one task and at most 1024 for several."""
+    """Tokens in one packed batch; by default on a GPU 1024 for each task and at most 16384 for
+    several (8192 with a hub reader), on a CPU 256 for each and at most 1024."""
 
     halt_max_steps: int = Field(3, ge=1)
     """Supervision steps before a row is replaced."""
