@@ -7,7 +7,7 @@ Of each source as many tasks as `--take` says: of those that the weights do not 
 the hash of their ids, so that neither size nor luck chooses. Answers are withheld until a task is
 answered. A line of JSON is added for every task and budget; those that are there already are not
 answered again. `--part 2/3` answers every third task from the second on, for several processes; the
-table counts all lines of the file.
+table counts all lines of the file, and of their adaptation steps it shows the median.
 """
 
 import argparse
@@ -76,14 +76,20 @@ def arguments() -> argparse.Namespace:
 
 def take(text: str) -> tuple[str, int]:
     source, _, count = text.rpartition("=")
+    if not source or not count.isdecimal() or int(count) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no source with a number of tasks from 1 on, such as training=20"
+        )
     return source, int(count)
 
 
 def part(text: str) -> tuple[int, int]:
-    number, of = map(int, text.split("/"))
-    if not 1 <= number <= of:
-        raise ValueError
-    return number, of
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no part of a whole, such as 2/3; the parts of 3 are 1/3, 2/3 and 3/3"
+        )
+    return int(number), int(of)
 
 
 def chosen(solver: Solver, source: str, count: int) -> list[Task]:
@@ -124,24 +130,21 @@ def read(path: Path) -> list[dict]:
 
 def print_table(lines: list[dict]) -> None:
     table = Table(title=f"unseen tasks, {hardware()}", title_justify="left")
-    for column in ("source", "budget", "tasks", "solved", "test inputs", "right", "at the first"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    table.add_column("steps", justify="right")
-    table.add_column("seconds", justify="right")
+    table.add_column("source", overflow="fold")
+    for column in ("budget", "tasks", "solved", "inputs", "right", "at first", "steps"):
+        table.add_column(column, justify="right", no_wrap=True)
     groups = defaultdict(list)
     for line in lines:
         groups[line["source"], line["budget"]].append(line)
     for (source, budget), own in sorted(groups.items()):
         sums = {key: sum(line[key] for line in own) for key in ("inputs", "right", "first")}
-        steps = sorted(line["steps"] for line in own)
         table.add_row(
             source,
             f"{budget:g} s",
             str(len(own)),
             str(sum(line["right"] == line["inputs"] for line in own)),
             *(str(sums[key]) for key in ("inputs", "right", "first")),
-            f"{steps[0]}-{steps[-1]}, median {statistics.median(steps):g}",
-            f"{statistics.mean(line['seconds'] for line in own):.1f}",
+            f"{statistics.median(line['steps'] for line in own):g}",
         )
     console().print(table)
 

@@ -1,5 +1,6 @@
 """The scripts in `benchmarks/`: what cannot be used of what the user gave is one line."""
 
+import hashlib
 import json
 import runpy
 import sys
@@ -79,6 +80,88 @@ def test_screening_averages_the_runs_that_are_there_and_names_one_that_fails(
     numbers = {row[1]: row[3:-1:2] for row in rows if row[:1] == ["│"]}
     assert numbers["plain"] == ["2", "30.0", "45.0", "70.0", "7.1", "90.0"]
     assert numbers["broken"] == ["1", "30.0", "60.0", "70.0", "-", "90.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (["--take", "training"], "argument --take: 'training' is no source with a number"),
+        (["--take", "training=0"], "argument --take: 'training=0' is no source with a number"),
+        (["--take", "=3"], "argument --take: '=3' is no source with a number"),
+        (["--part", "3/2"], "argument --part: '3/2' is no part of a whole, such as 2/3"),
+        (["--part", "2"], "argument --part: '2' is no part of a whole, such as 2/3"),
+    ],
+)
+def test_unseen_names_an_argument_of_no_use_and_what_is_allowed(words, got, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unseen.py", *words])
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(FOLDER / "unseen.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"unseen.py: error: {got}")
+
+
+def test_unseen_refuses_more_tasks_than_the_weights_do_not_know(
+    trained, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "unseen.jsonl"
+    given = ["--out", str(out), "--take", "training=9999", "--budget", "1"]
+    words = [*given, "--checkpoint", str(trained.run)]
+    line = refusal("unseen", words, monkeypatch, capsys)
+    assert line.startswith("error: --take training=9999: ")
+    assert line.endswith(" of its tasks; take fewer")
+    assert not out.exists()
+
+
+def test_unseen_answers_the_first_unknown_tasks_by_hash_and_none_of_them_twice(
+    trained, write_tasks, tmp_path, monkeypatch, capsys
+):
+    source = str(write_tasks(tmp_path / "tasks", [*trained.known[:1], *trained.others]))
+    out = tmp_path / "there" / "unseen.jsonl"
+    given = ["--out", str(out), "--take", f"{source}=2", "--budget", "2"]
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def run(*more):
+        """The lines of the file, and how many of them were printed as they came."""
+        words = ["unseen", *given, "--checkpoint", str(trained.run), *more]
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(FOLDER / "unseen.py"), run_name="__main__")
+        printed = capsys.readouterr().out.splitlines()
+        lines = out.read_text().splitlines()
+        return lines, sum(line in lines for line in printed)
+
+    first, printed = run("--part", "2/2")
+    assert (len(first), printed) == (1, 1)
+    both, printed = run()
+    assert (len(both), both[0], printed) == (2, first[0], 1)
+    assert run() == (both, 0)
+    ids = [task.id for task in trained.others]
+    ids.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    answers = [json.loads(line) for line in both]
+    assert [line["task"] for line in answers] == [ids[1], ids[0]]
+    by_id = {task.id: task for task in trained.others}
+    for line in answers:
+        assert (line["source"], line["budget"]) == (source, 2.0)
+        assert line["steps"] >= 0
+        assert 0 <= line["first"] <= line["right"] <= line["inputs"]
+        assert line["inputs"] == len(by_id[line["task"]].test)
+
+
+def test_the_table_of_unseen_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    unseen = runpy.run_path(str(FOLDER / "unseen.py"))
+    counts = {"inputs": 3, "right": 3, "first": 1}
+    for source in ("evaluation2", "tasks/of/a/folder/with/a/long/name"):
+        line = {"source": source, "budget": 3600.0, **counts}
+        unseen["print_table"]([{**line, "steps": steps} for steps in (1001, 2000) * 200])
+        table = [row for row in capsys.readouterr().out.splitlines() if row[:1] in "┃│"]
+        assert max(map(len, table)) <= 80
+        assert "…" not in "".join(table)
+        heads = [head.strip() for head in table[0].strip("┃").split("┃")]
+        named = ["source", "budget", "tasks", "solved", "inputs", "right", "at first", "steps"]
+        assert heads == named
+        cells = [cell.strip() for cell in table[1].strip("│").split("│")]
+        assert cells[1:] == ["3600 s", "400", "400", "1200", "1200", "400", "1500.5"]
 
 
 def refusal(script, words, monkeypatch, capsys):
