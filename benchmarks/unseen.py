@@ -6,8 +6,9 @@
 Of each source as many tasks as `--take` says: of those that the weights do not know the first by
 the hash of their ids, so that neither size nor luck chooses. Answers are withheld until a task is
 answered. A line of JSON is added for every task and budget; those that are there already are not
-answered again. `--part 2/3` answers every third task from the second on, for several processes; the
-table counts all lines of the file, and of their adaptation steps it shows the median.
+answered again, and a file holds the answers of one checkpoint. `--part 2/3` answers every third
+task from the second on, for several processes; the table counts all lines of the file, and of their
+adaptation steps it shows the median.
 """
 
 import argparse
@@ -50,12 +51,18 @@ def main() -> None:
     ]
     number, of = args.part
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = {(line["source"], line["task"], line["budget"]) for line in read(args.out)}
+    lines = read(args.out)
+    if others := {line["weights"] for line in lines} - {solver.name}:
+        raise ConfigError(
+            f"{args.out}: holds answers of {', '.join(sorted(others))}, not of {solver.name}; give "
+            "--out another file"
+        )
+    done = {(line["source"], line["task"], line["budget"]) for line in lines}
     for config in configs:
         for source, task in asked[number - 1 :: of]:
             if (source, task.id, config.budget) in done:
                 continue
-            line = {"source": source, **answer(solver, task, config)}
+            line = {"weights": solver.name, "source": source, **answer(solver, task, config)}
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             console().print(json.dumps(line), markup=False, soft_wrap=True)

@@ -147,6 +147,18 @@ def test_unseen_answers_the_first_unknown_tasks_by_hash_and_none_of_them_twice(
         assert line["inputs"] == len(by_id[line["task"]].test)
 
 
+def test_unseen_does_not_mix_the_answers_of_two_checkpoints(trained, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "unseen.jsonl"
+    text = json.dumps({"weights": "runs/other", "source": "training"}) + "\n"
+    out.write_text(text)
+    given = ["--out", str(out), "--take", "training=1", "--budget", "1"]
+    words = [*given, "--checkpoint", str(trained.run)]
+    line = refusal("unseen", words, monkeypatch, capsys)
+    assert line.startswith(f"error: {out}: holds answers of runs/other, not of ")
+    assert line.endswith("; give --out another file")
+    assert out.read_text() == text
+
+
 def test_the_table_of_unseen_fits_80_columns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     unseen = runpy.run_path(str(FOLDER / "unseen.py"))
