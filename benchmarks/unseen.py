@@ -1,7 +1,7 @@
 """Tasks that the weights were never trained on, with several budgets each: what `solve` solves.
 
-    python benchmarks/unseen.py --out runs/unseen.jsonl --take training=20 --take evaluation2=10 \
-        --budget 10 --budget 60
+    python benchmarks/unseen.py --checkpoint runs/arc1 --out runs/unseen.jsonl \
+        --take training=20 --take evaluation2=10 --budget 10 --budget 60
 
 Of each source as many tasks as `--take` says: of those that the weights do not know the first by
 the hash of their ids, so that neither size nor luck chooses. Answers are withheld until a task is
