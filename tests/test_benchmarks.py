@@ -109,7 +109,9 @@ def test_unseen_refuses_more_tasks_than_the_weights_do_not_know(
     words = [*given, "--checkpoint", str(trained.run)]
     line = refusal("unseen", words, monkeypatch, capsys)
     assert line.startswith("error: --take training=9999: ")
-    assert line.endswith(" of its tasks; take fewer")
+    assert line.endswith("; take no more than that, or from another source")
+    new = len(load_tasks("training")) - len(trained.known)
+    assert f" {new} of its tasks are new to " in line
     assert not out.exists()
 
 
