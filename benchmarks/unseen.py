@@ -105,8 +105,8 @@ def chosen(solver: Solver, source: str, count: int) -> list[Task]:
     unknown.sort(key=lambda task: hashlib.sha256(task.id.encode()).hexdigest())
     if len(unknown) < count:
         raise ConfigError(
-            f"--take {source}={count}: {len(unknown)} of its tasks are new to {solver.name}; take no "
-            "more than that, or from another source"
+            f"--take {source}={count}: {len(unknown)} of its tasks are new to {solver.name}; take "
+            "no more than that, or from another source"
         )
     return unknown[:count]
 
