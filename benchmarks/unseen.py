@@ -12,7 +12,6 @@ adaptation steps it shows the median.
 """
 
 import argparse
-import hashlib
 import json
 import statistics
 import time
@@ -26,7 +25,7 @@ from arctrm.config import SolveConfig
 from arctrm.config.load import load_config
 from arctrm.console import console
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Task
+from arctrm.data.task import Task, in_hash_order
 from arctrm.errors import ConfigError
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import require_adaptable
@@ -101,14 +100,13 @@ def part(text: str) -> tuple[int, int]:
 
 def chosen(solver: Solver, source: str, count: int) -> list[Task]:
     """The first unknown tasks by the hash of their ids."""
-    unknown = [task for task in load_tasks(source) if solver.row_of(task) is None]
-    unknown.sort(key=lambda task: hashlib.sha256(task.id.encode()).hexdigest())
+    unknown = {task.id: task for task in load_tasks(source) if solver.row_of(task) is None}
     if len(unknown) < count:
         raise ConfigError(
             f"--take {source}={count}: {len(unknown)} of its tasks are new to {solver.name}; take "
             "no more than that, or from another source"
         )
-    return unknown[:count]
+    return [unknown[task_id] for task_id in in_hash_order(unknown)[:count]]
 
 
 def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]:

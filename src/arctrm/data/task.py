@@ -48,6 +48,11 @@ def _listed(grid: Grid | None) -> list | None:
     return None if grid is None else grid.tolist()
 
 
+def in_hash_order(ids: Iterable[str]) -> list[str]:
+    """The ids, each once, in an order that says nothing of their tasks: that of their hashes."""
+    return sorted(set(ids), key=lambda i: hashlib.sha256(i.encode()).hexdigest())
+
+
 def held_out_ids(ids: Iterable[str], count: int) -> set[str]:
     """`count` of the ids, the same whatever their order: those whose hashes come first."""
-    return set(sorted(set(ids), key=lambda i: hashlib.sha256(i.encode()).hexdigest())[:count])
+    return set(in_hash_order(ids)[:count])

@@ -35,8 +35,7 @@ from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
 from arctrm.trm.model import TRM
 
-GPU_TOKENS, GPU_TOKENS_OF_MANY = 1024, 16384
-CPU_TOKENS, CPU_TOKENS_OF_MANY = 256, 1024
+GPU_TOKENS, CPU_TOKENS = (1024, 16384), (256, 1024)
 """Of a batch for each task, and of several tasks at most."""
 HUB_GPU_TOKENS = 8192
 """Of a batch with a hub reader on a GPU: as many as it answers at once."""
@@ -124,11 +123,10 @@ def new_step(
 
 def batch_tokens(part: Part, tasks: Sequence[Task], config: LearningConfig) -> int:
     """Tokens of a packed batch: at least the largest demonstration, of a hybrid two of them."""
-    usual = min(CPU_TOKENS * len(tasks), CPU_TOKENS_OF_MANY)
-    if next(part.parameters()).is_cuda:
-        has_hub = isinstance(part, HubModule) or (isinstance(part, Hybrid) and part.hub is not None)
-        own = min(GPU_TOKENS * len(tasks), GPU_TOKENS_OF_MANY)
-        usual = HUB_GPU_TOKENS if has_hub else own
+    on_gpu = next(part.parameters()).is_cuda
+    has_hub = isinstance(part, HubModule) or (isinstance(part, Hybrid) and part.hub is not None)
+    of_each, most = GPU_TOKENS if on_gpu else CPU_TOKENS
+    usual = HUB_GPU_TOKENS if on_gpu and has_hub else min(of_each * len(tasks), most)
     return max(config.tokens_per_batch or usual, least_tokens(part, tasks))
 
 
