@@ -6,7 +6,10 @@ import tomli
 
 import arctrm
 from arctrm.config import BaselineConfig, EvalConfig, JointConfig, PretrainConfig, SolveConfig
+from arctrm.config.data import KNOWN_LEAKS
 from arctrm.config.load import load_config
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import held_out_ids
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BUNDLED = Path(arctrm.__file__).parent / "bundled"
@@ -84,6 +87,12 @@ def test_the_reader_of_the_recipe_is_that_of_the_bundled_weights():
     assert known_to(bundled["config"]["reader"], shipped["reader"]) == bundled["config"]["reader"]
     trained = bundled["notes"]["parts"]["reader"]["training"]["optimiser"]
     assert shipped["recipe"]["reader_training"]["optimiser"] == trained
+
+
+def test_the_recipe_leaves_out_the_known_leaks_and_the_first_training_tasks_by_hash():
+    config = load_config(JointConfig, [CONFIGS / "arc1_1h.toml"], environ={})
+    held_out = held_out_ids((task.id for task in load_tasks("training")), 60)
+    assert sorted(config.data.exclude) == sorted({*KNOWN_LEAKS, *held_out})
 
 
 def test_smoke_and_debug_are_small_enough_for_a_cpu():
