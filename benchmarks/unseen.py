@@ -129,8 +129,19 @@ def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]
 
 
 def read(path: Path) -> list[dict]:
-    """The lines so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines so far.
+
+    Raises:
+        ConfigError: the file is something else, or its last line is half written.
+    """
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as lines of JSON ({error}); mend it, or give --out another file"
+        ) from error
 
 
 def print_table(lines: list[dict]) -> None:

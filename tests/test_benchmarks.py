@@ -161,6 +161,20 @@ def test_unseen_does_not_mix_the_answers_of_two_checkpoints(trained, tmp_path, m
     assert out.read_text() == text
 
 
+def test_unseen_refuses_a_file_whose_last_line_is_half_written(
+    trained, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "unseen.jsonl"
+    text = json.dumps({"weights": "runs/other"}) + '\n{"weights": "ru'
+    out.write_text(text)
+    given = ["--out", str(out), "--take", "training=1", "--budget", "1"]
+    words = [*given, "--checkpoint", str(trained.run)]
+    line = refusal("unseen", words, monkeypatch, capsys)
+    assert line.startswith(f"error: {out}: cannot be read as lines of JSON (")
+    assert line.endswith("; mend it, or give --out another file")
+    assert out.read_text() == text
+
+
 def test_the_table_of_unseen_fits_80_columns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     unseen = runpy.run_path(str(FOLDER / "unseen.py"))
