@@ -140,7 +140,8 @@ def read(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path}: cannot be read as lines of JSON ({error}); mend it, or give --out another file"
+            f"{path}: cannot be read as lines of JSON ({error}); mend it, or give --out another "
+            "file"
         ) from error
 
 
