@@ -39,6 +39,20 @@ def test_the_weights_are_those_of_one_time(reader):
     ]
 
 
+def test_only_the_layers_that_are_kept_are_built(reader):
+    """More would take time, and turn the random numbers of everything that comes after them."""
+    torch.manual_seed(0)
+    once = TinyReader(CONFIG.model_copy(update={"loops": 1}), 3).state_dict()
+    for name, tensor in reader.state_dict().items():
+        assert torch.equal(tensor, once[name]), name
+
+
+def test_transformers_sees_every_pass(reader):
+    """It runs as many layers, and makes room in a cache for as many, as its configuration says."""
+    assert reader.llama.model.config.num_hidden_layers == CONFIG.depth
+    assert len(reader.new_cache(8).layers) == CONFIG.depth
+
+
 def test_there_are_as_many_passes_as_layers_times_loops(reader):
     assert len(reader.layers) == CONFIG.depth == 6
     assert reader.layers.passes == reader.layers.trained * 3

@@ -121,7 +121,8 @@ def test_the_packed_layers_are_those_of_a_plain_llama(reader):
     layers of its own: same logits."""
     pair = Pair(*grids((3, 3), (3, 3)))
     tokens, positions = (torch.from_numpy(x) for x in pair_tokens(pair, 0))
-    plain = LlamaForCausalLM(llama_config(reader.config))
+    as_deep = reader.config.model_copy(update={"num_layers": reader.config.depth, "loops": 1})
+    plain = LlamaForCausalLM(llama_config(as_deep))
     plain.load_state_dict(unrolled(reader))
     plain.model.rotary_emb = GridRotary(16, CONFIG.rope_base)
     plain.set_attn_implementation("eager")

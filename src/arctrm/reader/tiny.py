@@ -69,8 +69,8 @@ class TinyReader(nn.Module):
         self.compiled = self.checkpointed = False
         width = config.hidden_size
         self.llama = LlamaForCausalLM(llama_config(config))
-        layers = list(self.llama.model.layers)[: config.num_layers]
-        self.llama.model.layers = LoopedLayers(layers, config.loops)
+        self.llama.model.layers = LoopedLayers(list(self.llama.model.layers), config.loops)
+        self.llama.config.num_hidden_layers = config.depth  # a cache has a place for every pass
         self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
@@ -229,12 +229,12 @@ class TinyReader(nn.Module):
 
 
 def llama_config(config: ReaderConfig) -> LlamaConfig:
-    """The LLaMA that a tiny reader is built on."""
+    """The LLaMA that a tiny reader is built on, with the layers of one time."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=config.hidden_size,
         intermediate_size=config.inner_size,
-        num_hidden_layers=config.depth,
+        num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_heads,
         max_position_embeddings=config.longest_sequence,
