@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from runs import refused
 from arctrm.config import PretrainConfig
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.errors import CheckpointError
+from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_checkpoint
 from arctrm.training.joint import joint_stage, new_hybrid
 from arctrm.training.stages import new_model
@@ -112,6 +114,20 @@ def test_a_hybrid_gives_all_its_parts(tmp_path):
     hybrid = started({"trm_checkpoint": path, "reader_checkpoint": path}, small_base())
     for name, tensor in old.state_dict().items():
         assert torch.equal(hybrid.state_dict()[name], tensor), name
+
+
+def test_the_metadata_of_a_checkpoint_are_read_once(tmp_path, monkeypatch):
+    _, trm = hybrid_checkpoint(tmp_path / "trm", small_base())
+    _, reader = pretrained(tmp_path / "reader", "reader", small_base())
+    found, read_text = [], Path.read_text
+
+    def read(path, *args, **options):
+        found.append(path)
+        return read_text(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    started({"trm_checkpoint": trm, "reader_checkpoint": reader}, small_base())
+    assert [path for path in found if path.name == META] == [trm / META, reader / META]
 
 
 def test_of_a_hybrid_only_the_adapters_that_are_switched_on_are_taken(tmp_path):

@@ -172,16 +172,17 @@ def resolve_checkpoint(path: Path) -> Path:
     return latest
 
 
-def read_model(path: Path, *, ema: bool) -> dict[str, Tensor]:
+def read_model(path: Path, *, ema: bool, meta: CheckpointMeta | None = None) -> dict[str, Tensor]:
     """Weights of a checkpoint or bundle folder, on the CPU, names without prefix.
 
     8-bit matrices come back as float32; everything else has the type that it is stored as.
-    With `ema`, the moving average; the weights as trained where the run kept no average.
+    With `ema`, the moving average; the weights as trained where the run kept no average. `meta`:
+    the folder's metadata, where they are read already.
 
     Raises:
         CheckpointError: a file is missing, truncated, or not what the metadata says.
     """
-    meta = read_meta(path)
+    meta = meta or read_meta(path)
     prefix = "ema." if ema and meta.ema else "weights."
     tensors = load_tensors(path, MODEL, meta, prefix)
     scales = load_tensors(path, MODEL, meta, "scales.")

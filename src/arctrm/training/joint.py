@@ -66,8 +66,10 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
         ("reader", load_reader, config.reader_checkpoint),
     ):
         if checkpoint is not None:
-            said = load(hybrid, checkpoint, base, config)
-            parts[kind] = origin(read_meta(resolve_checkpoint(checkpoint)), kind)
+            folder = resolve_checkpoint(checkpoint)
+            meta = read_meta(folder)
+            said = load(hybrid, folder, meta, base, config)
+            parts[kind] = origin(meta, kind)
             if accelerator.process_index == 0:
                 note(said)
     hybrid.reader.requires_grad_(not config.llama_frozen)

@@ -19,7 +19,7 @@ from arctrm.data.dataset import BaseSet
 from arctrm.errors import CheckpointError
 from arctrm.hybrid import Hybrid
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_names
-from arctrm.training.checkpoints import read_meta, read_model, resolve_checkpoint
+from arctrm.training.checkpoints import read_model
 
 EMBEDDINGS, SCALES = "puzzle_emb.weights", "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
@@ -42,13 +42,14 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
 """Table of a configuration -> its model and the keys that must be the same."""
 
 
-def load_trm(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictModel) -> str:
-    """Load TRM, and the adapters of a hybrid; says what was loaded.
+def load_trm(
+    hybrid: Hybrid, folder: Path, meta: CheckpointMeta, base: BaseSet, config: StrictModel
+) -> str:
+    """Load TRM, and the adapters of a hybrid, from a checkpoint folder; says what was loaded.
 
     Raises:
-        CheckpointError: there is none, it holds no TRM, or sizes differ.
+        CheckpointError: it holds no TRM, or sizes differ.
     """
-    folder, meta = _opened(checkpoint)
     weights = part_weights(folder, meta, "trm")
     _check_sizes(folder, meta, "trm", config)
     known = _load(hybrid.trm, weights, folder, _rows(meta, base))
@@ -56,13 +57,15 @@ def load_trm(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictMode
     return f"{', '.join(loaded)} from {folder}, which knows {known} of {base.num_tasks} tasks"
 
 
-def load_reader(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictModel) -> str:
-    """Load the reader (of a hub reader: what was trained of it); says what was loaded.
+def load_reader(
+    hybrid: Hybrid, folder: Path, meta: CheckpointMeta, base: BaseSet, config: StrictModel
+) -> str:
+    """Load the reader (of a hub reader: what was trained of it) from a checkpoint folder; says
+    what was loaded.
 
     Raises:
-        CheckpointError: there is none, it holds no such reader, or sizes differ.
+        CheckpointError: it holds no such reader, or sizes differ.
     """
-    folder, meta = _opened(checkpoint)
     if hybrid.tiny is None:
         _check_is_hub(folder, meta, config)
         _check_sizes(folder, meta, "hub", config)
@@ -77,11 +80,6 @@ def load_reader(hybrid: Hybrid, checkpoint: Path, base: BaseSet, config: StrictM
     _check_sizes(folder, meta, "reader", config)
     known = _load(hybrid.tiny, weights, folder, _rows(meta, base))
     return f"reader from {folder}, which knows {known} of {base.num_tasks} tasks"
-
-
-def _opened(checkpoint: Path) -> tuple[Path, CheckpointMeta]:
-    folder = resolve_checkpoint(checkpoint)
-    return folder, read_meta(folder)
 
 
 def held_by(meta: CheckpointMeta) -> str:
@@ -132,7 +130,8 @@ def part_weights(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Ten
         raise CheckpointError(
             f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind} or a hybrid"
         )
-    weights = {name: tensor.float() for name, tensor in read_model(folder, ema=True).items()}
+    stored = read_model(folder, ema=True, meta=meta)
+    weights = {name: tensor.float() for name, tensor in stored.items()}
     if held == kind:
         return weights
     first = f"{kind}."
