@@ -37,6 +37,8 @@ from common import guarded
 
 def main() -> None:
     args = arguments()
+    require_once("--take", [source for source, _ in args.take])
+    require_once("--budget", [f"{budget:g}" for budget in args.budget])
     extra = {"checkpoint": args.checkpoint}
     configs = [
         load_config(SolveConfig, args.config, [*args.set, f"budget={budget}"], extra)
@@ -96,6 +98,17 @@ def part(text: str) -> tuple[int, int]:
             f"{text!r} is no part of a whole, such as 2/3; the parts of 3 are 1/3, 2/3 and 3/3"
         )
     return int(number), int(of)
+
+
+def require_once(flag: str, values: list[str]) -> None:
+    """Refuse what is given twice: its tasks would be answered twice.
+
+    Raises:
+        ConfigError: names the first such value.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise ConfigError(f"{flag}: {value} is given more than once; give it once")
 
 
 def chosen(solver: Solver, source: str, count: int) -> list[Task]:

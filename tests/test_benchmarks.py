@@ -101,6 +101,21 @@ def test_unseen_names_an_argument_of_no_use_and_what_is_allowed(words, got, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"unseen.py: error: {got}")
 
 
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (["--take", "training=5", "--budget", "1"], "--take: training"),
+        (["--budget", "1.0", "--budget", "1"], "--budget: 1"),
+    ],
+)
+def test_unseen_refuses_what_it_would_answer_twice(words, got, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "unseen.jsonl"
+    given = ["--out", str(out), "--take", "training=3", *words]
+    line = refusal("unseen", given, monkeypatch, capsys)
+    assert line == f"error: {got} is given more than once; give it once"
+    assert not out.exists()
+
+
 def test_unseen_refuses_more_tasks_than_the_weights_do_not_know(
     trained, tmp_path, monkeypatch, capsys
 ):
