@@ -37,7 +37,10 @@ def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert line.startswith("error: decode_attention: there is no CUDA device")
 
 
-def test_screening_asks_for_the_last_of_many_demonstrations_and_shows_no_test_pair(tmp_path):
+def test_screening_asks_for_the_last_of_many_demonstrations_and_shows_no_test_pair(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(FOLDER))
     screen = runpy.run_path(str(FOLDER / "screen.py"))
     num_pairs = screen["write_test_set"](tmp_path / "small.json.gz", 30)
     tasks = {task.id: task for task in load_tasks(str(tmp_path / "small.json.gz"))}
