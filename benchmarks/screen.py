@@ -228,8 +228,9 @@ def print_table(arms: Sequence[Arm], runs: Sequence[Run], title: str) -> None:
         means = [f"{statistics.mean(column):.1f}" for column in zip(*scores, strict=True)]
         at_two = [row[ATTEMPTS.index(2)] for row in scores]
         spread = f"{statistics.stdev(at_two):.1f}" if len(own) > 1 else "-"
-        exact = statistics.mean(exact_in_training(run) for run in own)
-        table.add_row(arm.name, str(len(own)), *means, spread, f"{100 * exact:.1f}")
+        exact = [value for run in own for value in exact_in_training(run)]
+        shown = f"{100 * statistics.mean(exact):.1f}" if len(exact) == len(own) else "-"
+        table.add_row(arm.name, str(len(own)), *means, spread, shown)
     console().print(table)
 
 
@@ -238,10 +239,12 @@ def score(run: Run, attempts: int) -> float:
     return json.loads(run.scores.read_text())["task_fraction"][f"pass@{attempts}"]
 
 
-def exact_in_training(run: Run) -> float:
-    """Share of the training pairs that are right at the end."""
+def exact_in_training(run: Run) -> list[float]:
+    """Share of the training pairs that are right at the end; none of a run that ended before it was
+    measured (`training.log_every`).
+    """
     lines = (run.folder / "weights" / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])["exact_match"]
+    return [json.loads(line)["exact_match"] for line in lines[-1:]]
 
 
 if __name__ == "__main__":

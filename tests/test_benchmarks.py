@@ -85,6 +85,28 @@ def test_screening_averages_the_runs_that_are_there_and_names_one_that_fails(
     assert numbers["broken"] == ["1", "30.0", "60.0", "70.0", "-", "90.0"]
 
 
+def test_screening_shows_a_dash_where_a_run_was_too_short_to_be_measured(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    screen = runpy.run_path(str(FOLDER / "screen.py"))
+    arms = [screen["Arm"](name, ()) for name in ("short", "long")]
+    runs = [
+        screen["Run"](arm, seed, tmp_path / f"{arm.name}_{seed}") for arm in arms for seed in (0, 1)
+    ]
+    for run in runs:
+        run.scores.parent.mkdir(parents=True)
+        run.scores.write_text(
+            json.dumps({"task_fraction": dict.fromkeys(("pass@1", "pass@2", "pass@10"), 0.5)})
+        )
+        (run.folder / "weights").mkdir()
+        line = "" if run == runs[0] else '{"exact_match": 0.9}\n'
+        (run.folder / "weights" / "metrics.jsonl").write_text(line)
+    screen["print_table"](arms, runs, "2 test pairs")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[1]: row[-2] for row in rows if row[:1] == ["│"]} == {"short": "-", "long": "90.0"}
+
+
 @pytest.mark.parametrize(
     ("words", "got"),
     [
