@@ -207,11 +207,12 @@ def _joint_step(
 def _num_rows(num_tokens: int, lengths: Sequence[int]) -> int:
     """Rows of a batch of pairs of such lengths: more than it holds on average.
 
-    Of the rows that are many, unused ones cost time: attention launches blocks for each.
+    Of the rows that are many, unused ones cost time: attention launches blocks for each. (Training
+    has another rule, `stages._num_rows`: a mixture of tasks always has room for pairs of the usual
+    length, where large grids alone need fewer rows.)
     """
-    rows = num_tokens // TOKENS_PER_ROW
     needed = SPARE_ROWS * num_tokens * len(lengths) / sum(lengths)
-    return rows if rows <= MANY_ROWS else min(rows, max(MANY_ROWS, int(needed)))
+    return min(num_tokens // TOKENS_PER_ROW, max(MANY_ROWS, int(needed)))
 
 
 def _largest_canvas(trm: TRM, tasks: Sequence[Task]) -> int:
