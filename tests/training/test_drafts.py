@@ -1,10 +1,13 @@
 """Drafts are what the reader writes, greedily, under a view that is turned back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from joint_parts import FORMS, make, small_base, small_tasks
 
+from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.task import Pair
 from arctrm.reader.decoding import Decoded, decode
 from arctrm.reader.tokens import END, ROW_END, grid_length, prompt
@@ -132,6 +135,25 @@ def test_where_test_pairs_alone_are_heard_only_they_are_drafted():
     pool.questions = lambda chosen: asked.extend(chosen.tolist()) or questions(chosen)
     pool.refresh(step.reader, 100, batch_size=4)
     assert sorted(asked) == is_test.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("heard", ["all", "test"])
+def test_pairs_without_weight_are_not_drafted(heard):
+    """They are never drawn, so nobody would see their drafts."""
+    shown, unseen = small_tasks(num_tests=1), small_tasks(num_tasks=3, seed=1, num_tests=1)
+    unseen = [replace(task, id=f"unseen_{task.id}") for task in unseen]
+    base = base_set_from_tasks({"training": shown, "unseen": unseen}, None, 50)
+    changes = {"data.subsets": ["training", "unseen"], "data.weights": {"unseen": 0.0}}
+    changes |= {"coupling.heard_pairs": heard, "coupling.drafted_pairs": 100}
+    _, step = make(changes, base=base)
+    pool = step.stream.drafts
+    asked, questions = [], pool.questions
+    pool.questions = lambda chosen: asked.extend(chosen.tolist()) or questions(chosen)
+    step.prepare()
+    per_task = 1 if heard == "test" else 6
+    assert len(asked) == per_task * len(shown)
+    tasks = pool.source.pairs[asked, 0].tolist()
+    assert {base.meta.task_ids[task] for task in tasks} == {task.id for task in shown}
 
 
 def test_true_pairs_are_never_overwritten_nor_drawn_as_drafts():

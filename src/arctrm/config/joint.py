@@ -104,7 +104,8 @@ class CouplingConfig(StrictModel):
     """Optimiser steps between two rounds of drafting."""
 
     drafted_pairs: int = Field(2048, ge=1)
-    """Pairs that the reader drafts anew in a round, at random among those that are heard."""
+    """Pairs that the reader drafts anew in a round, at random among those that are drawn and
+    heard."""
 
     draft_batch_size: int | None = Field(None, ge=1)
     """Prompts that are drafted at once; by default as many as in `arctrm eval`

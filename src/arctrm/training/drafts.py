@@ -69,8 +69,8 @@ class DraftPool:
         drafts[:, OUTPUT.start + 1 :] = 1
         source.pairs = torch.cat((source.pairs, drafts))
         self.begin = begin
-        self.heard = drafts[:, IS_TEST].bool() | (not only_tests)
-        """Pairs about which TRM hears the reader: no others are drafted."""
+        self.heard = source.drawable & (drafts[:, IS_TEST].bool() | (not only_tests))
+        """Pairs that are drawn and about which TRM hears the reader: no others are drafted."""
         self.there = torch.zeros(self.num_pairs, dtype=torch.bool, device=device)
         self.right = torch.zeros_like(self.there)
         """Drafts that are the answer: rare on test inputs, frequent on pairs trained on."""
