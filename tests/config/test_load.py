@@ -241,6 +241,10 @@ def test_a_syntax_error_is_named_with_its_line(toml):
             "[rows, columns] such as [[2, 2], [1, 2]]",
         ),
         (
+            '[reader.scaling]\nshapes = ["pad", "lines", "pad"]',
+            "scaling.shapes = ['pad', 'lines', 'pad'] names a shape twice; name each once",
+        ),
+        (
             '[trm]\nlayout = "reference"\ncondition_cells = false\nscaling.share = 0.2',
             "trm.scaling.share = 0.2 with trm.layout = 'reference' and trm.task_embedding = "
             "'shared': TRM could not be told of it; set trm.scaling.share = 0, or trm.layout = "

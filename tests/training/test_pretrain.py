@@ -101,7 +101,7 @@ def test_ctrl_c_saves_exits_130_and_resumes_to_the_same_bytes(whole, tmp_path):
         {"training.optimiser.kind": "adamw", "training.optimiser.clip_norm": 0.5},
         {"trm.layout": "reference", "trm.condition_cells": False, "trm.stablemax": True},
         {"trm.task_embedding": "per_view", "trm.task_embedding_init": "mean"},
-        {"trm.scaling.share": 0.5},
+        {"trm.scaling.share": 0.5, "trm.scaling.shapes": ("lines", "tile")},
     ],
     ids=["grad_accum", "no_ema", "adamw", "reference", "per_view", "scaled"],
 )

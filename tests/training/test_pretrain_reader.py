@@ -76,7 +76,7 @@ def reader(tiny):
         {"training.ema_decay": 0.0, "training.optimiser.kind": "adamw"},
         {"reader.task_embedding": False},
         {"reader.gradient_checkpointing": True},
-        {"reader.scaling.share": 0.5},
+        {"reader.scaling.share": 0.5, "reader.scaling.shapes": ("pad", "stretch")},
     ],
     ids=[
         "pair",

@@ -5,6 +5,7 @@ labelled; sequences are packed in order and none is preferred.
 import numpy as np
 import pytest
 import torch
+from larger import larger
 
 from arctrm.config import DataConfig, ReaderConfig
 from arctrm.config.reader import PAIR_TOKENS
@@ -50,12 +51,12 @@ def sequences(batch, stream):
             yield own, slice(begin, end)
 
 
-def as_seen(base, row, factors=((1, 1),)):
+def as_seen(base, row, scaling=None):
     view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
     assert view.identity_colours == bool(row[s.FLAG])
     pair = base.pair(int(row[s.PAIR]))
-    block = np.ones(factors[int(row[s.SCALE])], dtype=np.uint8)
-    return Pair(np.kron(view.apply(pair.input), block), np.kron(view.apply(pair.output), block))
+    grids = (view.apply(grid) for grid in (pair.input, pair.output))
+    return Pair(*(larger(grid, row[s.SHOWN], scaling or {}) for grid in grids))
 
 
 def lengths(rows_NKC):
@@ -85,14 +86,15 @@ def test_tokens_and_positions_are_the_codecs_of_the_drawn_view(base, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_some_sequences_are_shown_larger_as_kronecker_products_of_their_grids(base, form):
-    factors = ((1, 1), (2, 2), (1, 3))
-    stream = make(base, form, scaling={"share": 0.7, "factors": factors[1:], "sides": 30})
-    seen = [0, 0, 0]
-    for batch in batches(stream, 12):
+def test_some_sequences_are_shown_larger_by_blocks_and_in_shapes(base, form):
+    factors, shapes = ((2, 2), (1, 3)), ("pad", "lines", "tile", "stretch")
+    scaling = {"share": 0.8, "factors": factors, "shapes": shapes, "sides": 30}
+    stream = make(base, form, scaling=scaling)
+    seen = [0] * 7
+    for batch in batches(stream, 40 if form == "pair" else 200):
         for rows, where in sequences(batch, stream):
             present = [row for row in rows if row[s.LENGTH]]
-            pairs = [as_seen(base, row, factors) for row in present]
+            pairs = [as_seen(base, row, scaling) for row in present]
             parts = [pair_tokens(pair, index) for index, pair in enumerate(pairs)]
             tokens, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
             np.testing.assert_array_equal(batch.tokens[where].numpy(), tokens)

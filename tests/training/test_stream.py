@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from larger import larger
 
 from arctrm.config import DataConfig, TRMConfig
 from arctrm.data import canvas
@@ -71,21 +72,24 @@ def test_rows_are_the_codecs_canvases_of_the_drawn_view(base, layout, translate)
     assert seen > 12
 
 
-def test_some_rows_are_shown_larger_as_kronecker_products_of_their_grids(base):
-    factors = ((1, 1), (2, 2), (1, 3))
-    scaling = {"share": 0.7, "factors": factors[1:], "sides": 28}
+def test_some_rows_are_shown_larger_by_blocks_and_in_shapes(base):
+    factors, shapes = ((2, 2), (1, 3)), ("pad", "lines", "tile", "stretch")
+    scaling = {"share": 0.8, "factors": factors, "shapes": shapes, "sides": 28}
     model, stream, state = make(base, scaled=True, scaling=scaling)
-    seen = [0, 0, 0]
-    for _ in range(8):
+    seen = [0] * 7
+    for _ in range(24):
         batch = stream.next_batch(state, model)
         state.halted.fill_(True)
         for row, codes, labels in canvases(batch, stream.trm):
             view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
             scale = int(row[s.SCALE])
-            pair, block = base.pair(int(row[s.PAIR])), np.ones(factors[scale], dtype=np.uint8)
-            shown = [np.kron(view.apply(grid), block) for grid in (pair.input, pair.output)]
-            larger, output = (canvas.encode(grid, *codes.shape, (0, 0)) for grid in shown)
-            np.testing.assert_array_equal(codes, larger)
+            pair = base.pair(int(row[s.PAIR]))
+            shown = [
+                larger(view.apply(grid), row[s.SHOWN], scaling)
+                for grid in (pair.input, pair.output)
+            ]
+            given, output = (canvas.encode(grid, *codes.shape, (0, 0)) for grid in shown)
+            np.testing.assert_array_equal(codes, given)
             np.testing.assert_array_equal(labels, np.where(output > 0, output.astype(int), IGNORE))
             assert not scale or max(max(grid.shape) for grid in shown) <= 28
             seen[scale] += 1

@@ -76,7 +76,7 @@ class TinyReader(nn.Module):
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
         self.colour_flag_emb = Table(torch.randn(2, width) * INIT_STD)
         if config.scaling.share:
-            self.scale_emb = Table(torch.randn(len(config.scaling.factors), width) * INIT_STD)
+            self.scale_emb = Table(torch.randn(config.scaling.num_ways, width) * INIT_STD)
 
     @property
     def grid_tokens(self) -> GridTokens:
@@ -115,7 +115,7 @@ class TinyReader(nn.Module):
     ) -> Tensor:
         """The vectors [R, D] that are added to every token of each row.
 
-        `scale` numbers the factors by which grids are shown larger, from 1; 0: as they are.
+        `scale` numbers the ways in which grids are shown larger, from 1; 0: as they are.
         """
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag)

@@ -31,6 +31,7 @@ from arctrm.reader.tokens import (
     START_PART,
     Marks,
 )
+from arctrm.training import scales
 from arctrm.training.losses import IGNORE
 from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
@@ -38,10 +39,11 @@ from arctrm.trm.packing import dummy_lengths
 
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
 # SOFT is no pair but a soft prefix.
-# SCALE is that of `Scales`.
+# SHOWN are the columns of `Scales`, SCALE the first of them.
 PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT, SCALE = range(8)
-COLOURS = slice(8, 8 + NUM_COLOURS)
-NUM_COLUMNS = 8 + NUM_COLOURS
+SHOWN = slice(SCALE, SCALE + scales.NUM_COLUMNS)
+COLOURS = slice(SHOWN.stop, SHOWN.stop + NUM_COLOURS)
+NUM_COLUMNS = COLOURS.stop
 
 CONTEXT_WINDOW = 16
 """Pairs of a task, at least, among which those that come first are drawn."""
@@ -104,20 +106,25 @@ class ReaderStream:
         _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
         others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
         pairs = torch.cat((others, last[:, None]), dim=1)
-        scale = self.draw_scales(pairs, dihedral) if self.scales.enabled else None
-        return self.sequences(pairs, task, dihedral, colours, scale)
+        shown = None
+        if self.scales.enabled:
+            shown = self.draw_scales(pairs, dihedral, colours[:, 0])
+        return self.sequences(pairs, task, dihedral, colours, shown)
 
     def mean_length(self, count: int) -> float:
         """Tokens of a sequence, the mean of `count` drawn ones."""
         return float(self.draw(count)[..., LENGTH].sum(1).double().mean())
 
-    def draw_scales(self, pairs: Tensor, dihedral: Tensor) -> Tensor:
-        """Scales [n] of sequences of pairs [n, K]: all of a sequence are shown in the same one."""
+    def draw_scales(self, pairs: Tensor, dihedral: Tensor, background: Tensor) -> Tensor:
+        """Columns of `Scales` [n, 4] of sequences of pairs [n, K], all of which are shown alike."""
+        there = pairs >= 0
         rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)
         turns = dihedral.repeat_interleave(pairs.shape[1])
-        sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
+        sizes = [self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT)]
+        same = torch.stack([a == b for a, b in zip(*sizes, strict=True)]).all(0)
         largest = (torch.maximum(*both) for both in zip(*sizes, strict=True))
-        return self.scales.draw(*((side.view_as(pairs) * (pairs >= 0)).amax(1) for side in largest))
+        height, width = ((side.view_as(pairs) * there).amax(1) for side in largest)
+        return self.scales.draw(height, width, (same.view_as(pairs) | ~there).all(1), background)
 
     def sequences(
         self,
@@ -125,17 +132,19 @@ class ReaderStream:
         task: Tensor,
         dihedral: Tensor,
         colours: Tensor,
-        scale: Tensor | None = None,
+        shown: Tensor | None = None,
     ) -> Tensor:
-        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence."""
+        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence, as the
+        columns of `Scales` say.
+        """
         rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
         rows[..., TASK] = task[:, None]
         rows[..., DIHEDRAL] = dihedral[:, None]
         rows[..., FLAG] = same_colours(colours)[:, None]
         rows[..., COLOURS] = colours[:, None]
-        if scale is not None:
-            rows[..., SCALE] = scale[:, None]
+        if shown is not None:
+            rows[..., SHOWN] = shown[:, None]
         rows[..., INDEX] = 1
         there = self._fitting(self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)) > 0
         rows[..., INDEX] = there.cumsum(1) - 1
@@ -170,7 +179,7 @@ class ReaderStream:
 
     def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
-        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SCALE])
+        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SHOWN])
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Tokens [R] before each row's input."""
@@ -259,10 +268,12 @@ class ReaderStream:
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
         grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
-        cell_y, cell_x = self.scales.cells(y, x, row[:, SCALE])
+        size = self.source.seen_size(grid, row[:, DIHEDRAL])
+        cell_y, cell_x, filled = self.scales.cells(y, x, *size, row[:, SHOWN])
         colour = self.source.colour_at(
-            grid, row[:, DIHEDRAL], row[:, COLOURS], cell_y, cell_x, inside
+            grid, row[:, DIHEDRAL], row[:, COLOURS], cell_y, cell_x, inside & ~filled
         )
+        colour = torch.where(filled, row[:, SHOWN][:, scales.FILL], colour)
         tokens = torch.where(inside, colour, ROW_END)
         part = torch.where(after, OUTPUT_PART, INPUT_PART)
         from_end = len(self.head_codes) - head  # later pairs have no start

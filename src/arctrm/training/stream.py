@@ -19,17 +19,19 @@ from arctrm.config.trm import TRMConfig
 from arctrm.data.canvas import COLOUR, EOS, PAD
 from arctrm.data.dataset import BaseSet
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS
+from arctrm.training import scales
 from arctrm.training.losses import IGNORE
 from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.model import TRM, Latents
 from arctrm.trm.packing import TokenMap, longest_row, token_map
 
-# Columns of a row: which pair, seen how, on which canvas, worked on for how long; SCALE is that of
-# `Scales`.
+# Columns of a row: which pair, seen how, on which canvas, worked on for how long; SHOWN are the
+# columns of `Scales`, SCALE the first of them.
 PAIR, EMBEDDING, DIHEDRAL, FLAG, HEIGHT, WIDTH, SHIFT_Y, SHIFT_X, LENGTH, STEPS, SCALE = range(11)
-COLOURS = slice(11, 11 + NUM_COLOURS)
-NUM_COLUMNS = 11 + NUM_COLOURS
+SHOWN = slice(SCALE, SCALE + scales.NUM_COLUMNS)
+COLOURS = slice(SHOWN.stop, SHOWN.stop + NUM_COLOURS)
+NUM_COLUMNS = COLOURS.stop
 
 
 class StreamState(NamedTuple):
@@ -105,9 +107,15 @@ class PairStream:
         rows[:, FLAG] = same_colours(colours)
         rows[:, COLOURS] = colours
         if self.scales.enabled:
-            rows[:, SCALE] = self.scales.draw(*self._needed(rows))
+            rows[:, SHOWN] = self._draw_scales(rows)
         self.place(rows, uniform[:, 2:])
         return rows
+
+    def _draw_scales(self, rows: Tensor) -> Tensor:
+        """Columns of `Scales` [n, 4] of rows that do not have them yet."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        same = (pair[:, INPUT][:, 1:] == pair[:, OUTPUT][:, 1:]).all(1)
+        return self.scales.draw(*self._needed(rows), same, rows[:, COLOURS][:, 0])
 
     def mean_length(self, count: int) -> float:
         """Tokens of a row, the mean of `count` drawn ones."""
@@ -137,7 +145,7 @@ class PairStream:
 
     def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
-        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SCALE])
+        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SHOWN])
 
     def next_batch(self, state: StreamState, model: TRM) -> Batch:
         """Keep the unfinished rows, fill up from the queue; updates rows and queue in place."""
@@ -195,6 +203,10 @@ class PairStream:
         in_rows, in_columns = (y >= 0) & (y < rows_seen), (x >= 0) & (x < columns_seen)
         inside = in_rows & in_columns
         border = (in_columns & (y == rows_seen)) | (in_rows & (x == columns_seen))
-        y, x = self.scales.cells(y, x, row[:, SCALE])
-        colour = self.source.colour_at(grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside)
+        size = self.source.seen_size(grid, row[:, DIHEDRAL])
+        y, x, filled = self.scales.cells(y, x, *size, row[:, SHOWN])
+        colour = self.source.colour_at(
+            grid, row[:, DIHEDRAL], row[:, COLOURS], y, x, inside & ~filled
+        )
+        colour = torch.where(filled, row[:, SHOWN][:, scales.FILL], colour)
         return torch.where(inside, colour + COLOUR, torch.where(border, EOS, PAD))

@@ -87,8 +87,8 @@ class TRM(nn.Module):
                 truncated_normal(config.num_prefix_slots - 3, width, std=width**-0.5)
             )
         if config.scaling.share:
-            num_scales = len(config.scaling.factors)
-            self.scale_emb = Table(truncated_normal(num_scales, width, std=width**-0.5))
+            num_ways = config.scaling.num_ways
+            self.scale_emb = Table(truncated_normal(num_ways, width, std=width**-0.5))
         self.L_level = RecursiveLevel(config.num_layers, width, config.inner_size)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
         self.q_head = nn.Linear(width, 2)
