@@ -11,6 +11,7 @@ fails (size wrong, few cells wrong, many) by size of the answer. With `--out` it
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ SIZES = ((1, 25), (26, 100), (101, 225), (226, 400), (401, 900))
 """Cells of the answer: at least, at most."""
 FEW = 10
 """Cells: up to so many wrong ones are few."""
+TICK_ROOM = 30
+"""Between two numbers on the x axis of a curve, at least."""
 KINDS = ("solved", "size wrong", f"up to {FEW} cells wrong", f"more than {FEW} wrong")
 COLOURS = ("#2a9d8f", "#9aa0a6", "#e9c46a", "#e76f51")
 PALETTE = (
@@ -221,16 +224,23 @@ def curve_plot(curves: Sequence[str], x_label: str, y_label: str) -> str:
     parts += [text(290, 310, x_label, "middle"), text(10, 20, y_label)]
     for y in range(0, int(top) + 1, 10):
         parts += [text(52, place(1, y)[1] + 4, str(y), "end")]
-    for (label, points), colour in zip(lines.items(), (*COLOURS, *PALETTE), strict=False):
+    coloured = zip(lines.items(), (*COLOURS, *PALETTE), strict=False)
+    for number, ((label, points), colour) in enumerate(coloured):
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(*p) for p in points))
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for x, y in points:
             a, b = place(x, y)
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>')
-            parts += [text(a, b - 8, f"{y:g}", "middle"), text(a, 286, f"{x:g}", "middle")]
-        a, b = place(*points[-1])
-        parts.append(text(a + 8, b + 14, label))
-    return svg(640, 320, parts)
+            parts.append(text(a, b - 8, f"{y:g}", "middle"))
+        parts.append(rect(540, 32 + 20 * number, 10, 10, colour))
+        parts.append(text(556, 42 + 20 * number, label))
+    last = -math.inf
+    for x in sorted({x for points in lines.values() for x, _ in points}):
+        a, _ = place(x, 0)
+        if a - last >= TICK_ROOM:  # else it would cover the one before
+            parts.append(text(a, 286, f"{x:g}", "middle"))
+            last = a
+    return svg(780, 320, parts)
 
 
 if __name__ == "__main__":
