@@ -189,29 +189,32 @@ def test_unseen_answers_the_first_unknown_tasks_by_hash_and_none_of_them_twice(
         assert line["inputs"] == len(by_id[line["task"]].test)
 
 
-def test_unseen_does_not_mix_the_answers_of_two_checkpoints(trained, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "unseen.jsonl"
-    text = json.dumps({"weights": "runs/other", "source": "training"}) + "\n"
-    out.write_text(text)
-    given = ["--out", str(out), "--take", "training=1", "--budget", "1"]
-    words = [*given, "--checkpoint", str(trained.run)]
-    line = refusal("unseen", words, monkeypatch, capsys)
-    assert line.startswith(f"error: {out}: holds answers of runs/other, not of ")
-    assert line.endswith("; give --out another file")
-    assert out.read_text() == text
-
-
-def test_unseen_refuses_a_file_whose_last_line_is_half_written(
-    trained, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("text", "begins", "ends"),
+    [
+        (
+            '{"weights": "runs/other", "source": "training"}\n',
+            "holds answers of runs/other, not of ",
+            "; give --out another file",
+        ),
+        (
+            '{"weights": "runs/other"}\n{"weights": "ru',
+            "cannot be read as lines of JSON (",
+            "; mend it, or give --out another file",
+        ),
+    ],
+    ids=["of another checkpoint", "half written"],
+)
+def test_unseen_leaves_alone_a_file_that_it_cannot_add_to(
+    trained, tmp_path, monkeypatch, capsys, text, begins, ends
 ):
     out = tmp_path / "unseen.jsonl"
-    text = json.dumps({"weights": "runs/other"}) + '\n{"weights": "ru'
     out.write_text(text)
     given = ["--out", str(out), "--take", "training=1", "--budget", "1"]
     words = [*given, "--checkpoint", str(trained.run)]
     line = refusal("unseen", words, monkeypatch, capsys)
-    assert line.startswith(f"error: {out}: cannot be read as lines of JSON (")
-    assert line.endswith("; mend it, or give --out another file")
+    assert line.startswith(f"error: {out}: {begins}")
+    assert line.endswith(ends)
     assert out.read_text() == text
 
 

@@ -7,10 +7,10 @@ from arctrm.training.scales import ACROSS, DOWN, FILL, SCALE
 
 def larger(grid, shown, scaling):
     """`grid` as the columns of `Scales` show it; `scaling`: factors and names of shapes."""
-    factors = scaling.get("factors", ((1, 2), (2, 1), (2, 2)))
     scale, patterns, fill = int(shown[SCALE]), shown[[DOWN, ACROSS]].tolist(), int(shown[FILL])
     if scale == 0:
         return grid
+    factors = scaling["factors"]
     if scale <= len(factors):
         return np.kron(grid, np.ones(factors[scale - 1], dtype=np.uint8))
     shape = scaling["shapes"][scale - 1 - len(factors)]

@@ -120,11 +120,11 @@ class ReaderStream:
         there = pairs >= 0
         rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)
         turns = dihedral.repeat_interleave(pairs.shape[1])
-        sizes = [self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT)]
-        same = torch.stack([a == b for a, b in zip(*sizes, strict=True)]).all(0)
+        sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
         largest = (torch.maximum(*both) for both in zip(*sizes, strict=True))
         height, width = ((side.view_as(pairs) * there).amax(1) for side in largest)
-        return self.scales.draw(height, width, (same.view_as(pairs) | ~there).all(1), background)
+        same = (self.source.same_sizes(rows).view_as(pairs) | ~there).all(1)
+        return self.scales.draw(height, width, same, background)
 
     def sequences(
         self,

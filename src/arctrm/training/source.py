@@ -55,6 +55,10 @@ class PairSource:
         height, width = grid[:, 1], grid[:, 2]
         return torch.where(turned, width, height), torch.where(turned, height, width)
 
+    def same_sizes(self, pair: Tensor) -> Tensor:
+        """bool [n]: whether input and output of pairs [n, columns] have one size."""
+        return (pair[:, INPUT][:, 1:] == pair[:, OUTPUT][:, 1:]).all(1)
+
     def colour_at(
         self, grid: Tensor, dihedral: Tensor, colours: Tensor, y: Tensor, x: Tensor, inside: Tensor
     ) -> Tensor:

@@ -113,8 +113,7 @@ class PairStream:
 
     def _draw_scales(self, rows: Tensor) -> Tensor:
         """Columns of `Scales` [n, 4] of rows that do not have them yet."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        same = (pair[:, INPUT][:, 1:] == pair[:, OUTPUT][:, 1:]).all(1)
+        same = self.source.same_sizes(self.source.pairs[rows[:, PAIR]])
         return self.scales.draw(*self._needed(rows), same, rows[:, COLOURS][:, 0])
 
     def mean_length(self, count: int) -> float:
