@@ -189,6 +189,23 @@ def test_a_recipe_without_test_pairs_to_be_heard_stops_before_its_first_stage(co
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_does_not_fit_stops_a_recipe_before_its_first_stage(
+    whole, config, tmp_path
+):
+    """The joint stage would refuse it, too: after the stages before it."""
+    recipe = config.recipe.model_copy(update={"trm": 0.0, "joint": 0.6})
+    reader = config.reader.model_copy(update={"hidden_size": 32})
+    changes = {"recipe": recipe, "reader": reader, "trm_checkpoint": whole}
+    with pytest.raises(CheckpointError, match="made for a reader of width 16") as refused:
+        run(config.model_copy(update=changes), tmp_path / "out", False)
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+    words = ["joint", "--config", str(CONFIG), "--set", f"trm_checkpoint={whole}", "--dry-run"]
+    with pytest.raises(CheckpointError, match=r"trm\.hidden_size = 16 there, 512 here"):
+        run_app([*words, "--set", "data.max_tasks=3", "--out", str(tmp_path / "dry")])
+
+
 def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "dry"
     words = ["--config", str(CONFIG), "--set", "recipe.budget=20m", "--dry-run"]

@@ -17,6 +17,7 @@ from arctrm.training.checkpoint_meta import META
 from arctrm.training.checkpoints import CheckpointMeta, model_tensors, write_checkpoint
 from arctrm.training.joint import joint_stage, new_hybrid
 from arctrm.training.stages import new_model
+from arctrm.training.starting import starting_points
 
 TRM_KEYS = ("hidden_size", "num_heads", "num_layers", "num_prefix_slots")
 
@@ -163,7 +164,32 @@ def test_adapters_for_a_reader_of_another_width_are_refused_with_both_widths(tmp
         changes = {"trm_checkpoint": path, **off}
         text = refused(CheckpointError, lambda c=changes: started(c, small_base()))
         assert "reader of width 64" in text
-        assert "width 32" in text
+        assert "reader.hidden_size = 32 here" in text
+        assert "new_adapters = true" in text
+
+
+def test_new_adapters_begin_untrained_and_trm_does_not(tmp_path):
+    """Also for a reader of another width; for one of the same width they are left out as well."""
+    for width in (64, 32):
+        sizes = {"reader.hidden_size": width}
+        old, path = hybrid_checkpoint(tmp_path / str(width), small_base(), sizes)
+        hybrid = started({"trm_checkpoint": path, "new_adapters": True}, small_base())
+        assert hybrid.hidden_size == 32
+        for name, tensor in old.trm.state_dict().items():
+            assert torch.equal(hybrid.trm.state_dict()[name], tensor), name
+        fresh = started({}, small_base())
+        for name, tensor in fresh.adapters.state_dict().items():
+            assert torch.equal(hybrid.adapters.state_dict()[name], tensor), name
+
+
+def test_what_cannot_fit_is_refused_by_the_metadata_alone(tmp_path):
+    """Before anything is built or trained: the weights are not needed for it."""
+    _, path = hybrid_checkpoint(tmp_path, small_base(), {"reader.hidden_size": 64})
+    config = new_config({"trm_checkpoint": path})
+    (path / "model.safetensors").unlink()
+    assert "of width 64" in refused(CheckpointError, lambda: starting_points(config))
+    points = starting_points(new_config({"trm_checkpoint": path, "new_adapters": True}))
+    assert [(point.kind, point.folder) for point in points] == [("trm", path)]
 
 
 def test_adapters_of_another_shape_are_refused(tmp_path):

@@ -43,6 +43,9 @@ def joint(
 
 
 def _described(settings: "JointConfig", folder: Path) -> "RenderableType":
+    from arctrm.training.starting import starting_points
+
+    starting_points(settings)  # refused now what the run would refuse
     if settings.recipe.is_given:
         from arctrm.recipe.stages import describe as describe_recipe
 

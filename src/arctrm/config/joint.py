@@ -141,6 +141,9 @@ class JointConfig(JointModelConfig):
     reader_checkpoint: Path | None = None
     """Checkpoint or bundle folder that the reader starts from: of a tiny reader or a hybrid, whose
     LoRA a hub reader takes over."""
+    new_adapters: bool = False
+    """Leave the adapters of trm_checkpoint where they are and train new ones: for a reader of
+    another width than theirs."""
     data: DataConfig = DataConfig()
     trm: TRMConfig = TRMConfig()
     reader: ReaderConfig = ReaderConfig()

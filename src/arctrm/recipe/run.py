@@ -19,6 +19,7 @@ from arctrm.training.devices import new_accelerator
 from arctrm.training.joint_data import needs_heard_pairs, require_heard_pairs
 from arctrm.training.provenance import run_record, write_run_record
 from arctrm.training.schedule import Schedule
+from arctrm.training.starting import starting_points
 
 
 def run(config: JointConfig, out: Path, resume: bool) -> None:
@@ -34,7 +35,7 @@ def run(config: JointConfig, out: Path, resume: bool) -> None:
     left = _left(planned)
     accelerator = new_accelerator()
     accelerator.wait_for_everyone()
-    _check_data(left, accelerator)
+    _check_joint(left, config, accelerator)
     record = Record(out, accelerator, config, old)
     record.write()
     if accelerator.is_main_process:
@@ -84,10 +85,16 @@ def _left(planned: Plan) -> tuple[RecipeStage, ...]:
     return planned.stages
 
 
-def _check_data(left: tuple[RecipeStage, ...], accelerator: Accelerator) -> None:
-    """Refuse now, not after the stages before it, data that the joint stage cannot use."""
+def _check_joint(
+    left: tuple[RecipeStage, ...], config: JointConfig, accelerator: Accelerator
+) -> None:
+    """Refuse now, not after the stages before it, checkpoints and data that the joint stage cannot
+    use."""
     for stage in left:
-        if isinstance(stage.config, JointConfig) and needs_heard_pairs(stage.config):
+        if not isinstance(stage.config, JointConfig):
+            continue
+        starting_points(config)
+        if needs_heard_pairs(stage.config):
             with accelerator.main_process_first():  # builds the data set where it has a path
                 base = prepare(stage.config.data)
             require_heard_pairs(stage.config, base)

@@ -23,7 +23,6 @@ from arctrm.hybrid import Hybrid, empty_hybrid, hub_hybrid
 from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.training import pretrain
-from arctrm.training.checkpoints import read_meta, resolve_checkpoint
 from arctrm.training.drafts import DraftPool
 from arctrm.training.joint_data import require_heard_pairs, steps_of, with_data_path
 from arctrm.training.joint_hub import check_fits, joint_reader
@@ -41,7 +40,7 @@ from arctrm.training.stages import (
     is_compiled,
     rows_of,
 )
-from arctrm.training.starting import load_reader, load_trm, origin
+from arctrm.training.starting import load_part, origin, starting_points
 from arctrm.training.stream import PairStream
 from arctrm.trm.layers import run_level
 
@@ -58,20 +57,14 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
         UserError: models, checkpoints or data do not fit the configuration.
     """
     require_heard_pairs(config, base)
+    starts = starting_points(config)
     torch.manual_seed(config.seed)
     hybrid = new_hybrid(config, base, accelerator.device)
-    parts = {}
-    for kind, load, checkpoint in (
-        ("trm", load_trm, config.trm_checkpoint),
-        ("reader", load_reader, config.reader_checkpoint),
-    ):
-        if checkpoint is not None:
-            folder = resolve_checkpoint(checkpoint)
-            meta = read_meta(folder)
-            said = load(hybrid, folder, meta, base, config)
-            parts[kind] = origin(meta, kind)
-            if accelerator.process_index == 0:
-                note(said)
+    for start in starts:
+        said = load_part(hybrid, start, base, config)
+        if accelerator.process_index == 0:
+            note(said)
+    parts = {start.kind: origin(start.meta, start.kind) for start in starts}
     hybrid.reader.requires_grad_(not config.llama_frozen)
     _to_device(hybrid.to(accelerator.device), config)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)

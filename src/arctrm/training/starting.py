@@ -6,20 +6,21 @@ tasks. A task that the checkpoint does not know starts from the mean of those it
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from arctrm.config.base import StrictModel
+from arctrm.config.joint import TINY, JointConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.reader_hub import HubReaderConfig
 from arctrm.config.trm import TRMConfig
 from arctrm.data.dataset import BaseSet
 from arctrm.errors import CheckpointError
 from arctrm.hybrid import Hybrid
-from arctrm.training.checkpoint_meta import CheckpointMeta, check_names
-from arctrm.training.checkpoints import read_model
+from arctrm.training.checkpoint_meta import CheckpointMeta, check_names, read_meta
+from arctrm.training.checkpoints import read_model, resolve_checkpoint
 
 EMBEDDINGS, SCALES = "puzzle_emb.weights", "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
@@ -42,44 +43,74 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
 """Table of a configuration -> its model and the keys that must be the same."""
 
 
-def load_trm(
-    hybrid: Hybrid, folder: Path, meta: CheckpointMeta, base: BaseSet, config: StrictModel
-) -> str:
-    """Load TRM, and the adapters of a hybrid, from a checkpoint folder; says what was loaded.
+class StartingPoint(NamedTuple):
+    """A checkpoint that a part of the hybrid starts from."""
+
+    kind: str
+    """"trm" or "reader"."""
+    folder: Path
+    meta: CheckpointMeta
+
+
+def starting_points(config: JointConfig) -> list[StartingPoint]:
+    """The checkpoints that parts start from; refuses what cannot fit, as far as their metadata
+    shows it.
 
     Raises:
-        CheckpointError: it holds no TRM, or sizes differ.
+        CheckpointError: there is none, it holds another part, or sizes differ.
     """
-    weights = part_weights(folder, meta, "trm")
-    _check_sizes(folder, meta, "trm", config)
-    known = _load(hybrid.trm, weights, folder, _rows(meta, base))
-    loaded = ["TRM", *_load_adapters(hybrid, folder, meta)]
+    points = []
+    for kind, checkpoint in (("trm", config.trm_checkpoint), ("reader", config.reader_checkpoint)):
+        if checkpoint is None:
+            continue
+        folder = resolve_checkpoint(checkpoint)
+        meta = read_meta(folder)
+        _check_holds(folder, meta, kind)
+        if kind == "trm":
+            _check_sizes(folder, meta, "trm", config)
+            _check_adapters(folder, meta, config)
+        elif config.llama_model == TINY:
+            _check_is_tiny(folder, meta)
+            _check_sizes(folder, meta, "reader", config)
+        else:
+            _check_is_hub(folder, meta, config)
+            _check_sizes(folder, meta, "hub", config)
+        points.append(StartingPoint(kind, folder, meta))
+    return points
+
+
+def load_part(hybrid: Hybrid, point: StartingPoint, base: BaseSet, config: JointConfig) -> str:
+    """Load a part of the hybrid, with TRM the adapters, too, unless they shall be new; says what
+    was loaded. Of a hub reader that is what was trained of it.
+
+    Raises:
+        CheckpointError: a tensor does not fit.
+    """
+    kind, folder, meta = point
+    weights = part_weights(folder, meta, kind)
+    if kind == "reader" and hybrid.tiny is None:
+        _load(hybrid.reader, weights, folder)
+        return f"trained weights of the reader from {folder}"
+    part = hybrid.trm if kind == "trm" else hybrid.reader
+    known = _load(part, weights, folder, _rows(meta, base))
+    loaded = ["reader" if kind == "reader" else "TRM"]
+    if kind == "trm" and not config.new_adapters:
+        loaded += _load_adapters(hybrid, folder, meta)
     return f"{', '.join(loaded)} from {folder}, which knows {known} of {base.num_tasks} tasks"
 
 
-def load_reader(
-    hybrid: Hybrid, folder: Path, meta: CheckpointMeta, base: BaseSet, config: StrictModel
-) -> str:
-    """Load the reader (of a hub reader: what was trained of it) from a checkpoint folder; says
-    what was loaded.
-
-    Raises:
-        CheckpointError: it holds no such reader, or sizes differ.
-    """
-    if hybrid.tiny is None:
-        _check_is_hub(folder, meta, config)
-        _check_sizes(folder, meta, "hub", config)
-        _load(hybrid.reader, part_weights(folder, meta, "reader"), folder)
-        return f"trained weights of the reader from {folder}"
-    weights = part_weights(folder, meta, "reader")
-    if llama_model(meta) != "tiny":
+def _check_adapters(folder: Path, meta: CheckpointMeta, config: JointConfig) -> None:
+    both_tiny = config.llama_model == TINY == llama_model(meta)
+    if config.new_adapters or held_by(meta) != "hybrid" or not both_tiny:
+        return
+    shared = [path for path in ("context", "draft", "back") if getattr(config.coupling, path)]
+    there = ReaderConfig.model_validate(meta.config["reader"]).hidden_size
+    here = config.reader.hidden_size
+    if there != here and any(meta.config["coupling"].get(path) for path in shared):
         raise CheckpointError(
-            f"{folder}: its reader is {llama_model(meta)}, not the tiny reader; set llama_model to "
-            "that name, or give the checkpoint of a tiny reader"
+            f"{folder}: its adapters were made for a reader of width {there}, reader.hidden_size = "
+            f"{here} here; use that width, or train other adapters with new_adapters = true"
         )
-    _check_sizes(folder, meta, "reader", config)
-    known = _load(hybrid.tiny, weights, folder, _rows(meta, base))
-    return f"reader from {folder}, which knows {known} of {base.num_tasks} tasks"
 
 
 def held_by(meta: CheckpointMeta) -> str:
@@ -89,7 +120,7 @@ def held_by(meta: CheckpointMeta) -> str:
 
 def llama_model(meta: CheckpointMeta) -> str:
     """The reader of a hybrid's checkpoint: "tiny", or the name of a hub model."""
-    return meta.config.get("llama_model", "tiny")
+    return meta.config.get("llama_model", TINY)
 
 
 def origin(meta: CheckpointMeta, kind: str) -> dict[str, Any]:
@@ -125,21 +156,33 @@ def part_weights(folder: Path, meta: CheckpointMeta, kind: str) -> dict[str, Ten
     Raises:
         CheckpointError: the checkpoint has no such part.
     """
-    held = held_by(meta)
-    if held not in (kind, "hybrid"):
-        raise CheckpointError(
-            f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind} or a hybrid"
-        )
+    _check_holds(folder, meta, kind)
     stored = read_model(folder, ema=True, meta=meta)
     weights = {name: tensor.float() for name, tensor in stored.items()}
-    if held == kind:
+    if held_by(meta) == kind:
         return weights
     first = f"{kind}."
     return {n.removeprefix(first): t for n, t in weights.items() if n.startswith(first)}
 
 
+def _check_holds(folder: Path, meta: CheckpointMeta, kind: str) -> None:
+    held = held_by(meta)
+    if held not in (kind, "hybrid"):
+        raise CheckpointError(
+            f"{folder}: holds a {held}, not a {kind}; give the checkpoint of a {kind} or a hybrid"
+        )
+
+
+def _check_is_tiny(folder: Path, meta: CheckpointMeta) -> None:
+    if llama_model(meta) != TINY:
+        raise CheckpointError(
+            f"{folder}: its reader is {llama_model(meta)}, not the tiny reader; set llama_model to "
+            "that name, or give the checkpoint of a tiny reader"
+        )
+
+
 def _check_is_hub(folder: Path, meta: CheckpointMeta, config: Any) -> None:
-    if held_by(meta) != "hybrid" or llama_model(meta) == "tiny":
+    if held_by(meta) != "hybrid" or llama_model(meta) == TINY:
         raise CheckpointError(
             f"{folder}: its reader is the tiny one, llama_model = {config.llama_model!r} here; "
             "give the checkpoint of a hybrid with that model, or set llama_model = 'tiny'"
