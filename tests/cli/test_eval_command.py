@@ -122,7 +122,7 @@ def settings_of(arctrm, monkeypatch):
 
     def call(*words):
         ran = []
-        monkeypatch.setattr(evaluate, "run", lambda settings, out: ran.append(settings))
+        monkeypatch.setattr(evaluate, "run", lambda settings, *_: ran.append(settings))
         assert arctrm("eval", *words)[0] == 0
         return ran[0]
 

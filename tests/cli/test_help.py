@@ -20,6 +20,7 @@ COMMANDS = {
         "--blank-task-embedding",
         "--views",
         "--ablate",
+        "--resume",
     },
     "baseline": SHARED
     | {"--checkpoint", "--model", "--subset", "--views", "--attempts", "--resume"},

@@ -165,7 +165,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(whole, config, tmp_path, mo
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("arctrm.solving.evaluate.answer_all", interrupted)
+    monkeypatch.setattr("arctrm.solving.parts.answer_all", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"finished stages are kept; .*--resume goes on"):
         run(config, out, True)
 

@@ -16,7 +16,7 @@ from arctrm.config import EvalConfig
 from arctrm.data.task import Pair
 from arctrm.errors import ResourceError
 from arctrm.reader.hub_module import HubModule
-from arctrm.solving import evaluate
+from arctrm.solving import evaluate, parts
 from arctrm.solving.adaptation import Adapter
 from arctrm.solving.learners import least_tokens, new_step
 from arctrm.solving.side_by_side import adapt
@@ -262,9 +262,9 @@ def test_sequences_come_in_twos_of_a_task_only_where_contexts_are_told_apart(
 @pytest.mark.parametrize("coupling", COUPLED, ids=["coupled", "apart"])
 def test_eval_answers_with_the_adapted_reader(joined_hub, trained, tmp_path, coupling, monkeypatch):
     asked = []
-    answer_all = evaluate.answer_all
+    answer_all = parts.answer_all
     monkeypatch.setattr(
-        evaluate, "answer_all", lambda s, *rest: asked.append(s) or answer_all(s, *rest)
+        parts, "answer_all", lambda s, *rest: asked.append(s) or answer_all(s, *rest)
     )
     settings = EvalConfig.model_validate(
         {

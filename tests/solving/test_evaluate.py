@@ -12,7 +12,7 @@ from arctrm.config import EvalConfig
 from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, DataError, UserError
 from arctrm.solving import scoring
-from arctrm.solving.answering import answer_all, ask, rank
+from arctrm.solving.answering import Workers, answer_all, ask, rank
 from arctrm.solving.evaluate import describe, load, run
 from arctrm.solving.submission import check_complete, read_submission
 from arctrm.solving.vote import attempts
@@ -176,10 +176,11 @@ def test_test_outputs_change_the_scores_and_nothing_else(evaluated, trained, tmp
 def test_test_outputs_change_no_candidate(trained):
     """Even if answers were left in the tasks, nothing on the way to the candidates reads them."""
     settings = config(trained.run, trained.folder)
-    solver = load_solver(trained.run, settings.inference, Accelerator().device)
+    workers = Workers(Accelerator())
+    solver = load_solver(trained.run, settings.inference, workers.accelerator.device)
     tasks = [*trained.known, *trained.others]
     found = [
-        answer_all(solver, ask(solver, version, settings, Accelerator()), settings, Accelerator())
+        answer_all(solver, ask(solver, version, settings, workers), settings, workers)
         for version in (tasks, [task.without_answers() for task in tasks])
     ]
     assert found[0].keys() == found[1].keys()
@@ -257,8 +258,9 @@ def test_per_view_models_answer_known_tasks_and_fall_back_for_others(
     tasks = [trained.known[0], *trained.others]
     folder = write_tasks(tmp_path / "mixed", tasks)
     settings = config(trained_per_view, folder, views=100)
-    solver = load_solver(trained_per_view, settings.inference, Accelerator().device)
-    found = answer_all(solver, ask(solver, tasks, settings, Accelerator()), settings, Accelerator())
+    workers = Workers(Accelerator())
+    solver = load_solver(trained_per_view, settings.inference, workers.accelerator.device)
+    found = answer_all(solver, ask(solver, tasks, settings, workers), settings, workers)
     assert {key: len(candidates) for key, candidates in found.items()} == {(tasks[0].id, 0): 8}
     run(settings, tmp_path / "out")
     submitted = read_submission(tmp_path / "out/submission.json")
@@ -282,9 +284,9 @@ def test_a_checkpoint_that_cannot_be_used_leaves_nothing_behind(trained, tmp_pat
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path, monkeypatch):
-    from arctrm.solving import evaluate
+    from arctrm.solving import parts
 
-    monkeypatch.setattr(evaluate, "ask", lambda *given: pytest.fail("work was done"))
+    monkeypatch.setattr(parts, "ask", lambda *given: pytest.fail("work was done"))
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="out"):
         run(config(trained.run, trained.folder), tmp_path / "out")
@@ -301,12 +303,12 @@ def test_every_test_input_is_ranked_even_without_candidates(trained):
     assert attempts(ranked[tasks[0].id, 0], fallback) == (fallback, fallback)
 
 
-def test_a_dry_run_counts_and_answers_nothing(trained, monkeypatch):
+def test_a_dry_run_counts_and_answers_nothing(trained, monkeypatch, tmp_path):
     from arctrm.solving import pool
 
     monkeypatch.setattr(pool, "answer", lambda *given: pytest.fail("a query was answered"))
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(describe(config(trained.run, trained.folder, views=7)))
+    console.print(describe(config(trained.run, trained.folder, views=7), tmp_path))
     text = console.export_text()
     assert "6, 6" in text
     assert "42 (7 views)" in text

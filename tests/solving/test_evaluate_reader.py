@@ -171,9 +171,9 @@ def test_a_blank_task_embedding_hides_the_task_from_the_reader(tiny_reader, trai
     assert torch.equal(whole.dihedral_emb.weights, blank.dihedral_emb.weights)
 
 
-def test_a_dry_run_counts_and_names_no_steps(tiny_reader, folder, tasks):
+def test_a_dry_run_counts_and_names_no_steps(tiny_reader, folder, tasks, tmp_path):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(describe(config(tiny_reader, folder, views=7)))
+    console.print(describe(config(tiny_reader, folder, views=7), tmp_path))
     text = console.export_text()
     assert f"{7 * sum(len(task.test) for task in tasks)} (7 views)" in text
     assert "supervision steps" not in text

@@ -16,7 +16,7 @@ from arctrm.errors import CheckpointError, OverlapError, ResourceError
 from arctrm.hybrid import Hybrid
 from arctrm.reader.hub_module import HubModule
 from arctrm.reader.tiny import TinyReader
-from arctrm.solving import evaluate, learners, side_by_side
+from arctrm.solving import learners, parts, side_by_side
 from arctrm.solving.adaptation import Adapter
 from arctrm.solving.evaluate import load, run
 from arctrm.solving.learners import batch_tokens
@@ -225,9 +225,9 @@ def test_the_scores_come_from_the_adapted_weights_and_one_row_from_those_before(
     folder = write_tasks(tmp_path / "tasks", whole)
     ablate = ["no-adaptation"] + ["no-reader"] * (kind == "coupled")
     asked = []
-    answer_all = evaluate.answer_all
+    answer_all = parts.answer_all
     monkeypatch.setattr(
-        evaluate, "answer_all", lambda s, *rest: asked.append(s) or answer_all(s, *rest)
+        parts, "answer_all", lambda s, *rest: asked.append(s) or answer_all(s, *rest)
     )
     run(config(checkpoint_of(kind), folder, ablate=ablate), tmp_path / "out")
     plain = config(checkpoint_of(kind), folder, adapt_steps=0)

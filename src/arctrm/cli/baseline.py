@@ -11,6 +11,7 @@ from arctrm.cli.options import (
     Seed,
     Set,
     Views,
+    earlier_record,
     out_option,
     read_config,
     run_folder,
@@ -56,9 +57,7 @@ def baseline(
     from arctrm.config import BaselineConfig
     from arctrm.errors import ConfigError
 
-    record = results_file(out) if resume and out and not config else None
-    if record is not None and not record.is_file():
-        record = None  # nothing to resume from: the run will say so
+    record = earlier_record(out and results_file(out), resume, config)
     flags = {
         "checkpoint": checkpoint,
         "hub.name": model,

@@ -9,9 +9,11 @@ from arctrm.cli.options import (
     Checkpoint,
     Config,
     DryRun,
+    Resume,
     Seed,
     Set,
     Views,
+    earlier_record,
     out_option,
     read_config,
     run_folder,
@@ -50,10 +52,13 @@ def evaluate(
     out: Annotated[
         Path | None, out_option("Folder of the scores; runs/eval-<time> unless given.")
     ] = None,
+    resume: Resume = False,
     seed: Seed = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Answer a test set with one checkpoint and score it: scores.json, submission.json, a table."""
+    """Answer a test set with one checkpoint and score it: scores.json, submission.json, a table.
+    Ctrl-C keeps what is answered, --resume goes on.
+    """
     from arctrm.config import EvalConfig
     from arctrm.errors import ConfigError
 
@@ -76,17 +81,30 @@ def evaluate(
         "out": out,
         "seed": seed,
     }
-    settings = read_config(EvalConfig, config, overrides, flags)
+    if resume and submission is not None:
+        raise ConfigError(
+            f"--resume contradicts --submission {submission}, which is scored at once; leave one "
+            "of the two out"
+        )
+    record = earlier_record(out and out / "config.json", resume, config)
+    settings = read_config(EvalConfig, config, overrides, flags, record)
+    if resume and settings.out is None:
+        raise ConfigError("--resume: no evaluation was given; name its folder with --out")
     from arctrm.solving import evaluate as answering
     from arctrm.solving import late_scoring
 
-    what = answering if settings.submission is None else late_scoring
+    folder = settings.out or run_folder("eval")
     if dry_run:
         from arctrm.console import console
 
-        console().print(what.describe(settings))
-        return
-    what.run(settings, settings.out or run_folder("eval"))
+        if settings.submission is None:
+            console().print(answering.describe(settings, folder, resume))
+        else:
+            console().print(late_scoring.describe(settings))
+    elif settings.submission is not None:
+        late_scoring.run(settings, folder)
+    else:
+        answering.run(settings, folder, resume)
 
 
 def _listed(ablate: list[str] | None) -> list[str] | None:

@@ -59,6 +59,13 @@ def read_config(
     return load_config(model_class, config or (), overrides or (), flags, record=record)
 
 
+def earlier_record(path: Path | None, resume: bool, config: Sequence[Path] | None) -> Path | None:
+    """The record of the run that is resumed, where no file says otherwise and there is one."""
+    if path is None or not resume or config or not path.is_file():
+        return None  # where there is nothing to resume, the run will say so
+    return path
+
+
 def run_folder(command: str) -> Path:
     """A fresh folder for a run that was not given one."""
     return Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -79,9 +86,7 @@ def read_training_config(
     """
     from arctrm.errors import ConfigError
 
-    record = out / "config.json" if resume and out and not config else None
-    if record is not None and not record.is_file():
-        record = None  # nothing to resume from: the run will say so
+    record = earlier_record(out and out / "config.json", resume, config)
     settings = read_config(model_class, config, overrides, {"out": out, "seed": seed}, record)
     folder: Path | None = getattr(settings, "out", None)
     if resume and folder is None:

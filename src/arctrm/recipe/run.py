@@ -13,6 +13,7 @@ from arctrm.errors import CheckpointError
 from arctrm.recipe.record import Record, read
 from arctrm.recipe.stages import EVALUATION, Plan, RecipeStage, length, plan
 from arctrm.solving import evaluate
+from arctrm.solving.unfinished import UNFINISHED
 from arctrm.training import joint, pretrain
 from arctrm.training.checkpoints import check_same_config, latest_checkpoint, read_meta
 from arctrm.training.devices import new_accelerator
@@ -47,7 +48,8 @@ def run(config: JointConfig, out: Path, resume: bool) -> None:
                 _train(stage, accelerator)
         if planned.evaluation is not None and not record.content["evaluated"]:
             with record.timed(EVALUATION):
-                evaluate.run(planned.evaluation, out / EVALUATION)
+                begun = (out / EVALUATION / UNFINISHED).is_file()
+                evaluate.run(planned.evaluation, out / EVALUATION, resume=begun)
             record.take_scores(out / EVALUATION)
     except KeyboardInterrupt as stop:
         kept = f"{out}: finished stages are kept; the same command with --resume goes on"

@@ -21,6 +21,30 @@ Work = Callable[[list, Callable[[int], None]], list]
 """(items, told how many are done) -> results."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The processes that answer together; the main one shows how far they are."""
+
+    accelerator: Accelerator
+    in_parts: bool = False
+    """Whether they are asked many times over: finished bars would fill the screen, and go."""
+
+    def work(self, what: str, mine: list, work: Work) -> list:
+        """Results of this process's items, with a progress bar on the main one."""
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        screen = progress_console()
+        hidden = not self.accelerator.is_main_process or (self.in_parts and not screen.is_terminal)
+        with Progress(
+            *columns, console=screen, disable=hidden, transient=self.in_parts
+        ) as progress:
+            bar = progress.add_task("", total=len(mine))
+            return work(mine, lambda done: progress.advance(bar, done))
+
+    def gathered(self, found: list) -> list:
+        """What all processes found."""
+        return gather_object(found) if self.accelerator.num_processes > 1 else found
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
     """This process's questions, and what the reader proposed for them."""
@@ -29,13 +53,13 @@ class Asked:
     drafts: list[list[Decoded]] | None
 
 
-def ask(solver: Solver, tasks: list[Task], config: EvalConfig, accelerator: Accelerator) -> Asked:
+def ask(solver: Solver, tasks: list[Task], config: EvalConfig, workers: Workers) -> Asked:
     """This process's share of the questions; the reader answers them, if there is one."""
     everything = questions(solver, tasks, config.inference.views, config.seed)
-    with accelerator.split_between_processes(everything) as mine:
+    with workers.accelerator.split_between_processes(everything) as mine:
         if solver.reader is None:
             return Asked(mine, None)
-        return Asked(mine, _with_bar("reading", mine, accelerator, _proposing(solver, config)))
+        return Asked(mine, workers.work("reading", mine, _proposing(solver, config)))
 
 
 def _proposing(solver: Solver, config: EvalConfig) -> Work:
@@ -46,25 +70,16 @@ def answer_all(
     solver: Solver,
     asked: Asked,
     config: EvalConfig,
-    accelerator: Accelerator,
+    workers: Workers,
     ablation: str | None = None,
 ) -> dict[Key, list[Candidate]]:
     """Candidates of every test input, from all processes."""
     if solver.has_trm and ablation != "no-trm":
         work: Work = lambda mine, told: pooled(solver, mine, asked.drafts, config, told, ablation)
-        found = _with_bar("answering", asked.questions, accelerator, work)
+        found = workers.work("answering", asked.questions, work)
     else:  # the reader has answered already
         found = pooled(solver, asked.questions, asked.drafts, config, ablation=ablation)
-    return by_key(gather_object(found) if accelerator.num_processes > 1 else found)
-
-
-def _with_bar(what: str, mine: list, accelerator: Accelerator, work: Work) -> list:
-    """Results of this process's items, with a progress bar on the main one."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not accelerator.is_main_process
-    with Progress(*columns, console=progress_console(), disable=hidden) as progress:
-        bar = progress.add_task("", total=len(mine))
-        return work(mine, lambda done: progress.advance(bar, done))
+    return by_key(workers.gathered(found))
 
 
 def rank_all(
@@ -72,7 +87,7 @@ def rank_all(
     tasks: list[Task],
     found: dict[Key, list[Candidate]],
     config: EvalConfig,
-    accelerator: Accelerator,
+    workers: Workers,
     ablation: str | None = None,
 ) -> dict[Key, list[Ranked]]:
     """Each test input's grids, best first: by votes, or by the reader's log-probability."""
@@ -83,9 +98,9 @@ def rank_all(
     grids, views = to_judge(ranked, decoding), decoding.scoring_views
     readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
     work: Work = lambda mine, told: judge(reader, mine, grids, decoding, told)
-    with accelerator.split_between_processes(readings) as mine:
-        judged = _with_bar("scoring", mine, accelerator, work)
-    return reranked(ranked, gather_object(judged) if accelerator.num_processes > 1 else judged)
+    with workers.accelerator.split_between_processes(readings) as mine:
+        judged = workers.work("scoring", mine, work)
+    return reranked(ranked, workers.gathered(judged))
 
 
 def say_what_is_unusual(

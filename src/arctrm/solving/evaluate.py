@@ -4,12 +4,9 @@ Answers are set aside before any model sees a task; only `arctrm.solving.scoring
 """
 
 import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,60 +18,82 @@ from arctrm.data.task import Grid, Task, held_out_ids
 from arctrm.errors import ConfigError, DataError
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import require_adaptable
-from arctrm.solving.answering import Asked, answer_all, ask, rank_all, say_what_is_unusual
+from arctrm.solving.answering import say_what_is_unusual
 from arctrm.solving.candidates import Key, require_test_inputs
 from arctrm.solving.kept import KEPT, write_candidates
+from arctrm.solving.parts import NO_ADAPTATION, rank_in_parts
+from arctrm.solving.questions import weights_fingerprint
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
+from arctrm.solving.unfinished import EVERYTHING, check_weights, open_unfinished
 from arctrm.solving.vote import Ranked, attempts, submitted
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
 from arctrm.training.files import disk_errors, write_text_atomically
 from arctrm.training.provenance import run_record, write_run_record
 
-NO_ADAPTATION = "no-adaptation"
 PASS_AT_MOST = 10
 """Ranked grids kept per test input."""
 
 
-def run(config: EvalConfig, out: Path) -> scoring.Scores | None:
-    """Write scores.json, submission.json and config.json to `out`; print the score table.
+def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores | None:
+    """Write scores.json, submission.json and config.json to `out`; print the score table. With
+    `resume`, answer what an interrupted evaluation has left.
 
     Returns the scores, or None where no answer is known (the submission is written all the same).
 
     Raises:
         UserError: tasks or checkpoint cannot be used, or `out` cannot be written.
-
+        KeyboardInterrupt: when interrupted; says how much is kept.
     """
     accelerator = new_accelerator()
     tasks, known = load(config)
+    # Every process reads what there is before any of them can write: all decide the same.
+    unfinished = open_unfinished(out, config, tasks, resume)
     before = load_solver(config.checkpoint, config.inference, accelerator.device)
     _check(before, config)
+    weights = weights_fingerprint(before.model)
+    check_weights(unfinished, weights, before.name)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         open_folder(out, config)  # now, not after hours of answering
+        unfinished.begin(config, weights, before.name)
         say_what_is_unusual(before, tasks, config, config.evaluation.adapts)
-    begin = time.monotonic()
     adapted = adapt(before, tasks, config, accelerator) if config.evaluation.adapts else None
     solver = before if adapted is None else adapted.solver
-    asked = ask(solver, tasks, config, accelerator)
-    found = answer_all(solver, asked, config, accelerator)
-    ranked = rank_all(solver, tasks, found, config, accelerator)
-    seconds = (time.monotonic() - begin) * accelerator.num_processes / len(tasks)
-    scores = None
-    if accelerator.is_main_process:
-        _submit(tasks, ranked, out)
-        if config.evaluation.keep_candidates:
-            write_candidates(out / KEPT, tasks, ranked)
-        scores = _report(config, before, adapted, tasks, ranked, known, seconds, out)
-    rows: dict[str, scoring.Scores] = {} if scores is None else {"everything": scores}
-    for name, own in _ablated(solver, before, tasks, asked, config, accelerator):
-        if rows:
-            rows[name] = scoring.score(_predictions(tasks, own), known)
-            _write_ablations(rows, out)  # each as it comes: an interruption loses one
+    rows: dict[str, scoring.Scores] = {}
+    try:
+        for row in rank_in_parts(solver, before, tasks, unfinished, config, accelerator):
+            if not accelerator.is_main_process:
+                continue
+            ranked = unfinished.rows[row]
+            if row == EVERYTHING:
+                _submit(tasks, ranked, out)
+                if config.evaluation.keep_candidates:
+                    write_candidates(out / KEPT, tasks, ranked)
+                seconds = unfinished.seconds(tasks)
+                if adapted is not None:
+                    seconds += adapted.seconds * accelerator.num_processes
+                per_task = seconds / len(tasks)
+                scores = _report(config, before, adapted, tasks, ranked, known, per_task, out)
+                rows |= {} if scores is None else {EVERYTHING: scores}
+            elif rows:
+                rows[row] = scoring.score(_predictions(tasks, ranked), known)
+                _write_ablations(rows, out)  # each as it comes: an interruption loses one
+    except KeyboardInterrupt:
+        done = len(tasks) - len(unfinished.left(tasks, [EVERYTHING]))
+        if unfinished.path is None or not done:
+            raise
+        raise KeyboardInterrupt(
+            f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}; go on with "
+            "--resume"
+        ) from None
     accelerator.end_training()
-    if len(rows) > 1:
-        console().print(scoring.comparison_table(rows))
-    return scores
+    if accelerator.is_main_process:
+        unfinished.finish()
+        if len(rows) > 1:
+            console().print(scoring.comparison_table(rows))
+    return rows.get(EVERYTHING)
 
 
 def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> None:
@@ -100,28 +119,6 @@ def _check(solver: Solver, config: EvalConfig) -> None:
             f"evaluation.ablate = {names}: {solver.name} holds one model, so there is nothing to "
             "leave out; give a checkpoint of `arctrm joint`"
         )
-
-
-def _ablated(
-    solver: Solver,
-    before: Solver,
-    tasks: list[Task],
-    asked: Asked,
-    config: EvalConfig,
-    accelerator: Accelerator,
-) -> Iterator[tuple[str, dict[Key, list[Ranked]]]]:
-    """Name and rankings of each ablation: without one part of the whole.
-
-    `before` is the solver before adaptation.
-    """
-    for name in config.evaluation.ablate:
-        if accelerator.is_main_process:
-            note(f"ablation {name}")
-        who, what = solver, asked
-        if name == NO_ADAPTATION:
-            who, what = before, ask(before, tasks, config, accelerator)
-        found = answer_all(who, what, config, accelerator, name)
-        yield name, rank_all(who, tasks, found, config, accelerator, name)
 
 
 def _write_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
@@ -211,15 +208,19 @@ def _predictions(tasks: list[Task], ranked: dict[Key, list[Ranked]]) -> dict[str
     }
 
 
-def describe(config: EvalConfig) -> Table:
-    """What `eval` would run."""
+def describe(config: EvalConfig, out: Path, resume: bool = False) -> Table:
+    """What `eval` would run in the folder `out`."""
     tasks, known = load(config)
+    unfinished = open_unfinished(out, config, tasks, resume)
     solver = load_solver(config.checkpoint, config.inference, torch.device("cpu"))
     _check(solver, config)
     inputs = sum(len(task.test) for task in tasks)
     table = Table(title="eval (dry run)", title_justify="left", show_header=False)
     table.add_row("checkpoint", escape(solver.name))
     table.add_row("tasks, test inputs", f"{len(tasks)}, {inputs}")
+    if resume:
+        left = len(unfinished.left(tasks, [EVERYTHING]))
+        table.add_row("answered before", str(len(tasks) - left))
     table.add_row("in the id map", str(sum(solver.row_of(task) is not None for task in tasks)))
     table.add_row("answers known", str(sum(a is not None for g in known.values() for a in g)))
     views, steps = config.inference.views, _steps(solver, config)

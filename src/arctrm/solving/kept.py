@@ -31,7 +31,7 @@ def write_candidates(
 ) -> None:
     """Write the ranked grids of every test input of `tasks`."""
     content = {
-        task.id: [[_entry(one) for one in ranked[task.id, i]] for i in range(len(task.test))]
+        task.id: [[as_entry(one) for one in ranked[task.id, i]] for i in range(len(task.test))]
         for task in tasks
     }
     text = json.dumps(content, separators=(",", ":"))
@@ -47,7 +47,7 @@ def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
     try:
         content = json.loads(gzip.decompress(path.read_bytes()))
         return {
-            task: [[_ranked(entry) for entry in own] for own in inputs]
+            task: [[from_entry(one) for one in own] for own in inputs]
             for task, inputs in content.items()
         }
     except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -57,7 +57,8 @@ def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
         ) from error
 
 
-def _entry(one: Ranked) -> dict[str, Any]:
+def as_entry(one: Ranked) -> dict[str, Any]:
+    """A ranked grid as JSON can hold it."""
     return {
         "grid": one.grid.tolist(),
         "q": one.mean_q,
@@ -66,15 +67,16 @@ def _entry(one: Ranked) -> dict[str, Any]:
     }
 
 
-def _ranked(entry: dict[str, Any]) -> Ranked:
-    views = {source: tuple(own) for source, own in entry["views"].items()}
+def from_entry(one: dict[str, Any]) -> Ranked:
+    """What `as_entry` wrote."""
+    views = {source: tuple(own) for source, own in one["views"].items()}
     votes = {source: len(own) for source, own in views.items()}
     return Ranked(
-        np.array(entry["grid"], dtype=np.uint8),
+        np.array(one["grid"], dtype=np.uint8),
         sum(votes.values()),
-        entry["q"],
+        one["q"],
         tuple(sorted(views)),
-        tuple(-math.inf if s is None else s for s in entry["reader_scores"]),
+        tuple(-math.inf if s is None else s for s in one["reader_scores"]),
         views,
         votes,
     )
