@@ -201,6 +201,20 @@ def test_more_tasks_and_other_ablations_may_be_asked_for_on_resume(
     same(tmp_path / "out", whole, exactly=False)
 
 
+def test_fewer_tasks_may_be_asked_for_and_the_others_stay_answered(
+    config, whole, trained, bundle, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    answered, _ = interrupted(config, out, 2, monkeypatch)
+    one = config_of(bundle, trained.folder, tasks=[answered[0][0]])
+    assert run(one, out, True).num_tasks == 1
+    again, _ = interrupted(config, out, 0, monkeypatch, resume=True)
+    assert again == []
+    run(config, out, True)
+    same(out, whole)
+    assert not (out / UNFINISHED).exists()
+
+
 def test_an_evaluation_that_adapts_keeps_nothing(bundle, trained, tmp_path, monkeypatch):
     adapting = config_of(bundle, trained.folder, adapt_steps=1)
     _, said = interrupted(adapting, tmp_path / "out", 1, monkeypatch)

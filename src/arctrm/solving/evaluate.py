@@ -90,7 +90,7 @@ def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores |
         ) from None
     accelerator.end_training()
     if accelerator.is_main_process:
-        unfinished.finish()
+        unfinished.finish(tasks)
         if len(rows) > 1:
             console().print(scoring.comparison_table(rows))
     return rows.get(EVERYTHING)

@@ -104,9 +104,10 @@ class Unfinished:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self) -> None:
-        """Everything is scored: nothing is unfinished."""
-        if self.path is not None:
+    def finish(self, tasks: Iterable[Task]) -> None:
+        """All `tasks` are scored: nothing is unfinished, unless others were answered, too."""
+        others = self._tasks.get(EVERYTHING, set()) - {task.id for task in tasks}
+        if self.path is not None and not others:
             self.path.unlink(missing_ok=True)
 
     def _take(self, row: str, task: str, inputs: list[list[Ranked]], seconds: float) -> None:
