@@ -3,8 +3,9 @@
 A batch has one shape from its first output token to its last, apart from the few times when more
 than half of its rows are finished and dropped; the host looks for that only now and then. What
 comes out for a prompt does not depend on the batch: rows do not see each other, and every prompt
-draws from a random stream of its own. The tiny reader on a GPU goes another way to the same results
-(`reader.packed_decoding`); here is the one through transformers' cache, for all others.
+draws from a random stream of its own. The tiny reader goes other ways to the same results, on a GPU
+(`reader.packed_decoding`) and, greedily, on a CPU (`reader.drafted_decoding`); here is the one
+through transformers' cache, for all others.
 
 Legend: R rows of the batch still decoded, B prompts of the batch, T output tokens, 12 choices.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from arctrm.data.task import MAX_SIDE, Grid
 from arctrm.reader import grammar
+from arctrm.reader.drafted_decoding import DraftedDecoder
 from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, choice_ids
 from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.packed_decoding import CHECK_EVERY, PackedDecoder
@@ -94,13 +96,16 @@ def decode(
     batch_size: int = BATCH_SIZE,
     max_output_tokens: int | Sequence[int] = MAX_OUTPUT_TOKENS,
     max_side: int = MAX_SIDE,
+    drafts: Sequence[Grid | None] | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Decoded]:
     """One grid for each prompt, in the order given; for several samples, give a prompt repeatedly.
 
     `max_output_tokens` is one bound for all prompts or one for each; a row that reaches it before
     its end gives no grid. Sampling draws from a random stream for each prompt, seeded by `seed`
-    and its number in `streams` (default: its index). `advance` is told how many prompts are done.
+    and its number in `streams` (default: its index). `drafts`, a grid or None for each prompt,
+    change nothing but the time, where `follows_drafts`. `advance` is told how many prompts are
+    done.
 
     Raises:
         ResourceError: out of memory; names `reader.batch_size`.
@@ -118,7 +123,8 @@ def decode(
         own_prompts, own_bounds = [prompts[i] for i in batch], [bounds[i] for i in batch]
         noise = _noise([numbers[i] for i in batch], max(own_bounds), sampling)
         with memory_guard(batch_size):
-            spelled = decoder.decode(own_prompts, own_bounds, noise)
+            own_drafts = [None if drafts is None else drafts[i] for i in batch]
+            spelled = decoder.decode(own_prompts, own_bounds, noise, own_drafts)
         results = _results(*spelled, own_bounds, choice_ids(reader.grid_tokens))
         found |= zip(batch, results, strict=True)
         advance(len(batch))
@@ -132,9 +138,18 @@ class _Decoder(Protocol):
         """The prompts, in this order, at most `batch_size` together."""
 
     def decode(
-        self, prompts: Sequence[Prompt], bounds: Sequence[int], noise_TB12: Tensor | None
+        self,
+        prompts: Sequence[Prompt],
+        bounds: Sequence[int],
+        noise_TB12: Tensor | None,
+        drafts: Sequence[Grid | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
+
+
+def follows_drafts(reader: GridReader) -> bool:
+    """Whether greedy decoding is faster with drafts: by the tiny reader on a CPU."""
+    return isinstance(reader, TinyReader) and reader.device.type == "cpu" and not is_packed(reader)
 
 
 def _new_decoder(
@@ -144,6 +159,9 @@ def _new_decoder(
     sampling: Sampling,
     max_side: int,
 ) -> _Decoder:
+    if follows_drafts(reader) and sampling.power is None:
+        assert isinstance(reader, TinyReader)
+        return DraftedDecoder(reader, max_side)
     if not is_packed(reader):
         return _CachedDecoder(reader, sampling, max_side)
     assert isinstance(reader, TinyReader)
@@ -164,7 +182,11 @@ class _CachedDecoder:
 
     @torch.no_grad()
     def decode(
-        self, prompts: Sequence[Prompt], bounds: Sequence[int], noise_TB12: Tensor | None
+        self,
+        prompts: Sequence[Prompt],
+        bounds: Sequence[int],
+        noise_TB12: Tensor | None,
+        drafts: Sequence[Grid | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         rows, logits = encode_distinct(self.reader, prompts, room=max(bounds))
         batch = _Batch(rows, bounds, noise_TB12, self.sampling, self.max_side)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arctrm.data.task import Grid
 from arctrm.reader import grammar
 from arctrm.reader.grammar import END, NUM_CHOICES, GridState
 from arctrm.reader.interface import Prompt
@@ -60,7 +61,11 @@ class PackedDecoder:
 
     @torch.no_grad()
     def decode(
-        self, prompts: Sequence[Prompt], bounds: Sequence[int], noise_TB12: Tensor | None
+        self,
+        prompts: Sequence[Prompt],
+        bounds: Sequence[int],
+        noise_TB12: Tensor | None,
+        drafts: Sequence[Grid | None] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
         rows = self._rows(prompts, bounds)

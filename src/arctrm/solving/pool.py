@@ -7,7 +7,7 @@ thing of the whole: the reader (TRM answers alone), TRM (the reader answers alon
 two tasks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,10 +65,11 @@ def proposals(
     asked: Sequence[Question],
     config: PoolConfig,
     told: Callable[[int], None] = lambda done: None,
+    expected: Mapping[Key, Grid] | None = None,
 ) -> list[list[Decoded]]:
-    """What the reader writes for each question, the likeliest first."""
+    """What the reader writes for each question, the likeliest first; see `propose`."""
     assert solver.reader is not None
-    return propose(solver.reader, _readings(asked), config.reader, told)
+    return propose(solver.reader, _readings(asked), config.reader, told, expected)
 
 
 def _readings(asked: Sequence[Question]) -> list[Reading]:

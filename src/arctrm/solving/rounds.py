@@ -58,6 +58,11 @@ class Round:
         for key, own in by_key(found).items():
             self.candidates.setdefault(key, []).extend(own)
 
+    def best(self, seed: int) -> dict[Key, Grid]:
+        """The grid with most votes of every test input that has one."""
+        ranked = {key: vote(own, seed) for key, own in self.candidates.items()}
+        return {key: own[0].grid for key, own in ranked.items() if own}
+
     def rankings(self, task: Task, seed: int) -> dict[Key, list[Ranked]]:
         """Each test input's grids, best first: by the reader where it judged, else by votes."""
         keys = [(task.id, index) for index in range(len(task.test))]
@@ -190,7 +195,7 @@ def _ask(
     if solver.reader is not None:
         drafts, begin = [[] for _ in asked], time.monotonic()
         if reading:
-            drafts = proposals(solver, asked, config)
+            drafts = proposals(solver, asked, config, expected=result.best(config.seed))
             pace.record("read", reading_work(asked), time.monotonic() - begin)
     begin = time.monotonic()
     ablation = None if refining else "no-trm"
