@@ -26,8 +26,8 @@ class InferenceConfig(StrictModel):
     CPU."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that has it, else float32. A
-    hub reader on a CPU keeps hub.dtype where this is auto."""
+    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that is faster in it, else
+    float32. A hub reader on a CPU keeps hub.dtype where this is auto."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks; auto: on a GPU only."""

@@ -58,9 +58,12 @@ class Round:
         for key, own in by_key(found).items():
             self.candidates.setdefault(key, []).extend(own)
 
-    def best(self, seed: int) -> dict[Key, Grid]:
-        """The grid with most votes of every test input that has one."""
-        ranked = {key: vote(own, seed) for key, own in self.candidates.items()}
+    def read(self, seed: int) -> dict[Key, Grid]:
+        """The grid that the reader wrote under most views, of every test input that has one."""
+        ranked = {
+            key: vote([one for one in own if one.source == "reader"], seed)
+            for key, own in self.candidates.items()
+        }
         return {key: own[0].grid for key, own in ranked.items() if own}
 
     def rankings(self, task: Task, seed: int) -> dict[Key, list[Ranked]]:
@@ -195,7 +198,7 @@ def _ask(
     if solver.reader is not None:
         drafts, begin = [[] for _ in asked], time.monotonic()
         if reading:
-            drafts = proposals(solver, asked, config, expected=result.best(config.seed))
+            drafts = proposals(solver, asked, config, expected=result.read(config.seed))
             pace.record("read", reading_work(asked), time.monotonic() - begin)
     begin = time.monotonic()
     ablation = None if refining else "no-trm"

@@ -34,7 +34,7 @@ def git_revision() -> str:
 def hardware() -> str:
     """The machine in one line: processor, cores, memory in GiB, GPUs with their memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    parts = [f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"]
+    parts = [f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"]
     return "; ".join(parts + _gpus())
 
 
@@ -87,7 +87,8 @@ def _gpus() -> list[str]:
     return rows.splitlines() if rows else []
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
