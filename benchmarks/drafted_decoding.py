@@ -1,10 +1,10 @@
 """Decoding on a CPU: through transformers' cache, row by row, and following drafts.
 
-    python benchmarks/drafted_decoding.py                   # 8 evaluation tasks, 8 views, two threads
+    python benchmarks/drafted_decoding.py      # 8 evaluation tasks, 8 views, two threads
     python benchmarks/drafted_decoding.py --tasks 4 --views 32 --dtype bfloat16
 
-The bundled reader answers the same questions in all three ways, `--repeats` times in turn; a time is
-the least of them. Prints one table, with how many grids are those of the first way.
+The bundled reader answers the same questions in all three ways, `--repeats` times in turn; a time
+is the least of them. Prints one table, with how many grids are those of the first way.
 """
 
 import argparse

@@ -17,8 +17,10 @@ from arctrm.config.decoding import DecodingConfig
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import IDENTITY, View
+from arctrm.reader.decoding import decode
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import SEPARATOR, START, pair_length, pair_tokens, prompt
+from arctrm.solving import reading as reading_module
 from arctrm.solving.reading import (
     Reading,
     as_candidates,
@@ -224,6 +226,44 @@ def test_answers_from_every_view_are_turned_back_to_the_task(known):
     for key in {key for key, _ in found}:
         ranked = vote([c for k, c in found if k == key], 0)
         assert same(ranked[0].grid, OUTPUTS[key[0]])
+
+
+def test_the_first_view_is_the_draft_of_the_others_and_changes_no_answer(known, monkeypatch):
+    """The input is, of the first, where the size is kept; what is expected, of all."""
+    readings, asked = readings_of(known), []
+    plain = decode(
+        known.reader,
+        [r.prompt for r in readings],
+        max_output_tokens=[r.max_output_tokens for r in readings],
+    )
+
+    def listening(*given, drafts, **options):
+        asked.append(drafts)
+        return decode(*given, drafts=drafts, **options)
+
+    monkeypatch.setattr(reading_module, "decode", listening)
+    kept = [replace(r, keeps_size=r.key[0] == readings[0].key[0]) for r in readings]
+    found = propose(known.reader, kept, DecodingConfig())
+    assert [one.tokens for (one,) in found] == [one.tokens for one in plain]
+    first, rest = asked
+    keys = list(dict.fromkeys(r.key for r in readings))
+    assert same(first[0], kept[0].view.apply(kept[0].query))
+    assert first[1:] == [None] * (len(keys) - 1)
+    answers = {}
+    for r, one in zip(readings, plain, strict=True):
+        answers.setdefault(r.key, r.view.inverse(one.grid))
+    others = [r for i, r in enumerate(readings) if r.key in {q.key for q in readings[:i]}]
+    assert len(others) == len(rest)
+    assert all(same(d, r.view.apply(answers[r.key])) for r, d in zip(others, rest, strict=True))
+
+    asked.clear()
+    expected = {key: np.full((2, 2), 7, np.uint8) for key in keys}
+    again = propose(known.reader, readings, DecodingConfig(), expected=expected)
+    assert [one.tokens for (one,) in again] == [one.tokens for one in plain]
+    assert len(asked) == 1
+    assert all(
+        same(d, r.view.apply(expected[r.key])) for r, d in zip(readings, asked[0], strict=True)
+    )
 
 
 def test_the_task_embedding_decides_which_task_is_answered(known):
