@@ -237,7 +237,7 @@ def test_the_first_view_is_the_draft_of_the_others_and_changes_no_answer(known, 
         max_output_tokens=[r.max_output_tokens for r in readings],
     )
 
-    def listening(*given, drafts, **options):
+    def listening(*given, drafts=None, **options):
         asked.append(drafts)
         return decode(*given, drafts=drafts, **options)
 
@@ -256,6 +256,9 @@ def test_the_first_view_is_the_draft_of_the_others_and_changes_no_answer(known, 
     assert len(others) == len(rest)
     assert all(same(d, r.view.apply(answers[r.key])) for r, d in zip(others, rest, strict=True))
 
+    asked.clear()
+    propose(known.reader, readings, DecodingConfig(), with_drafts=False)
+    assert asked == [None]
     asked.clear()
     expected = {key: np.full((2, 2), 7, np.uint8) for key in keys}
     again = propose(known.reader, readings, DecodingConfig(), expected=expected)

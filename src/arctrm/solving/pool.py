@@ -66,10 +66,11 @@ def proposals(
     config: PoolConfig,
     told: Callable[[int], None] = lambda done: None,
     expected: Mapping[Key, Grid] | None = None,
+    with_drafts: bool = True,
 ) -> list[list[Decoded]]:
     """What the reader writes for each question, the likeliest first; see `propose`."""
     assert solver.reader is not None
-    return propose(solver.reader, _readings(asked), config.reader, told, expected)
+    return propose(solver.reader, _readings(asked), config.reader, told, expected, with_drafts)
 
 
 def _readings(asked: Sequence[Question]) -> list[Reading]:

@@ -135,11 +135,12 @@ def propose(
     decoding: DecodingConfig,
     advance: Callable[[int], None] = lambda done: None,
     expected: Mapping[Key, Grid] | None = None,
+    with_drafts: bool = True,
 ) -> list[list[Decoded]]:
     """The grids of each reading, as its view shows them: greedy, or all above a probability.
 
     What may come out (`expected` of a test input; else what its first view gives) makes greedy
-    decoding faster, on a CPU, and changes nothing else.
+    decoding faster, on a CPU, and changes nothing else; unless `with_drafts` is False.
 
     Raises:
         ResourceError: out of memory; says which key to lower.
@@ -156,7 +157,7 @@ def propose(
             max_output_tokens=bounds,
             advance=advance,
         )
-    if not follows_drafts(reader):
+    if not (with_drafts and follows_drafts(reader)):
         greedy = decode(reader, prompts, batch_size=size, max_output_tokens=bounds, advance=advance)
         return [[one] for one in greedy]
     found: dict[int, Decoded] = {}

@@ -82,7 +82,8 @@ def answer_first(
     if solver.reader is None or (long > LONG_FIRST and solver.has_trm):
         _ask(result, solver, asked, config, pace, reading=False)
     else:
-        _ask(result, solver, asked, config, pace, refining=False)
+        # Without drafts: what reading costs at most is learned from it.
+        _ask(result, solver, asked, config, pace, refining=False, with_drafts=False)
     judge_best(result, solver, task, config, pace, views=1)
     if solver.reader is not None and not pace.knows("read") and pace.left():
         _sample_reading(solver, asked[0], config, pace)
@@ -93,7 +94,7 @@ def _sample_reading(solver: Solver, question: Question, config: SolveConfig, pac
     assert question.reading is not None
     short = replace(question.reading, max_output_tokens=SAMPLE_TOKENS)
     sample, begin = [replace(question, reading=short)], time.monotonic()
-    proposals(solver, sample, config)
+    proposals(solver, sample, config, with_drafts=False)
     pace.record("read", reading_work(sample), LONGER * (time.monotonic() - begin), warm=True)
 
 
@@ -192,13 +193,15 @@ def _ask(
     pace: Pace,
     reading: bool = True,
     refining: bool = True,
+    with_drafts: bool = True,
 ) -> None:
     """The candidates of some questions into `result`, and what they cost into `pace`."""
     drafts: list[list[Decoded]] | None = None
     if solver.reader is not None:
         drafts, begin = [[] for _ in asked], time.monotonic()
         if reading:
-            drafts = proposals(solver, asked, config, expected=result.read(config.seed))
+            expected = result.read(config.seed)
+            drafts = proposals(solver, asked, config, expected=expected, with_drafts=with_drafts)
             pace.record("read", reading_work(asked), time.monotonic() - begin)
     begin = time.monotonic()
     ablation = None if refining else "no-trm"
