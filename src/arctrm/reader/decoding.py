@@ -149,7 +149,7 @@ class _Decoder(Protocol):
 
 def follows_drafts(reader: GridReader) -> bool:
     """Whether greedy decoding is faster with drafts: by the tiny reader on a CPU."""
-    return isinstance(reader, TinyReader) and reader.device.type == "cpu" and not is_packed(reader)
+    return isinstance(reader, TinyReader) and reader.device.type == "cpu"
 
 
 def _new_decoder(

@@ -28,7 +28,6 @@ from arctrm.reader.interface import Prompt
 from arctrm.reader.lean import Lean
 from arctrm.reader.rows import split
 from arctrm.reader.tiny import TinyReader
-from arctrm.reader.tokens import prompt_of
 
 FIRST_WINDOW, LEAST_WINDOW, MOST_WINDOW = 32, 8, 256
 """Tokens of a draft that are read at once: at first; after a wrong one; after right ones."""
@@ -136,8 +135,8 @@ class DraftedDecoder:
         """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
         assert noise_TB12 is None
         rows = [self._row(*given) for given in zip(prompts, bounds, drafts, strict=True)]
-        best, log_p = self._read(rows, prompts)
         condition = self.lean.condition(torch.tensor([p.condition for p in prompts]))
+        best, log_p = self._read(rows, prompts, condition)
         active = list(range(len(rows)))
         while active:
             for index, choice, own in zip(active, best.tolist(), log_p.tolist(), strict=True):
@@ -160,12 +159,11 @@ class DraftedDecoder:
         return row
 
     def _read(
-        self, rows: Sequence[_Row], prompts: Sequence[Prompt]
+        self, rows: Sequence[_Row], prompts: Sequence[Prompt], condition: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
         """Read the prompts; the best first choice of each row, and its log-probability."""
         tokens = torch.from_numpy(np.concatenate([prompt.tokens for prompt in prompts]))
         positions = [torch.from_numpy(prompt.positions) for prompt in prompts]
-        condition = self.lean.condition(torch.tensor([p.condition for p in prompts]))
         lengths = [len(own) for own in positions]
         masks = [self._prompt_mask(own) for own in positions]
         each = condition.repeat_interleave(torch.tensor(lengths), dim=0)
@@ -175,11 +173,10 @@ class DraftedDecoder:
 
     def _prompt_mask(self, positions: Tensor) -> Tensor | None:
         """What the tokens of a prompt see of it, bool [S, S]; None: everything."""
-        causal = torch.ones(len(positions), len(positions), dtype=torch.bool).tril()
         if not self.reader.config.sees_inputs_whole:
-            return causal
-        pair = prompt_of(positions)
-        seen = causal | ((pair[:, None] == pair) & (pair >= 0)[:, None])
+            return _after(0, len(positions))
+        there = torch.ones(1, len(positions), dtype=torch.long)
+        seen = self.reader.seen(positions[None], there, None)[0, 0]
         return None if bool(seen.all()) else seen
 
     def _go_on(self, rows: Sequence[_Row], condition: Tensor) -> tuple[np.ndarray, np.ndarray]:

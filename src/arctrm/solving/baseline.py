@@ -32,7 +32,6 @@ from arctrm.solving.baseline_results import (
     Results,
     TaskRecord,
     TokenCounts,
-    content_of,
     open_results,
 )
 from arctrm.solving.candidates import Key, by_key
@@ -48,6 +47,7 @@ from arctrm.solving.questions import (
     weights_fingerprint,
 )
 from arctrm.solving.reading import as_logit, judge, reranked, to_judge
+from arctrm.solving.resuming import content_of
 from arctrm.solving.submission import check_complete, submission, write_submission
 from arctrm.solving.vote import Candidate, Ranked, attempts, submitted
 from arctrm.training.provenance import run_record

@@ -5,7 +5,6 @@ in it is not answered again. It begins with the record of the run, and may only 
 same model under the same configuration.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from arctrm.config import BaselineConfig
 from arctrm.config.base import StrictModel
 from arctrm.data.task import Task
 from arctrm.errors import DataError
+from arctrm.solving.resuming import check_same_tasks, check_same_weights
 from arctrm.training.checkpoint_meta import check_same_config
 from arctrm.training.files import disk_errors, write_text_atomically
 
@@ -132,7 +132,8 @@ class Results:
             ResourceError, CheckpointError: the folder cannot be written.
         """
         if self.saved is not None:
-            _check_same_model(self.path, self.saved.model, model)
+            began = self.saved.model
+            check_same_weights(self.path, (began.name, began.weights), (model.name, model.weights))
             record = {**(self.saved.model_extra or {}), "config": record["config"]}
         first = {"config": record["config"], "model": model.model_dump(mode="json")}
         self._head = {**first, **record, "scores": None}
@@ -185,13 +186,6 @@ def open_results(path: Path, config: BaselineConfig, tasks: list[Task], resume: 
     return Results(path, None)
 
 
-def content_of(task: Task) -> str:
-    """12 hex digits over the demonstrations and the test inputs."""
-    inputs = [pair.input.tolist() for pair in task.test]
-    text = f"{task.fingerprint()} {inputs}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def _resumed(path: Path, config: BaselineConfig, tasks: list[Task]) -> _File:
     if not path.is_file():
         raise DataError(
@@ -209,20 +203,6 @@ def _resumed(path: Path, config: BaselineConfig, tasks: list[Task]) -> _File:
     check_same_config(
         saved.config, config.model_dump(mode="json"), MAY_DIFFER_ON_RESUME, where=str(path)
     )
-    for task in tasks:
-        known = saved.tasks.get(task.id)
-        if known is not None and known.content != content_of(task):
-            raise DataError(
-                f"{path}: task {task.id} was another one when it was answered; restore it, or "
-                "choose another --out"
-            )
+    contents = {name: record.content for name, record in saved.tasks.items()}
+    check_same_tasks(path, contents, tasks)
     return saved
-
-
-def _check_same_model(path: Path, saved: ModelRecord, now: ModelRecord) -> None:
-    if saved.weights != now.weights:
-        raise DataError(
-            f"{path}: was begun with other weights ({saved.name}, {saved.weights}) than these "
-            f"({now.name}, {now.weights}); resume with the model it was begun with, or choose "
-            "another --out"
-        )

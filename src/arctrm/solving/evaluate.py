@@ -25,7 +25,7 @@ from arctrm.solving.parts import NO_ADAPTATION, rank_in_parts
 from arctrm.solving.questions import weights_fingerprint
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.unfinished import EVERYTHING, check_weights, open_unfinished
+from arctrm.solving.unfinished import EVERYTHING, open_unfinished
 from arctrm.solving.vote import Ranked, attempts, submitted
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
@@ -53,11 +53,11 @@ def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores |
     before = load_solver(config.checkpoint, config.inference, accelerator.device)
     _check(before, config)
     weights = weights_fingerprint(before.model)
-    check_weights(unfinished, weights, before.name)
+    unfinished.check_weights(before.name, weights)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         open_folder(out, config)  # now, not after hours of answering
-        unfinished.begin(config, weights, before.name)
+        unfinished.begin(config, before.name, weights)
         say_what_is_unusual(before, tasks, config, config.evaluation.adapts)
     adapted = adapt(before, tasks, config, accelerator) if config.evaluation.adapts else None
     solver = before if adapted is None else adapted.solver

@@ -50,8 +50,9 @@ def task_readings(solver: Solver, task: Task, num_views: int, seed: int) -> list
     reader = solver.joint_reader
     assert reader is not None
     rng = np.random.default_rng([seed, *task.id.encode(), 1])
+    keep_size = [output_size(task, pair.input)[:2] == pair.input.shape for pair in task.test]
     return [
-        _reading(reader, task, index, view, row, number, rng)
+        _reading(reader, task, index, view, row, number, rng, keep_size[index])
         for number, (view, row) in enumerate(task_views(solver, task, num_views, seed))
         for index in range(len(task.test))
     ]
@@ -65,14 +66,13 @@ def _reading(
     row: int,
     number: int,
     rng: np.random.Generator,
+    keeps_size: bool,
 ) -> Reading:
     query = task.test[index].input
     room = output_room(task, query, view)
     pairs = _context(reader, task, view, room, query, rng)
     condition = (row, view.dihedral, int(view.identity_colours))
     layout = prompt(pairs, view.apply(query), condition)
-    size = output_size(task, query)
-    keeps_size = (size.height, size.width) == query.shape
     return Reading(
         (task.id, index), view, reader.own(layout), query, room, layout, number, keeps_size
     )
@@ -157,24 +157,22 @@ def propose(
             max_output_tokens=bounds,
             advance=advance,
         )
-    if not (with_drafts and follows_drafts(reader)):
-        greedy = decode(reader, prompts, batch_size=size, max_output_tokens=bounds, advance=advance)
-        return [[one] for one in greedy]
+    drafted = with_drafts and follows_drafts(reader)
     found: dict[int, Decoded] = {}
     known = dict(expected or {})
-    for part in _first_and_rest(readings, known):
-        own = [readings[index] for index in part]
+    for part in _first_and_rest(readings, known) if drafted else [range(len(readings))]:
         decoded = decode(
             reader,
-            [reading.prompt for reading in own],
+            [prompts[index] for index in part],
             batch_size=size,
-            max_output_tokens=[reading.max_output_tokens for reading in own],
-            drafts=[_draft(reading, known) for reading in own],
+            max_output_tokens=[bounds[index] for index in part],
+            drafts=[_draft(readings[index], known) for index in part] if drafted else None,
             advance=advance,
         )
-        for index, reading, one in zip(part, own, decoded, strict=True):
-            found[index] = one
+        found |= zip(part, decoded, strict=True)
+        for index, one in zip(part, decoded, strict=True) if drafted else ():
             if one.grid is not None:
+                reading = readings[index]
                 known.setdefault(reading.key, reading.view.inverse(one.grid))
     return [[found[index]] for index in range(len(readings))]
 

@@ -18,9 +18,9 @@ from typing import Any
 from arctrm.config import EvalConfig
 from arctrm.data.task import Task
 from arctrm.errors import ConfigError, DataError
-from arctrm.solving.baseline_results import content_of
 from arctrm.solving.candidates import Key
 from arctrm.solving.kept import as_entry, from_entry
+from arctrm.solving.resuming import check_same_tasks, check_same_weights, content_of
 from arctrm.solving.vote import Ranked
 from arctrm.training.checkpoint_meta import check_same_config
 from arctrm.training.files import disk_errors, write_text_atomically
@@ -43,8 +43,10 @@ class Unfinished:
         self.path = path
         self.rows: dict[str, dict[Key, list[Ranked]]] = {}
         """Row -> the ranked grids of each test input."""
-        self.weights: str | None = None
-        """Fingerprint of the weights that began, where they have."""
+        self.model: tuple[str, str] | None = None
+        """Name and fingerprint of the weights that began, where they have."""
+        self.contents: dict[str, str] = {}
+        """Task id -> fingerprint of what was answered, of what was there."""
         self._lines = list(lines[1:])
         self._seconds: dict[str, float] = {}
         self._tasks: dict[str, set[str]] = {}
@@ -52,6 +54,7 @@ class Unfinished:
             saved = json.loads(line)
             inputs = [[from_entry(one) for one in own] for own in saved["test"]]
             self._take(saved["row"], saved["task"], inputs, saved["seconds"])
+            self.contents[saved["task"]] = saved["content"]
 
     def has(self, row: str, tasks: Iterable[Task]) -> bool:
         """Whether all `tasks` are ranked for a row."""
@@ -66,12 +69,21 @@ class Unfinished:
         """What it took to answer `tasks`, without ablations, in all processes together."""
         return sum(self._seconds[task.id] for task in tasks)
 
-    def begin(self, config: EvalConfig, weights: str, checkpoint: str) -> None:
+    def check_weights(self, name: str, weights: str) -> None:
+        """Refuse to go on with other weights, given by their fingerprint, than those that began.
+
+        Raises:
+            DataError: names the file and both.
+        """
+        if self.path is not None and self.model is not None:
+            check_same_weights(self.path, self.model, (name, weights))
+
+    def begin(self, config: EvalConfig, name: str, weights: str) -> None:
         """Write the head, and what there is, without a line that was torn."""
         if self.path is None:
             return
         saved = config.model_dump(mode="json")
-        head = {"config": saved, "weights": weights, "checkpoint": checkpoint}
+        head = {"config": saved, "weights": weights, "checkpoint": name}
         write_text_atomically(self.path, "".join([_line(head), *self._lines]))
 
     def add(
@@ -150,25 +162,10 @@ def open_unfinished(out: Path, config: EvalConfig, tasks: list[Task], resume: bo
     return _resumed(path, lines, config, tasks)
 
 
-def check_weights(unfinished: Unfinished, weights: str, name: str) -> None:
-    """Refuse to go on with other weights than those that began.
-
-    Raises:
-        DataError: names the file and both fingerprints.
-    """
-    if unfinished.weights not in (None, weights):
-        raise DataError(
-            f"{unfinished.path}: was begun with other weights ({unfinished.weights}) than those of "
-            f"{name} ({weights}); resume with the checkpoint it was begun with, or choose another "
-            "--out"
-        )
-
-
 def _resumed(path: Path, lines: list[str], config: EvalConfig, tasks: list[Task]) -> Unfinished:
     try:
         head = json.loads(lines[0])
-        began, weights = dict(head["config"]), str(head["weights"])
-        contents = {(saved := json.loads(line))["task"]: saved["content"] for line in lines[1:]}
+        began, model = dict(head["config"]), (str(head["checkpoint"]), str(head["weights"]))
         unfinished = Unfinished(path, lines)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
@@ -176,13 +173,8 @@ def _resumed(path: Path, lines: list[str], config: EvalConfig, tasks: list[Task]
             "it, or choose another --out"
         ) from error
     check_same_config(began, config.model_dump(mode="json"), MAY_DIFFER_ON_RESUME, where=str(path))
-    for task in tasks:
-        if contents.get(task.id, content_of(task)) != content_of(task):
-            raise DataError(
-                f"{path}: task {task.id} was another one when it was answered; restore it, or "
-                "choose another --out"
-            )
-    unfinished.weights = weights
+    check_same_tasks(path, unfinished.contents, tasks)
+    unfinished.model = model
     return unfinished
 
 
