@@ -103,7 +103,9 @@ def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
     """By the reader's mean score and the logarithm of TRM's votes (one more than there are)."""
 
     def value(one: Ranked) -> float:
-        votes = sum(len(vs) for source, vs in one.views_by.items() if source != "reader")
+        votes = sum(
+            len(vs) for source, vs in one.views_by.items() if not source.startswith("reader")
+        )
         return reader_score(one) + weight * math.log(votes + 1)
 
     return sorted(by_votes(own), key=lambda one: -value(one))

@@ -25,6 +25,7 @@ NAMES = {
     "no-trm": "reader alone",
     "no-reader": "TRM alone",
     "no-coupling": "both in one pool, no coupling",
+    "no-ensemble": "hybrid, first reader only",
     "no-draft": "hybrid, TRM sees no draft",
     "swap-context": "hybrid, TRM hears of another task",
 }

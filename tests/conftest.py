@@ -121,18 +121,20 @@ def trained(pretrained, small_tasks, tmp_path_factory, write_tasks):
 
 @pytest.fixture(scope="session")
 def trained_reader(tmp_path_factory, trained):
-    """Run folder of a tiny reader of the same tasks as `trained`: `trained_reader(sequence=...)`.
+    """Run folder of a tiny reader of the same tasks as `trained`: `trained_reader(sequence=...)`,
+    of another seed: `trained_reader(seed=1)`.
 
     It has learned enough to end its grids.
     """
     from arctrm.training import pretrain
 
-    def run(steps=100, **reader) -> Path:
+    def run(steps=100, seed=0, **reader) -> Path:
         reader = {"hidden_size": 32, "num_heads": 2, "num_layers": 2, **reader}
         data = {"subsets": [str(trained.folder)], "test_set": str(trained.folder), "num_aug": 8}
         schedule = {"max_steps": steps, "warmup_steps": 5}
         training = {"tokens_per_batch": 4096, "ema_decay": 0.9, "schedule": schedule}
         config = {"model": "reader", "data": data, "reader": reader, "training": training}
+        config["seed"] = seed
         out = tmp_path_factory.mktemp("reader")
         pretrain.run(PretrainConfig.model_validate(config), out, False)
         return out
@@ -147,21 +149,24 @@ def tiny_reader(trained_reader) -> Path:
 
 
 @pytest.fixture(scope="session")
-def joined(tmp_path_factory, trained, tiny_reader):
-    """Run folder of a tiny hybrid of `trained` and `tiny_reader`: `joined(coupled, sequence)`."""
+def joined(tmp_path_factory, trained, tiny_reader, trained_reader):
+    """Run folder of a tiny hybrid of `trained` and `tiny_reader`: `joined(coupled, sequence)`,
+    with a second reader: `joined(ensemble=True)`.
+    """
     from arctrm.training import joint
 
     done = {}
 
-    def run(coupled=True, sequence="pair"):
-        if (coupled, sequence) in done:
-            return done[coupled, sequence]
+    def run(coupled=True, sequence="pair", ensemble=False):
+        if (coupled, sequence, ensemble) in done:
+            return done[coupled, sequence, ensemble]
         paths = dict.fromkeys(("context", "draft", "back"), coupled)
         sizes = {"num_context_slots": 4, "adapter_heads": 2, "drafted_pairs": 8, "draft_every": 4}
         config = {
             "batch_size": 4,
             "reader_checkpoint": str(tiny_reader),
             "trm_checkpoint": str(trained.run),
+            "ensemble_checkpoints": [str(trained_reader(seed=1))] if ensemble else [],
             "data": {"subsets": [str(trained.folder)], "test_set": str(trained.folder)},
             "trm": trained.trm,
             "reader": {
@@ -180,7 +185,7 @@ def joined(tmp_path_factory, trained, tiny_reader):
         }
         out = tmp_path_factory.mktemp("hybrid")
         joint.run(JointConfig.model_validate_json(json.dumps(config)), out, False)
-        return done.setdefault((coupled, sequence), out)
+        return done.setdefault((coupled, sequence, ensemble), out)
 
     return run
 

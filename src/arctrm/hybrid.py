@@ -12,7 +12,7 @@ Legend: N reader tokens, S of them visible to a row, H width of the reader; T pa
 R rows (pairs), D width of TRM, C context slots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
@@ -98,9 +98,15 @@ class Hybrid(nn.Module):
         trm: TRM,
         config: CouplingConfig,
         embedding_scale: float = INIT_STD,
+        ensemble: Sequence[TinyReader] = (),
     ):
-        """`hidden_size` is the reader's width H, `embedding_scale` its embeddings' deviation."""
+        """`hidden_size` is the reader's width H, `embedding_scale` its embeddings' deviation.
+
+        `ensemble`: more readers, which propose and judge beside the first and know the same tasks;
+        nothing joins them to TRM.
+        """
         super().__init__()
+        self.ensemble = nn.ModuleList(ensemble)
         self.reader, self.trm, self.config = reader, trm, config
         self.hidden_size = hidden_size
         width = trm.config.hidden_size
@@ -241,11 +247,18 @@ def begin(trm: TRM, rows: Rows, start: Start | None, blank: bool = False) -> tup
 
 
 def empty_hybrid(
-    reader: ReaderConfig, trm: TRMConfig, coupling: CouplingConfig, num_tasks: int
+    reader: ReaderConfig,
+    trm: TRMConfig,
+    coupling: CouplingConfig,
+    num_tasks: int,
+    num_readers: int = 1,
 ) -> Hybrid:
-    """An untrained hybrid of a tiny reader and a TRM, both with `num_tasks` task embeddings."""
+    """An untrained hybrid of tiny readers, the first of them joined, and a TRM, all with
+    `num_tasks` task embeddings.
+    """
     joined = _joined_trm(trm, coupling, num_tasks)
-    return Hybrid(TinyReader(reader, num_tasks), reader.hidden_size, joined, coupling)
+    first, *others = (TinyReader(reader, num_tasks) for _ in range(num_readers))
+    return Hybrid(first, reader.hidden_size, joined, coupling, ensemble=others)
 
 
 def hub_hybrid(

@@ -14,7 +14,12 @@ from arctrm.errors import CheckpointError, ConfigError
 from arctrm.recipe.run import run
 from arctrm.recipe.stages import describe
 from arctrm.training import joint, loop
-from arctrm.training.checkpoints import latest_checkpoint, read_meta, resolve_checkpoint
+from arctrm.training.checkpoints import (
+    latest_checkpoint,
+    read_meta,
+    read_model,
+    resolve_checkpoint,
+)
 from arctrm.training.starting import origin
 
 CONFIG = Path(__file__).parents[2] / "configs" / "arc1_1h.toml"
@@ -214,3 +219,46 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):
     for part in ("reader", "1140 s", "60 s", "adapters: draft", "parameters"):
         assert part in shown
     assert not out.exists()
+
+
+def test_a_recipe_may_train_an_ensemble(config, tmp_path, monkeypatch):
+    """Interrupted in the second reader, it goes on; the checkpoint holds both as they were trained,
+    and what they score is said with the second and without.
+    """
+    answering = config.recipe.evaluation
+    chosen = answering.evaluation.model_copy(update={"ablate": ("no-ensemble",)})
+    reader = answering.reader.model_copy(update={"rank": "experts", "scoring_views": 2})
+    answering = answering.model_copy(update={"evaluation": chosen, "reader": reader})
+    shares = {"readers": 2, "reader": 0.7, "trm": 0.0, "evaluation": answering}
+    settings = config.model_copy(
+        update={"recipe": config.recipe.model_copy(update=shares), "llama_frozen": True}
+    )
+    out, step = tmp_path / "two", loop.train_step
+
+    def interrupted(job):
+        step(job)
+        if job.out.name == "reader2" and job.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"saved step 2 in .*--resume goes on"):
+        run(settings, out, False)
+    monkeypatch.undo()
+    run(settings, out, True)
+    told = record(out)
+    assert list(told["stages"]) == ["reader", "reader2", "joint", "eval"]
+    assert set(told["scores"]) == {"everything", "no-ensemble"}
+    assert json.loads((out / "eval" / "scores.json").read_text())["readers"] == 2
+    joint_run = latest_checkpoint(out / "joint")
+    weights = read_model(joint_run, ema=True)
+    readers = [latest_checkpoint(out / name) for name in ("reader", "reader2")]
+    for folder, prefix in zip(readers, ("reader.", "ensemble.0."), strict=True):
+        for name, tensor in read_model(folder, ema=True).items():
+            assert torch.equal(weights[prefix + name], tensor), prefix + name
+    first, second = (read_model(folder, ema=True)["puzzle_emb.weights"] for folder in readers)
+    assert not torch.equal(first, second)
+    parts = read_meta(joint_run).notes["parts"]
+    assert {name: part["seed"] for name, part in parts.items()} == {
+        "reader": 0,
+        "ensemble.0": 10_000,
+    }

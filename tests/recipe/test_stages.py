@@ -73,6 +73,18 @@ def test_a_stage_without_a_share_is_left_out_and_its_checkpoint_used():
     assert joint.trm_checkpoint == OUT / "trm"
 
 
+def test_the_readers_of_an_ensemble_share_the_time_and_differ_by_their_seeds():
+    planned = plan(read("seed=7", "recipe.readers=3"), OUT)
+    minutes = dict.fromkeys(("reader", "reader2", "reader3"), 3000 * 0.95 / 3)
+    assert lengths(planned) == pytest.approx({**minutes, "joint": 150})
+    *readers, joint = (stage.config for stage in planned.stages)
+    assert [c.seed for c in readers] == [7, 10_007, 20_007]
+    first = readers[0].model_dump(exclude={"seed", "tracking"})
+    assert all(c.model_dump(exclude={"seed", "tracking"}) == first for c in readers)
+    assert joint.reader_checkpoint == OUT / "reader"
+    assert joint.ensemble_checkpoints == (OUT / "reader2", OUT / "reader3")
+
+
 def test_steps_are_shared_like_time():
     planned = plan(read(*THREE, "recipe.max_steps=100", "recipe.evaluate=false"), OUT)
     assert [s.config.training.schedule.max_steps for s in planned.stages] == [60, 15, 25]
@@ -96,6 +108,14 @@ def test_without_a_length_there_is_no_recipe():
         (
             ["llama_model=a/b", "reader.input_attention=causal"],
             ["llama_model = 'a/b'", "set recipe.reader = 0"],
+        ),
+        (
+            ["recipe.readers=2", 'ensemble_checkpoints=["runs/x"]'],
+            ["ensemble_checkpoints contradicts recipe.readers = 2", "leave one of them out"],
+        ),
+        (
+            ["recipe.readers=2", "recipe.reader=0", "recipe.joint=1"],
+            ["recipe.readers = 2 with recipe.reader = 0", "set recipe.reader"],
         ),
         (["recipe.eval=true"], ["unknown key recipe.eval", "recipe.eval"]),
     ],

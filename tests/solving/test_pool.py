@@ -24,6 +24,7 @@ def solvers(trained, tiny_reader, joined):
         "pooled": lambda: joined(False),
         "coupled": lambda: joined(True),
         "coupled_tasks": lambda: joined(True, "task"),
+        "ensemble": lambda: joined(ensemble=True),
     }
     device = torch.device("cpu")
     return lambda kind: load_solver(folders[kind](), CONFIG.inference, device)
@@ -60,6 +61,7 @@ def same(a, b, tolerance=1e-4):
         ("reader", {"reader"}),
         ("pooled", {"reader", "trm"}),
         ("coupled", {"reader", "hybrid"}),
+        ("ensemble", {"reader", "reader2", "hybrid"}),
     ],
 )
 def test_every_model_answers_every_question_once(solvers, tasks, kind, sources):
@@ -99,7 +101,7 @@ def test_no_trm_is_the_reader_alone(solvers, tasks, kind):
     asked, drafts = asked_of(solver, tasks)
     found = pooled(solver, asked, drafts, CONFIG, ablation="no-trm")
     assert said(found) == said(pooled(solver, asked, drafts, CONFIG), "reader")
-    for (_, candidate), question, own in zip(found, asked, drafts, strict=True):
+    for (_, candidate), question, own in zip(found, asked, drafts[0], strict=True):
         expected = turned_back(question.reading, own[0].grid)
         assert np.array_equal(candidate.grid, expected) or candidate.grid is expected is None
 
@@ -130,7 +132,7 @@ def test_no_draft_is_a_reader_that_proposed_nothing(solvers, tasks):
     solver = solvers("coupled")
     asked, drafts = asked_of(solver, tasks)
     ablated = pooled(solver, asked, drafts, CONFIG, ablation="no-draft")
-    nothing = pooled(solver, asked, [[] for _ in asked], CONFIG)
+    nothing = pooled(solver, asked, [[[] for _ in asked]], CONFIG)
     assert said(ablated, "hybrid") == said(nothing, "hybrid")
 
 
@@ -139,19 +141,38 @@ def test_swap_context_gives_a_question_what_was_said_of_another(solvers, tasks):
     solver = solvers("coupled")
     asked, drafts = asked_of(solver, tasks)
     count = len(asked) // 2 * 2
-    asked, drafts = asked[:count], drafts[:count]
+    asked, drafts = asked[:count], drafts[0][:count]
     half = count // 2
-    whole = said(pooled(solver, asked, drafts, CONFIG), "hybrid")
+    whole = said(pooled(solver, asked, [drafts], CONFIG), "hybrid")
     order = [*range(half, count), *range(half)]
     mixed = [
         type(question)(question.query, asked[other].reading)
         for question, other in zip(asked, order, strict=True)
     ]
     swapped = said(
-        pooled(solver, mixed, [drafts[i] for i in order], CONFIG, ablation="swap-context"),
+        pooled(solver, mixed, [[drafts[i] for i in order]], CONFIG, ablation="swap-context"),
         "hybrid",
     )
     assert same(swapped, whole)
+
+
+def test_every_reader_of_an_ensemble_proposes_as_it_would_alone(solvers, tasks, trained_reader):
+    solver = solvers("ensemble")
+    asked, drafts = asked_of(solver, tasks)
+    second = load_solver(trained_reader(seed=1), CONFIG.inference, torch.device("cpu"))
+    alone = said(pooled(second, asked, proposals(second, asked, CONFIG), CONFIG))
+    whole = pooled(solver, asked, drafts, CONFIG)
+    assert same(said(whole, "reader2"), alone)
+    assert not same(said(whole, "reader"), alone)
+
+
+def test_without_its_ensemble_a_hybrid_answers_as_one_that_has_none(solvers, tasks):
+    """TRM hears the first reader only; what the second proposed is left out."""
+    solver = solvers("ensemble")
+    asked, drafts = asked_of(solver, tasks)
+    left = said(pooled(solver.without_ensemble(), asked, drafts, CONFIG))
+    whole = pooled(solver, asked, drafts, CONFIG)
+    assert left == said(whole, "reader") + said(whole, "hybrid")
 
 
 # -- packing
@@ -164,8 +185,8 @@ def test_a_batch_of_one_answers_as_a_batch_of_many(solvers, tasks, kind):
     together = said(pooled(solver, asked, drafts, CONFIG))
     alone = [
         entry
-        for question, own in zip(asked, drafts, strict=True)
-        for entry in said(pooled(solver, [question], [own], CONFIG))
+        for question, own in zip(asked, drafts[0], strict=True)
+        for entry in said(pooled(solver, [question], [[own]], CONFIG))
     ]
     by_input = lambda entries: sorted(entries, key=lambda e: (e[0], round(e[2], 3), str(e[1])))
     assert same(by_input(alone), by_input(together), tolerance=1e-5)

@@ -16,7 +16,7 @@ from arctrm.solving.vote import is_well_formed
 from arctrm.solving.weights import load_solver
 
 QUICK = {"views": 3, "steps": 2, "tokens_per_batch": 1024, "dtype": "float32"}
-KINDS = ("reader", "pooled", "coupled", "coupled_tasks")
+KINDS = ("reader", "pooled", "coupled", "coupled_tasks", "ensemble")
 
 
 def config(budget=30.0, steps=2, **top) -> SolveConfig:
@@ -40,6 +40,7 @@ def solvers(tiny_reader, joined):
         "pooled": lambda: joined(False),
         "coupled": lambda: joined(True),
         "coupled_tasks": lambda: joined(True, "task"),
+        "ensemble": lambda: joined(ensemble=True),
     }
     device = torch.device("cpu")
     return lambda kind: load_solver(folders[kind](), config().inference, device)
@@ -75,6 +76,7 @@ def test_pooled_answers_count_both_models(solvers, trained):
         ("reader", {"reader"}),
         ("pooled", {"reader", "trm"}),
         ("coupled", {"reader", "hybrid"}),
+        ("ensemble", {"reader", "reader2", "hybrid"}),
     ):
         result = rounds.Round()
         settings = config()

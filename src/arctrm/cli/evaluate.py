@@ -45,7 +45,8 @@ def evaluate(
         typer.Option(
             "--ablate",
             help="Score again with one thing left out: no-reader, no-trm, no-coupling, "
-            "swap-context, no-draft, no-adaptation. Repeat it, or list them with commas.",
+            "no-ensemble, swap-context, no-draft, no-adaptation. Repeat it, or list them with "
+            "commas.",
             metavar="NAME",
         ),
     ] = None,

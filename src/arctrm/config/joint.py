@@ -141,6 +141,9 @@ class JointConfig(JointModelConfig):
     reader_checkpoint: Path | None = None
     """Checkpoint or bundle folder that the reader starts from: of a tiny reader or a hybrid, whose
     LoRA a hub reader takes over."""
+    ensemble_checkpoints: tuple[Path, ...] = ()
+    """Checkpoint or bundle folders of more tiny readers, of the same sizes: all of them propose and
+    judge. They are not trained here, and TRM hears the first reader only."""
     new_adapters: bool = False
     """Leave the adapters of trm_checkpoint where they are and train new ones: for a reader of
     another width than theirs."""
@@ -218,8 +221,18 @@ class JointConfig(JointModelConfig):
     def _recipe_fits(self) -> "JointConfig":
         """What a stage of the recipe trains must not come from somewhere else."""
         recipe = self.recipe
+        if self.ensemble_checkpoints and self.llama_model != TINY:
+            raise ValueError(
+                f"ensemble_checkpoints with llama_model = {self.llama_model!r}: an ensemble is of "
+                "tiny readers; leave ensemble_checkpoints out"
+            )
         if not recipe.is_given:
             return self
+        if recipe.readers > 1 and self.ensemble_checkpoints:
+            raise ValueError(
+                f"ensemble_checkpoints contradicts recipe.readers = {recipe.readers}, which trains "
+                "the ensemble from scratch; leave one of them out"
+            )
         if self.epochs is not None:
             raise ValueError(
                 f"epochs = {self.epochs} contradicts the length of the recipe (recipe.budget or "

@@ -7,6 +7,17 @@ from pydantic import Field, model_validator
 from arctrm.config.base import StrictModel
 from arctrm.config.training import Seconds
 
+Ablation = Literal[
+    "no-reader",
+    "no-trm",
+    "no-coupling",
+    "no-ensemble",
+    "swap-context",
+    "no-draft",
+    "no-adaptation",
+]
+"""What `eval` can leave out."""
+
 
 class InferenceConfig(StrictModel):
     """How candidates are produced from a checkpoint."""
@@ -122,10 +133,7 @@ class EvaluationConfig(TaskChoiceConfig):
     adapt_budget: Seconds | None = None
     """Wall-clock time of that job, such as "60s", instead of its steps."""
 
-    ablate: tuple[
-        Literal["no-reader", "no-trm", "no-coupling", "swap-context", "no-draft", "no-adaptation"],
-        ...,
-    ] = ()
+    ablate: tuple[Ablation, ...] = ()
     """Score again with one thing left out, each in turn: of a hybrid, or of an evaluation that
     adapts."""
 

@@ -5,6 +5,7 @@ Nothing here trains: a stage of the recipe is the run that the single command wo
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 from rich.console import Group
@@ -18,6 +19,8 @@ from arctrm.training.checkpoints import RECIPE_RESULT
 from arctrm.training.joint_data import with_data_path
 
 EVALUATION = "eval"
+SEED_OF_NEXT = 10_000
+"""Between the seeds of two readers of an ensemble: far from those of two recipes."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class RecipeStage:
     """One training run inside the recipe's folder."""
 
     name: str
+    share: float
+    """Of the recipe's length."""
     folder: Path
     config: PretrainConfig | JointConfig
 
@@ -45,39 +50,58 @@ def plan(config: JointConfig, out: Path) -> Plan:
     """
     config = with_data_path(config)
     recipe = config.recipe
-    stages = [
-        RecipeStage(name, out / name, _alone(config, name, out))
-        for name, share in (("reader", recipe.reader), ("trm", recipe.trm))
-        if share
+    readers = [
+        _alone(config, "reader", _number(n), recipe.reader / recipe.readers, out, n)
+        for n in range(recipe.readers if recipe.reader else 0)
     ]
-    joined = RecipeStage(RECIPE_RESULT, out / RECIPE_RESULT, _joined(config, stages, out))
+    stages = [*readers, _alone(config, "trm", "trm", recipe.trm, out)] if recipe.trm else readers
+    final = _joined(config, stages, out)
+    joined = RecipeStage(RECIPE_RESULT, recipe.joint, out / RECIPE_RESULT, final)
     return Plan((*stages, joined), _evaluation(config, out) if recipe.evaluate else None)
 
 
-def _alone(config: JointConfig, name: str, out: Path) -> PretrainConfig:
-    """The configuration of `arctrm pretrain` for the reader or TRM alone."""
+def _number(index: int) -> str:
+    """The stage of a reader of an ensemble: reader, reader2, reader3, ..."""
+    return f"reader{index + 1}" if index else "reader"
+
+
+def _alone(
+    config: JointConfig,
+    kind: Literal["reader", "trm"],
+    name: str,
+    share: float,
+    out: Path,
+    index: int = 0,
+) -> RecipeStage:
+    """The stage that trains a reader, number `index` of an ensemble, or TRM alone."""
     recipe = config.recipe
-    data, training = getattr(recipe, f"{name}_data"), getattr(recipe, f"{name}_training")
+    data, training = getattr(recipe, f"{kind}_data"), getattr(recipe, f"{kind}_training")
     try:
-        return PretrainConfig(
-            seed=config.seed,
-            model="reader" if name == "reader" else "trm",
+        alone = PretrainConfig(
+            seed=config.seed + index * SEED_OF_NEXT,
+            model=kind,
             data=_drawn(config.data, data),
             trm=config.trm,
             reader=config.reader,
-            training=_of_share(training, recipe, getattr(recipe, name)),
+            training=_of_share(training, recipe, share),
             tracking=config.tracking.model_copy(update={"run_name": _run_name(config, name, out)}),
         )
     except ValidationError as error:
         problem = error.errors()[0]
         reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
-        raise ConfigError(f"recipe.{name}_training: {reason}") from None
+        raise ConfigError(f"recipe.{kind}_training: {reason}") from None
+    return RecipeStage(name, share, out / name, alone)
 
 
 def _joined(config: JointConfig, before: list[RecipeStage], out: Path) -> JointConfig:
     """The configuration of `arctrm joint` that starts from the stages before it."""
     recipe = config.recipe
-    checkpoints = {f"{stage.name}_checkpoint": stage.folder for stage in before}
+    folders = {stage.name: stage.folder for stage in before}
+    checkpoints: dict[str, object] = {
+        f"{name}_checkpoint": folders.pop(name) for name in ("reader", "trm") if name in folders
+    }
+    if folders:
+        checkpoints["ensemble_checkpoints"] = tuple(folders.values())
     run_name = _run_name(config, RECIPE_RESULT, out)
     changes = {
         "out": None,
@@ -134,8 +158,7 @@ def describe(config: JointConfig, out: Path) -> Group:
     for column in ("stage", "share", "length", "folder"):
         table.add_column(column, justify="left" if column in ("stage", "folder") else "right")
     for stage in planned.stages:
-        share = getattr(config.recipe, stage.name)
-        table.add_row(stage.name, f"{share:.0%}", length(stage), str(stage.folder))
+        table.add_row(stage.name, f"{stage.share:.0%}", length(stage), str(stage.folder))
     if planned.evaluation is not None:
         table.add_row(EVALUATION, "", "", str(out / EVALUATION))
     return Group(table, joint.describe(_last(planned)))

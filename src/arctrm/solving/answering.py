@@ -10,9 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.console import note, progress_console
 from arctrm.data.task import Task
-from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, by_key
-from arctrm.solving.pool import Question, pooled, proposals, questions
+from arctrm.solving.pool import Proposals, Question, pooled, proposals, questions
 from arctrm.solving.reading import judge, reranked, task_readings, to_judge
 from arctrm.solving.vote import Candidate, Ranked, vote
 from arctrm.solving.weights import Solver
@@ -29,15 +28,17 @@ class Workers:
     in_parts: bool = False
     """Whether they are asked many times over: finished bars would fill the screen, and go."""
 
-    def work(self, what: str, mine: list, work: Work) -> list:
-        """Results of this process's items, with a progress bar on the main one."""
+    def work(self, what: str, mine: list, work: Work, times: int = 1) -> list:
+        """Results of this process's items, with a progress bar on the main one; `times`: how often
+        each of them is told of.
+        """
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         screen = progress_console()
         hidden = not self.accelerator.is_main_process or (self.in_parts and not screen.is_terminal)
         with Progress(
             *columns, console=screen, disable=hidden, transient=self.in_parts
         ) as progress:
-            bar = progress.add_task("", total=len(mine))
+            bar = progress.add_task("", total=len(mine) * times)
             return work(mine, lambda done: progress.advance(bar, done))
 
     def gathered(self, found: list) -> list:
@@ -47,23 +48,20 @@ class Workers:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """This process's questions, and what the reader proposed for them."""
+    """This process's questions, and what the readers proposed for them."""
 
     questions: list[Question]
-    drafts: list[list[Decoded]] | None
+    drafts: Proposals | None
 
 
 def ask(solver: Solver, tasks: list[Task], config: EvalConfig, workers: Workers) -> Asked:
-    """This process's share of the questions; the reader answers them, if there is one."""
+    """This process's share of the questions; the readers answer them, if there are any."""
     everything = questions(solver, tasks, config.inference.views, config.seed)
     with workers.accelerator.split_between_processes(everything) as mine:
         if solver.reader is None:
             return Asked(mine, None)
-        return Asked(mine, workers.work("reading", mine, _proposing(solver, config)))
-
-
-def _proposing(solver: Solver, config: EvalConfig) -> Work:
-    return lambda mine, told: proposals(solver, mine, config, told)
+        work: Work = lambda mine, told: proposals(solver, mine, config, told)
+        return Asked(mine, workers.work("reading", mine, work, len(solver.readers)))
 
 
 def answer_all(
@@ -90,16 +88,20 @@ def rank_all(
     workers: Workers,
     ablation: str | None = None,
 ) -> dict[Key, list[Ranked]]:
-    """Each test input's grids, best first: by votes, or by the reader's log-probability."""
+    """Each test input's grids, best first: by votes, or by the readers' log-probability."""
     ranked = rank(tasks, found, config.seed)
-    reader, decoding = solver.reader, config.reader
-    if reader is None or decoding.rank == "votes" or ablation == "no-reader":
+    readers, decoding = solver.readers, config.reader
+    if not readers or decoding.rank == "votes" or ablation == "no-reader":
         return ranked
     grids, views = to_judge(ranked, decoding), decoding.scoring_views
     readings = [r for task in tasks for r in task_readings(solver, task, views, config.seed)]
-    work: Work = lambda mine, told: judge(reader, mine, grids, decoding, told)
+    work: Work = lambda mine, told: [
+        one  # view by view, every reader under each
+        for view in zip(*(judge(r, mine, grids, decoding, told) for r in readers), strict=True)
+        for one in view
+    ]
     with workers.accelerator.split_between_processes(readings) as mine:
-        judged = workers.work("scoring", mine, work)
+        judged = workers.work("scoring", mine, work, len(readers))
     return reranked(ranked, workers.gathered(judged))
 
 

@@ -176,7 +176,7 @@ def _probe(work: _Work, adapter: Adapter, index: int, until: float) -> float | N
     """Share of answers that get the held-out demonstration exactly; None without time for it."""
     config, solver = work.config, adapter.answering()
     asked = questions(solver, [probe_task(work.task, index)], PROBE_VIEWS, config.seed)
-    if asking_seconds(asked, work.pace) > PROBE_TIME * (until - time.monotonic()):
+    if asking_seconds(solver, asked, work.pace) > PROBE_TIME * (until - time.monotonic()):
         return None
     drafts = None if solver.reader is None else proposals(solver, asked, config)
     found = pooled(solver, asked, drafts, config)

@@ -21,7 +21,7 @@ from arctrm.solving.adaptation import require_adaptable
 from arctrm.solving.answering import say_what_is_unusual
 from arctrm.solving.candidates import Key, require_test_inputs
 from arctrm.solving.kept import KEPT, write_candidates
-from arctrm.solving.parts import NO_ADAPTATION, rank_in_parts
+from arctrm.solving.parts import NO_ADAPTATION, NO_ENSEMBLE, rank_in_parts
 from arctrm.solving.questions import weights_fingerprint
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
@@ -119,6 +119,11 @@ def _check(solver: Solver, config: EvalConfig) -> None:
             f"evaluation.ablate = {names}: {solver.name} holds one model, so there is nothing to "
             "leave out; give a checkpoint of `arctrm joint`"
         )
+    if NO_ENSEMBLE in names and not solver.ensemble:
+        raise ConfigError(
+            f"evaluation.ablate names {NO_ENSEMBLE!r}: {solver.name} holds one reader; leave that "
+            "row out, or give a checkpoint with an ensemble (recipe.readers)"
+        )
 
 
 def _write_ablations(rows: dict[str, scoring.Scores], out: Path) -> None:
@@ -182,6 +187,7 @@ def _report(
         "steps": _steps(solver, config),
         "halt": config.inference.halt,
         "reader": config.reader.model_dump() if solver.reader is not None else None,
+        "readers": len(solver.readers),
         "adaptation": None if adapted is None else adapted.record(),
         "blank_task_embedding": config.inference.blank_task_embedding,
         "seed": config.seed,

@@ -13,6 +13,7 @@ from arctrm.solving.unfinished import EVERYTHING, Unfinished
 from arctrm.solving.weights import Solver
 
 NO_ADAPTATION = "no-adaptation"
+NO_ENSEMBLE = "no-ensemble"
 PROMPTS_AT_ONCE = 64
 """Of a part: some batches of a CPU, or of a hub model."""
 
@@ -45,6 +46,8 @@ def rank_in_parts(
                 note(f"ablation {row}")
             if row == NO_ADAPTATION:
                 who, what = before, ask(before, part, config, workers)
+            elif row == NO_ENSEMBLE:
+                who = solver.without_ensemble()
             found = answer_all(who, what, config, workers, ablation)
             ranked = rank_all(who, part, found, config, workers, ablation)
             seconds = (time.monotonic() - begin) * accelerator.num_processes

@@ -71,7 +71,8 @@ def plan(
     rows = RowsOfTask(solver, task, config)
     until = time.monotonic() + PLAN_SHARE * pace.left()
     asked = [*rows.asked, *rows.probes]
-    expected = pace.seconds("read", reading_work(asked)) + pace.seconds("refine", cells(asked))
+    work = reading_work(asked, solver.without_ensemble())
+    expected = pace.seconds("read", work) + pace.seconds("refine", cells(asked))
     if time.monotonic() + expected > until:
         return Plan()
     began = time.monotonic()

@@ -1,10 +1,11 @@
-"""One pool of candidates: the reader's, TRM's, and those of both together.
+"""One pool of candidates: the readers', TRM's, and those of both together.
 
-A question is one test input under one view. The reader proposes first; where adapters join the two
-models, TRM refines what the reader proposed, else it answers alone. Each ablation leaves out one
-thing of the whole: the reader (TRM answers alone), TRM (the reader answers alone), the coupling
-(both answer alone, in one pool), the draft that TRM is shown; or it swaps what the reader says of
-two tasks.
+A question is one test input under one view. The reader proposes first, and every other reader of
+its ensemble; where adapters join the two models, TRM refines what the first reader proposed, else
+it answers alone. Each ablation leaves out one thing of the whole: the readers (TRM answers alone),
+TRM (the readers answer alone), the coupling (both answer alone, in one pool), the ensemble (of the
+readers the first alone), the draft that TRM is shown; or it swaps what the reader says of two
+tasks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from arctrm.reader.decoding import Decoded
 from arctrm.reader.interface import Prompt
 from arctrm.solving.candidates import Key, Query, answer, task_queries
 from arctrm.solving.guidance import Guide
-from arctrm.solving.reading import Reading, as_candidates, propose, task_readings
+from arctrm.solving.reading import Reading, as_candidates, propose, reader_name, task_readings
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 
@@ -36,6 +37,10 @@ class PoolConfig(Protocol):
     @property
     def reader(self) -> DecodingConfig:
         """How the reader answers."""
+
+
+Proposals = Sequence[Sequence[list[Decoded]]]
+"""Of each reader, what it proposed for each question."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +72,18 @@ def proposals(
     told: Callable[[int], None] = lambda done: None,
     expected: Mapping[Key, Grid] | None = None,
     with_drafts: bool = True,
-) -> list[list[Decoded]]:
-    """What the reader writes for each question, the likeliest first; see `propose`."""
-    assert solver.reader is not None
-    return propose(solver.reader, _readings(asked), config.reader, told, expected, with_drafts)
+) -> list[list[list[Decoded]]]:
+    """What each reader writes for each question, the likeliest first; see `propose`."""
+    found: list[list[list[Decoded]]] = []
+    readings, likely = _readings(asked), dict(expected or {})
+    for reader in solver.readers:
+        own = propose(reader, readings, config.reader, told, likely, with_drafts)
+        for reading, several in zip(readings, own, strict=True):  # of use to the next reader
+            grid = _first_grid(several)
+            if grid is not None:
+                likely.setdefault(reading.key, reading.view.inverse(grid))
+        found.append(own)
+    return found
 
 
 def _readings(asked: Sequence[Question]) -> list[Reading]:
@@ -80,23 +93,26 @@ def _readings(asked: Sequence[Question]) -> list[Reading]:
 def pooled(
     solver: Solver,
     asked: Sequence[Question],
-    drafts: Sequence[list[Decoded]] | None,
+    drafts: Proposals | None,
     config: PoolConfig,
     told: Callable[[int], None] = lambda done: None,
     ablation: str | None = None,
 ) -> list[tuple[Key, Candidate]]:
-    """Candidates of all questions; `drafts` is what the reader proposed for each, if there is one.
+    """Candidates of all questions; `drafts` is what the readers proposed, if there are any. (What
+    readers proposed that the solver leaves out is left out.)
 
     Raises:
         ResourceError: out of memory; says which key to lower.
     """
     found: list[tuple[Key, Candidate]] = []
     if drafts is not None and ablation != "no-reader":
-        found += as_candidates(_readings(asked), drafts)
+        for number in range(len(solver.readers)):
+            found += as_candidates(_readings(asked), drafts[number], reader_name(number))
     if solver.has_trm and ablation != "no-trm":
         queries = [question.query for question in asked if question.query is not None]
         alone = ablation in ("no-reader", "no-coupling")
-        guides = None if alone else _guides(solver, asked, drafts, ablation)
+        first = drafts[0] if drafts else None
+        guides = None if alone else _guides(solver, asked, first, ablation)
         found += answer(solver, queries, config.inference, told, guides)
     return found
 
@@ -104,7 +120,7 @@ def pooled(
 def _guides(
     solver: Solver,
     asked: Sequence[Question],
-    drafts: Sequence[list[Decoded]] | None,
+    drafts: Sequence[Sequence[Decoded]] | None,
     ablation: str | None,
 ) -> list[Guide] | None:
     """What the reader tells TRM for each question; None where nothing joins the two."""

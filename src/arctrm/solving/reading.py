@@ -1,7 +1,8 @@
 """The reader's answers: test inputs under many views, decoded, turned back, and scored.
 
 A reader proposes by decoding, and judges by the log-probability that it gives to a candidate under
-several views, summed (a product of experts): a right grid is likely from every side.
+several views, summed (a product of experts): a right grid is likely from every side. The readers of
+an ensemble are more such experts.
 """
 
 import math
@@ -23,6 +24,8 @@ from arctrm.solving.canvas_rules import output_size, query_canvas
 from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
 from arctrm.training.joint_reader import JointReader
+
+READER = "reader"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,22 +108,27 @@ def _context(
     return chosen
 
 
+def reader_name(number: int) -> str:
+    """Source of the candidates of a reader: reader, reader2, reader3, ... of an ensemble."""
+    return f"{READER}{number + 1}" if number else READER
+
+
 def as_candidates(
-    readings: Sequence[Reading], proposed: Sequence[Sequence[Decoded]]
+    readings: Sequence[Reading], proposed: Sequence[Sequence[Decoded]], source: str = READER
 ) -> list[tuple[Key, Candidate]]:
     """What `propose` gave for each reading, turned back; q is the logit of its probability."""
     return [
-        as_candidate(reading, one)
+        as_candidate(reading, one, source)
         for reading, several in zip(readings, proposed, strict=True)
         for one in several
     ]
 
 
-def as_candidate(reading: Reading, one: Decoded) -> tuple[Key, Candidate]:
+def as_candidate(reading: Reading, one: Decoded, source: str = READER) -> tuple[Key, Candidate]:
     """What the reader proposes, turned back."""
     grid = turned_back(reading, one.grid)
     q = as_logit(one.log_probability)
-    return reading.key, Candidate(grid, q, "reader", view=reading.number)
+    return reading.key, Candidate(grid, q, source, view=reading.number)
 
 
 def as_logit(log_probability: float) -> float:
@@ -231,7 +239,7 @@ def judge(
 def reranked(
     ranked: dict[Key, list[Ranked]], judged: Sequence[tuple[Key, list[float]]]
 ) -> dict[Key, list[Ranked]]:
-    """The rankings after the reader has judged them, under one view or several."""
+    """The rankings after readers have judged them, under one view or several."""
     scores: dict[Key, list[list[float]]] = {}
     for key, own in judged:
         scores.setdefault(key, []).append(own)

@@ -11,11 +11,18 @@ from dataclasses import dataclass, field, replace
 from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
 from arctrm.planner import PlannerResult
-from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, batch_of, by_key
 from arctrm.solving.pace import Pace
-from arctrm.solving.pool import Question, pooled, proposals, questions
-from arctrm.solving.reading import Reading, batch_size, judge, reranked, task_readings, to_judge
+from arctrm.solving.pool import Proposals, Question, pooled, proposals, questions
+from arctrm.solving.reading import (
+    READER,
+    Reading,
+    batch_size,
+    judge,
+    reranked,
+    task_readings,
+    to_judge,
+)
 from arctrm.solving.vote import Candidate, Ranked, vote
 from arctrm.solving.weights import Solver
 
@@ -59,9 +66,9 @@ class Round:
             self.candidates.setdefault(key, []).extend(own)
 
     def read(self, seed: int) -> dict[Key, Grid]:
-        """The grid that the reader wrote under most views, of every test input that has one."""
+        """The grid that readers wrote under most views, of every test input that has one."""
         ranked = {
-            key: vote([one for one in own if one.source == "reader"], seed)
+            key: vote([one for one in own if one.source.startswith(READER)], seed)
             for key, own in self.candidates.items()
         }
         return {key: own[0].grid for key, own in ranked.items() if own}
@@ -77,6 +84,7 @@ def answer_first(
     result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace
 ) -> None:
     """One view of every test input, whatever the time: by the reader where it is quick, or TRM."""
+    solver = solver.without_ensemble()  # the quickest answer
     asked = questions(solver, [task], 1, config.seed)
     long = max((q.reading.max_output_tokens for q in asked if q.reading is not None), default=0)
     if solver.reader is None or (long > LONG_FIRST and solver.has_trm):
@@ -95,7 +103,9 @@ def _sample_reading(solver: Solver, question: Question, config: SolveConfig, pac
     short = replace(question.reading, max_output_tokens=SAMPLE_TOKENS)
     sample, begin = [replace(question, reading=short)], time.monotonic()
     proposals(solver, sample, config, with_drafts=False)
-    pace.record("read", reading_work(sample), LONGER * (time.monotonic() - begin), warm=True)
+    pace.record(
+        "read", reading_work(sample, solver), LONGER * (time.monotonic() - begin), warm=True
+    )
 
 
 def answer_views(
@@ -128,18 +138,20 @@ def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pac
     if not all(pace.knows(work) for work in works):
         return None
     asked = questions(solver, [task], config.inference.views, config.seed)
-    return asking_seconds(asked, pace) + judging_seconds(solver, task, config, pace)
+    return asking_seconds(solver, asked, pace) + judging_seconds(solver, task, config, pace)
 
 
 def least_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
     """What one view should take: of TRM, where there is one."""
     asked = questions(solver, [task], 1, config.seed)
-    return asking_seconds(asked, pace, reading=not solver.has_trm)
+    return asking_seconds(solver, asked, pace, reading=not solver.has_trm)
 
 
-def asking_seconds(asked: Sequence[Question], pace: Pace, reading: bool = True) -> float:
+def asking_seconds(
+    solver: Solver, asked: Sequence[Question], pace: Pace, reading: bool = True
+) -> float:
     """What reading (unless it is left out) and refining should take."""
-    read = pace.seconds("read", reading_work(asked)) if reading else 0.0
+    read = pace.seconds("read", reading_work(asked, solver)) if reading else 0.0
     return read + pace.seconds("refine", cells(asked))
 
 
@@ -150,6 +162,7 @@ def judging_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace)
     readings = task_readings(solver, task, config.reader.scoring_views, config.seed)
     candidates = config.reader.scored_candidates
     tokens = sum(len(r.prompt.tokens) + candidates * r.max_output_tokens for r in readings)
+    tokens *= len(solver.readers)
     return min(pace.seconds("judge", tokens), pace.left() * JUDGE_SHARE)
 
 
@@ -162,23 +175,28 @@ def judge_best(
     tell: Tell = lambda text: None,
     views: int | None = None,
 ) -> None:
-    """Let the reader judge the best candidates, view by view, while there is time.
+    """Let the readers judge the best candidates, view by view, while there is time.
 
     Where not even one view of all would end in time, fewer candidates are judged.
     """
-    reader, decoding = solver.reader, config.reader
-    if reader is None or decoding.rank == "votes" or pace.left() == 0:
+    decoding = config.reader
+    if not solver.readers or decoding.rank == "votes" or pace.left() == 0:
         return
     grids = to_judge(result.rankings(task, config.seed), decoding)
     readings = task_readings(solver, task, views or decoding.scoring_views, config.seed)
     step = len(task.test)
-    groups = [readings[begin : begin + step] for begin in range(0, len(readings), step)]
-    while _too_slow(groups[0], grids, pace) and max(map(len, grids.values())) > 1:
+    groups = [
+        (reader, readings[begin : begin + step])
+        for begin in range(0, len(readings), step)
+        for reader in solver.readers
+    ]
+    while _too_slow(groups[0][1], grids, pace) and max(map(len, grids.values())) > 1:
         grids = {key: own[: -(-len(own) // 2)] for key, own in grids.items()}
-    for number, group in enumerate(groups, 1):
+    for number, (reader, group) in enumerate(groups):
         if _too_slow(group, grids, pace):
             break
-        tell(f"judging, view {number} of {len(groups)}")
+        view = 1 + number // len(solver.readers)
+        tell(f"judging, view {view} of {len(readings) // step}")
         begin = time.monotonic()
         result.judged += judge(reader, group, grids, decoding)
         pace.record("judge", _judging_work(group, grids), time.monotonic() - begin)
@@ -196,13 +214,13 @@ def _ask(
     with_drafts: bool = True,
 ) -> None:
     """The candidates of some questions into `result`, and what they cost into `pace`."""
-    drafts: list[list[Decoded]] | None = None
+    drafts: Proposals | None = None
     if solver.reader is not None:
-        drafts, begin = [[] for _ in asked], time.monotonic()
+        drafts, begin = [[[] for _ in asked] for _ in solver.readers], time.monotonic()
         if reading:
             expected = result.read(config.seed)
             drafts = proposals(solver, asked, config, expected=expected, with_drafts=with_drafts)
-            pace.record("read", reading_work(asked), time.monotonic() - begin)
+            pace.record("read", reading_work(asked, solver), time.monotonic() - begin)
     begin = time.monotonic()
     ablation = None if refining else "no-trm"
     result.add(pooled(solver, asked, drafts, config, ablation=ablation))
@@ -225,7 +243,7 @@ def _next_chunk(
     A view is `step` questions.
     """
     count = max(1, _batch(rest, solver, step, config, pace, reading) // step)
-    while count and asking_seconds(rest[: count * step], pace, reading) > seconds:
+    while count and asking_seconds(solver, rest[: count * step], pace, reading) > seconds:
         count //= 2
     return rest[: count * step]
 
@@ -247,11 +265,14 @@ def _batch(
     return batch_size(solver.reader, config.reader)
 
 
-def reading_work(asked: Sequence[Question]) -> int:
-    """What reading costs, in tokens of one row: a batch is as long as its longest answer."""
+def reading_work(asked: Sequence[Question], solver: Solver) -> int:
+    """What reading costs, in tokens of one row: a batch is as long as its longest answer. Every
+    reader reads it.
+    """
     readings = [question.reading for question in asked if question.reading is not None]
     lengths = [r.max_output_tokens + len(r.prompt.tokens) // PROMPT_TOKENS for r in readings]
-    return (ROWS_OF_A_STEP + len(lengths)) * max(lengths, default=0)
+    of_one = (ROWS_OF_A_STEP + len(lengths)) * max(lengths, default=0)
+    return of_one * len(solver.readers)
 
 
 def cells(asked: Sequence[Question]) -> int:

@@ -7,9 +7,9 @@ task of the same name is not.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import ConfigDict, ValidationError
@@ -64,6 +64,8 @@ class Solver:
     """The subset whose test pairs were kept out of training."""
     held_out: int = 0
     """Tasks of the other subsets whose test pairs were kept out, too."""
+    with_ensemble: bool = True
+    """Whether readers beside the first answer, where there are more."""
 
     @property
     def has_trm(self) -> bool:
@@ -97,6 +99,23 @@ class Solver:
     def reader(self) -> GridReader | None:
         """The reader, where there is one."""
         return self.tiny if self.hub is None else self.hub
+
+    @property
+    def readers(self) -> list[GridReader]:
+        """Who proposes and judges: the reader and those of its ensemble, if there are any."""
+        if self.reader is None:
+            return []
+        return [self.reader, *(self.ensemble if self.with_ensemble else ())]
+
+    @property
+    def ensemble(self) -> list[TinyReader]:
+        """The readers beside the first."""
+        others = self.model.ensemble if isinstance(self.model, Hybrid) else ()
+        return [cast(TinyReader, one) for one in others]
+
+    def without_ensemble(self) -> "Solver":
+        """The same, of whose readers only the first answers."""
+        return replace(self, with_ensemble=False)
 
     @property
     def joint_reader(self) -> JointReader | None:
@@ -163,11 +182,11 @@ def load_solver(
         solver = _own_solver(resolve_checkpoint(checkpoint or BUNDLED), inference, device)
     solver.model.to(device).eval()
     dtype = _inference_dtype(inference.dtype, device)
-    if solver.tiny is not None:
-        _append_mean(solver.tiny)
-        solver.tiny.to(dtype).dtype = dtype
+    for tiny in [solver.tiny, *solver.ensemble] if solver.tiny is not None else ():
+        _append_mean(tiny)
+        tiny.to(dtype).dtype = dtype
         if inference.blank_task_embedding:  # of TRM it is blanked where it is asked
-            solver.tiny.puzzle_emb.weights.detach().zero_()
+            tiny.puzzle_emb.weights.detach().zero_()
     if solver.has_trm:
         _append_mean(solver.trm)
         solver.trm.dtype = dtype
@@ -208,6 +227,8 @@ class _Trained(StrictModel):
     hub: HubReaderConfig = HubReaderConfig()
     coupling: CouplingConfig | None = None
     """Of a hybrid: a checkpoint of `arctrm joint`."""
+    ensemble_checkpoints: tuple[str, ...] = ()
+    """Where its further readers came from."""
     data: DataConfig
 
 
@@ -284,7 +305,8 @@ def _load_model(
 
 def _empty_model(trained: _Trained, num_tasks: int) -> TRM | TinyReader | Hybrid:
     if trained.coupling is not None:
-        return empty_hybrid(trained.reader, trained.trm, trained.coupling, num_tasks)
+        num_readers = 1 + len(trained.ensemble_checkpoints)
+        return empty_hybrid(trained.reader, trained.trm, trained.coupling, num_tasks, num_readers)
     if trained.model == "reader":
         return TinyReader(trained.reader, num_tasks)
     per_view = trained.data.num_aug if trained.trm.task_embedding == "per_view" else 1

@@ -64,8 +64,9 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
         said = load_part(hybrid, start, base, config)
         if accelerator.process_index == 0:
             note(said)
-    parts = {start.kind: origin(start.meta, start.kind) for start in starts}
+    parts = {start.part: origin(start.meta, start.kind) for start in starts}
     hybrid.reader.requires_grad_(not config.llama_frozen)
+    hybrid.ensemble.requires_grad_(False)
     _to_device(hybrid.to(accelerator.device), config)
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     steps = [_step(config, hybrid, base) for _ in range(config.training.grad_accum)]
@@ -85,7 +86,8 @@ def joint_stage(config: JointConfig, base: BaseSet, accelerator: Accelerator) ->
 def new_hybrid(config: JointConfig, base: BaseSet, device: torch.device | None = None) -> Hybrid:
     """An untrained hybrid with the task embeddings of a base set; a hub reader is on `device`."""
     if config.llama_model == TINY:
-        return empty_hybrid(config.reader, config.trm, config.coupling, base.num_tasks)
+        num_readers = 1 + len(config.ensemble_checkpoints)
+        return empty_hybrid(config.reader, config.trm, config.coupling, base.num_tasks, num_readers)
     hub = load_hub_reader(config.hub, device)
     if device is not None and hub.device.type != device.type:
         raise ConfigError(
@@ -188,6 +190,9 @@ def describe(config: JointConfig) -> Table:
         how = f" ({config.llama_model}, {config.hub.mode})"
     for name, module in ((f"reader{how}", hybrid.reader), ("TRM", hybrid.trm)):
         table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,} parameters")
+    if config.ensemble_checkpoints:
+        others = f"{len(config.ensemble_checkpoints)} more, as large"
+        table.add_row("readers of the ensemble", others)
     for name, number in count_parameters(dict(hybrid.adapters.items())).items():
         table.add_row(f"adapters: {name}", f"{number:,} parameters")
     schedule = config.training.schedule

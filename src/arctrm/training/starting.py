@@ -22,6 +22,7 @@ from arctrm.hybrid import Hybrid
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_names, read_meta
 from arctrm.training.checkpoints import read_model, resolve_checkpoint
 
+ENSEMBLE = "ensemble"
 EMBEDDINGS, SCALES = "puzzle_emb.weights", "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "trm": (
@@ -46,8 +47,10 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
 class StartingPoint(NamedTuple):
     """A checkpoint that a part of the hybrid starts from."""
 
+    part: str
+    """Name of the part in the hybrid: "trm", "reader", or "ensemble.0" and so on."""
     kind: str
-    """"trm" or "reader"."""
+    """"trm" or "reader": what of the checkpoint."""
     folder: Path
     meta: CheckpointMeta
 
@@ -60,7 +63,13 @@ def starting_points(config: JointConfig) -> list[StartingPoint]:
         CheckpointError: there is none, it holds another part, or sizes differ.
     """
     points = []
-    for kind, checkpoint in (("trm", config.trm_checkpoint), ("reader", config.reader_checkpoint)):
+    given: list[tuple[str, str, Path | None]] = [
+        ("trm", "trm", config.trm_checkpoint),
+        ("reader", "reader", config.reader_checkpoint),
+    ]
+    more = enumerate(config.ensemble_checkpoints)
+    given += [(f"{ENSEMBLE}.{number}", "reader", checkpoint) for number, checkpoint in more]
+    for part, kind, checkpoint in given:
         if checkpoint is None:
             continue
         folder = resolve_checkpoint(checkpoint)
@@ -75,7 +84,7 @@ def starting_points(config: JointConfig) -> list[StartingPoint]:
         else:
             _check_is_hub(folder, meta, config)
             _check_sizes(folder, meta, "hub", config)
-        points.append(StartingPoint(kind, folder, meta))
+        points.append(StartingPoint(part, kind, folder, meta))
     return points
 
 
@@ -86,14 +95,13 @@ def load_part(hybrid: Hybrid, point: StartingPoint, base: BaseSet, config: Joint
     Raises:
         CheckpointError: a tensor does not fit.
     """
-    kind, folder, meta = point
+    name, kind, folder, meta = point
     weights = part_weights(folder, meta, kind)
     if kind == "reader" and hybrid.tiny is None:
         _load(hybrid.reader, weights, folder)
         return f"trained weights of the reader from {folder}"
-    part = hybrid.trm if kind == "trm" else hybrid.reader
-    known = _load(part, weights, folder, _rows(meta, base))
-    loaded = ["reader" if kind == "reader" else "TRM"]
+    known = _load(hybrid.get_submodule(name), weights, folder, _rows(meta, base))
+    loaded = ["TRM" if kind == "trm" else "reader" if name == kind else "reader of the ensemble"]
     if kind == "trm" and not config.new_adapters:
         loaded += _load_adapters(hybrid, folder, meta)
     return f"{', '.join(loaded)} from {folder}, which knows {known} of {base.num_tasks} tasks"
