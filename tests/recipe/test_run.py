@@ -216,7 +216,7 @@ def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):
     words = ["--config", str(CONFIG), "--set", "recipe.budget=20m", "--dry-run"]
     assert run_app(["joint", *words, "--set", "data.max_tasks=3", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    for part in ("reader", "1140 s", "60 s", "adapters: draft", "parameters"):
+    for part in ("reader2", "576 s", "48 s", "adapters: draft", "parameters"):
         assert part in shown
     assert not out.exists()
 

@@ -228,7 +228,7 @@ class JointConfig(JointModelConfig):
             )
         if not recipe.is_given:
             return self
-        if recipe.readers > 1 and self.ensemble_checkpoints:
+        if recipe.reader and recipe.readers > 1 and self.ensemble_checkpoints:
             raise ValueError(
                 f"ensemble_checkpoints contradicts recipe.readers = {recipe.readers}, which trains "
                 "the ensemble from scratch; leave one of them out"

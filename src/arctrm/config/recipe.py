@@ -53,7 +53,8 @@ class RecipeConfig(StrictModel):
 
     readers: int = Field(1, ge=1)
     """Readers of an ensemble, trained from different seeds one after the other, each for an equal
-    part of that share. All propose and judge; TRM is joined to the first."""
+    part of that share (with a share of 0, none). All propose and judge; TRM is joined to the first.
+    """
 
     trm: float = Field(0.15, ge=0, le=1)
     """Share of the length for TRM alone; 0 = it starts from trm_checkpoint, or untrained."""
@@ -104,15 +105,5 @@ class RecipeConfig(StrictModel):
             raise ValueError(
                 f"recipe.reader = {self.reader}, recipe.trm = {self.trm} and recipe.joint = "
                 f"{self.joint} sum to {total:.6g}, allowed is a sum of 1; change one of the shares"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _ensemble_is_trained(self) -> "RecipeConfig":
-        if self.readers > 1 and not self.reader:
-            raise ValueError(
-                f"recipe.readers = {self.readers} with recipe.reader = 0: no reader is trained; "
-                "set recipe.reader, or give trained ones with reader_checkpoint and "
-                "ensemble_checkpoints"
             )
         return self
