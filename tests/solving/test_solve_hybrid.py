@@ -69,6 +69,12 @@ def test_every_kind_of_checkpoint_gives_two_grids_with_evidence(solvers, trained
                 assert evidence.votes == 0 or evidence.reader_score <= 0
 
 
+def answer_views(result, *common):
+    """What `solve` does of it, without the planner."""
+    views = rounds.read_views(result, *common, lambda text: None)
+    rounds.refine_views(result, views, *common, lambda text: None)
+
+
 def test_pooled_answers_count_both_models(solvers, trained):
     """One answer per view of each; a coupled hybrid's TRM answers as "hybrid"."""
     task = trained.known[1].without_answers()
@@ -81,7 +87,7 @@ def test_pooled_answers_count_both_models(solvers, trained):
         result = rounds.Round()
         settings = config()
         pace = anytime.Pace(30.0)
-        rounds.answer_views(result, solvers(kind), task, settings, pace, lambda text: None)
+        answer_views(result, solvers(kind), task, settings, pace)
         candidates = result.candidates[task.id, 0]
         assert {candidate.source for candidate in candidates} == sources
         assert len(candidates) == QUICK["views"] * len(sources)
@@ -107,9 +113,24 @@ def test_where_reading_takes_too_long_trm_answers_alone(solvers, trained, monkey
         assert [candidate.source for candidate in first.candidates[task.id, 0]] == [source]
         assert pace.knows("read")
         pace.record("read", 1, 1000.0)
-        rounds.answer_views(later, *common, pace, lambda text: None)
+        answer_views(later, *common, pace)
         sources = [candidate.source for candidate in later.candidates[task.id, 0]]
         assert sources == [source] * QUICK["views"]
+
+
+def test_all_views_are_read_before_trm_refines_and_time_is_kept_for_the_judgement(
+    solvers, trained, monkeypatch
+):
+    """Where refining would take the time of the judgement, it is left out."""
+    task = trained.known[1].without_answers()
+    pace, result = anytime.Pace(30.0), rounds.Round()
+    pace.record("read", 1, 1e-6)
+    pace.record("judge", 1, 1e-6)
+    pace.record("refine", 1, 1000.0)
+    answer_views(result, solvers("ensemble"), task, config(), pace)
+    candidates = result.candidates[task.id, 0]
+    assert {candidate.source for candidate in candidates} == {"reader", "reader2"}
+    assert len(candidates) == 2 * QUICK["views"]
 
 
 @pytest.mark.parametrize("reads", [True, False])
@@ -117,19 +138,18 @@ def test_the_first_view_of_trm_goes_alone_so_that_its_pace_is_learned(
     solvers, trained, monkeypatch, reads
 ):
     asked = []
-    ask = rounds._ask
+    refine = rounds._refine
     monkeypatch.setattr(
         rounds,
-        "_ask",
-        lambda result, solver, chunk, *rest, **named: (
+        "_refine",
+        lambda result, solver, chunk, *rest: (
             asked.append(len(chunk)),
-            ask(result, solver, chunk, *rest, **named),
+            refine(result, solver, chunk, *rest),
         ),
     )
     task, pace = trained.others[1].without_answers(), anytime.Pace(30.0)
     pace.record("read", 1, 1e-6 if reads else 1000.0)
-    common = (solvers("pooled"), task, config(), pace, lambda text: None)
-    rounds.answer_views(rounds.Round(), *common)
+    answer_views(rounds.Round(), solvers("pooled"), task, config(), pace)
     assert asked[0] == len(task.test)
     assert sum(asked) == len(task.test) * QUICK["views"]
 
@@ -281,7 +301,7 @@ def test_the_readers_judgement_decides_unless_votes_are_to(solvers, trained):
 
 
 @pytest.mark.parametrize("kind", ["reader", "coupled"])
-@pytest.mark.parametrize("where", ["answer_views", "judge_best"])
+@pytest.mark.parametrize("where", ["read_views", "judge_best"])
 def test_an_interrupt_keeps_the_best_so_far(solvers, trained, monkeypatch, kind, where):
     def stopped(*given):
         raise KeyboardInterrupt
@@ -295,4 +315,4 @@ def test_an_interrupt_keeps_the_best_so_far(solvers, trained, monkeypatch, kind,
     per_view = {"reader": 1, "coupled": 2}[kind]
     by_planner = kind == "coupled"
     answered = QUICK["views"] * per_view + by_planner
-    assert solution.evidence[0].views == (1 if where == "answer_views" else answered)
+    assert solution.evidence[0].views == (1 if where == "read_views" else answered)

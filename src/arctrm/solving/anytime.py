@@ -1,8 +1,9 @@
 """One task within a wall-clock budget: a first answer early, better ones as the time allows.
 
 A first answer comes from the model as it is (the reader's where there is one, else TRM's). Then the
-model adapts to the demonstrations; the answers of the adapted model, the planner's and those under
-as many views as the budget allows, replace the first one; last, the reader judges the best of them.
+model adapts to the demonstrations; the adapted model's readers answer under as many views as the
+budget allows, the planner tries and TRM refines in what is left, and these answers replace the
+first one; last, the readers judge the best of them.
 Votes are never pooled over different weights.
 """
 
@@ -22,16 +23,18 @@ from arctrm.solving import scoring
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
 from arctrm.solving.pace import Pace
 from arctrm.solving.planning import plan
-from arctrm.solving.pool import pooled, proposals, questions
+from arctrm.solving.pool import proposals, questions, readers_candidates, trm_candidates
 from arctrm.solving.report import Solution
 from arctrm.solving.rounds import (
     Round,
     answer_first,
-    answer_views,
     answering_seconds,
     asking_seconds,
     judge_best,
+    judging_seconds,
     least_seconds,
+    read_views,
+    refine_views,
 )
 from arctrm.solving.vote import attempts, evidence
 from arctrm.solving.weights import Solver
@@ -122,16 +125,19 @@ def solve_task(
 
 
 def _answer_later(work: _Work, later: Round) -> None:
-    """Adapt, plan, answer view by view, judge."""
+    """Adapt, read view by view, plan and refine in what is left, judge."""
     adapter = _adapt(work)
     solver = work.solver
     if adapter is not None:
         later.adaptation_steps, solver = adapter.steps, adapter.answering()
     common = (solver, work.task, work.config, work.pace, work.tell)
-    planned = plan(*common)
+    views = read_views(later, *common)
+    refine_views(later, views, *common, most=1)  # the planner needs to know TRM's pace
+    judging = judging_seconds(solver, work.task, work.config, work.pace, share=1.0)
+    planned = plan(*common, kept=judging)
     later.histories = planned.histories
     later.add(planned.candidates)
-    answer_views(later, *common)
+    refine_views(later, views, *common)
     if later.complete(work.task):
         judge_best(later, *common)
 
@@ -156,11 +162,12 @@ def _adapt(work: _Work) -> Adapter | None:
     guess = pace.seconds("refine", 1) + pace.seconds("read", 1)
     adapter = Adapter(solver, [task], config.adaptation, config.seed, guess)
     now, left = time.monotonic(), pace.left()
-    answers = answering_seconds(solver, task, config, pace)
+    alone = solver.without_ensemble()  # what is adapted is the first reader
+    answers = answering_seconds(alone, task, config, pace)
     # What the answers do not need adapts, too.
     spare = 0.0 if answers is None else left - answers * RESERVE
     until = now + max(left * share, spare)
-    until = min(until, pace.end - least_seconds(solver, task, config, pace) * RESERVE)
+    until = min(until, pace.end - least_seconds(alone, task, config, pace) * RESERVE)
     most = config.adaptation.max_steps
     told = lambda steps: work.tell(f"adapting, step {steps}")
     index = None if known else held_out(task, config.seed)
@@ -178,7 +185,9 @@ def _probe(work: _Work, adapter: Adapter, index: int, until: float) -> float | N
     asked = questions(solver, [probe_task(work.task, index)], PROBE_VIEWS, config.seed)
     if asking_seconds(solver, asked, work.pace) > PROBE_TIME * (until - time.monotonic()):
         return None
-    drafts = None if solver.reader is None else proposals(solver, asked, config)
-    found = pooled(solver, asked, drafts, config)
+    if solver.reader is not None:
+        found = readers_candidates(solver, asked, proposals(solver, asked, config))
+    else:
+        found = trm_candidates(solver, asked, None, config)
     truth = work.task.demonstrations[index].output
     return float(np.mean([bool(scoring.is_right(c.grid, truth)) for _, c in found]))

@@ -64,12 +64,16 @@ def plan(
     config: SolveConfig,
     pace: Pace,
     tell: Callable[[str], None] = lambda text: None,
+    kept: float = 0.0,
 ) -> Plan:
-    """Attempts at the test inputs, under the identity view, until every probe is right."""
+    """Attempts at the test inputs, under the identity view, until every probe is right.
+
+    Of the time left `kept` seconds are for something else.
+    """
     if not can_plan(solver):
         return Plan()
     rows = RowsOfTask(solver, task, config)
-    until = time.monotonic() + PLAN_SHARE * pace.left()
+    until = time.monotonic() + PLAN_SHARE * max(0.0, pace.left() - kept)
     asked = [*rows.asked, *rows.probes]
     work = reading_work(asked, solver.without_ensemble())
     expected = pace.seconds("read", work) + pace.seconds("refine", cells(asked))

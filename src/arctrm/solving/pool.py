@@ -106,15 +106,37 @@ def pooled(
     """
     found: list[tuple[Key, Candidate]] = []
     if drafts is not None and ablation != "no-reader":
-        for number in range(len(solver.readers)):
-            found += as_candidates(_readings(asked), drafts[number], reader_name(number))
+        found += readers_candidates(solver, asked, drafts)
     if solver.has_trm and ablation != "no-trm":
-        queries = [question.query for question in asked if question.query is not None]
-        alone = ablation in ("no-reader", "no-coupling")
-        first = drafts[0] if drafts else None
-        guides = None if alone else _guides(solver, asked, first, ablation)
-        found += answer(solver, queries, config.inference, told, guides)
+        found += trm_candidates(solver, asked, drafts, config, told, ablation)
     return found
+
+
+def readers_candidates(
+    solver: Solver, asked: Sequence[Question], drafts: Proposals
+) -> list[tuple[Key, Candidate]]:
+    """What the solver's readers proposed, turned back."""
+    return [
+        found
+        for number in range(len(solver.readers))
+        for found in as_candidates(_readings(asked), drafts[number], reader_name(number))
+    ]
+
+
+def trm_candidates(
+    solver: Solver,
+    asked: Sequence[Question],
+    drafts: Proposals | None,
+    config: PoolConfig,
+    told: Callable[[int], None] = lambda done: None,
+    ablation: str | None = None,
+) -> list[tuple[Key, Candidate]]:
+    """TRM's candidates, told by the first reader where adapters join the two; as `pooled`."""
+    queries = [question.query for question in asked if question.query is not None]
+    alone = ablation in ("no-reader", "no-coupling")
+    first = drafts[0] if drafts else None
+    guides = None if alone else _guides(solver, asked, first, ablation)
+    return answer(solver, queries, config.inference, told, guides)
 
 
 def _guides(

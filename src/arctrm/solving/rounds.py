@@ -11,9 +11,16 @@ from dataclasses import dataclass, field, replace
 from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
 from arctrm.planner import PlannerResult
+from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, batch_of, by_key
 from arctrm.solving.pace import Pace
-from arctrm.solving.pool import Proposals, Question, pooled, proposals, questions
+from arctrm.solving.pool import (
+    Question,
+    proposals,
+    questions,
+    readers_candidates,
+    trm_candidates,
+)
 from arctrm.solving.reading import (
     READER,
     Reading,
@@ -38,7 +45,7 @@ SAMPLE_TOKENS = 16
 LONGER = 1.5
 """A token of a long answer costs so many times one of the sample: its cache is longer."""
 JUDGE_SHARE = 0.25
-"""Share of the time left that is kept for the reader's judgement, at most."""
+"""Share of the time left that is kept for the judgement while answers are still read, at most."""
 
 Tell = Callable[[str], None]
 
@@ -80,6 +87,27 @@ class Round:
         return reranked(by_votes, self.judged) if self.judged else by_votes
 
 
+@dataclass
+class Views:
+    """The questions of a task, view by view; how many of them are read, and are refined."""
+
+    asked: Sequence[Question]
+    drafts: list[list[Decoded]] = field(default_factory=list)
+    """What the first reader, which TRM hears, proposed for the first of them: those that are read.
+    """
+    num_refined: int = 0
+
+    @property
+    def unread(self) -> Sequence[Question]:
+        """Those that are not read."""
+        return self.asked[len(self.drafts) :]
+
+    @property
+    def unrefined(self) -> Sequence[Question]:
+        """Those that are not refined."""
+        return self.asked[self.num_refined :]
+
+
 def answer_first(
     result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace
 ) -> None:
@@ -88,10 +116,10 @@ def answer_first(
     asked = questions(solver, [task], 1, config.seed)
     long = max((q.reading.max_output_tokens for q in asked if q.reading is not None), default=0)
     if solver.reader is None or (long > LONG_FIRST and solver.has_trm):
-        _ask(result, solver, asked, config, pace, reading=False)
+        _refine(result, solver, asked, [[] for _ in asked], config, pace)
     else:
         # Without drafts: what reading costs at most is learned from it.
-        _ask(result, solver, asked, config, pace, refining=False, with_drafts=False)
+        _read(result, solver, asked, config, pace, with_drafts=False)
     judge_best(result, solver, task, config, pace, views=1)
     if solver.reader is not None and not pace.knows("read") and pace.left():
         _sample_reading(solver, asked[0], config, pace)
@@ -108,62 +136,95 @@ def _sample_reading(solver: Solver, question: Question, config: SolveConfig, pac
     )
 
 
-def answer_views(
+def read_views(
     result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace, tell: Tell
-) -> None:
-    """Answer view by view, into `result`, until the views or the time are used up.
-
-    Where reading takes too long, TRM answers alone.
+) -> Views:
+    """Let the readers answer view by view, into `result`, until the views or the time are used up,
+    but for the time of the judgement; what they proposed.
     """
-    views = config.inference.views
-    rest = questions(solver, [task], views, config.seed)
-    done, kept = 0, judging_seconds(solver, task, config, pace)
-    reading = solver.reader is not None
-    while rest:
-        seconds = pace.left() - (kept if done else 0.0)  # an answer comes before its judgement
-        chunk = _next_chunk(rest, solver, len(task.test), config, pace, seconds, reading)
-        if not chunk and reading and solver.has_trm:
-            reading = False
-            continue
+    views = Views(questions(solver, [task], config.inference.views, config.seed))
+    kept, step = judging_seconds(solver, task, config, pace), len(task.test)
+    cost = lambda part: asking_seconds(solver, part, pace)
+    while solver.reader is not None and views.unread:
+        seconds = pace.left() - (kept if views.drafts else 0.0)  # an answer comes before that
+        size = batch_size(solver.reader, config.reader)
+        chunk = _next_chunk(views.unread, step, size, seconds, cost)
         if not chunk:
             break
-        _ask(result, solver, chunk, config, pace, reading=reading)
-        rest, done = rest[len(chunk) :], done + len(chunk)
-        tell(f"answering, view {-(-done // len(task.test))} of {views}")
+        views.drafts += _read(result, solver, chunk, config, pace)[0]
+        tell(f"answering, view {-(-len(views.drafts) // step)} of {config.inference.views}")
+    return views
+
+
+def refine_views(
+    result: Round,
+    views: Views,
+    solver: Solver,
+    task: Task,
+    config: SolveConfig,
+    pace: Pace,
+    tell: Tell,
+    most: int | None = None,
+) -> None:
+    """Let TRM, where there is one, refine what was read, view by view (`most` of them), in the time
+    that is left before the judgement. What was not read, as it took too long, TRM answers without
+    a draft.
+    """
+    step, share = len(task.test), 1.0 if views.drafts else JUDGE_SHARE
+    kept = judging_seconds(solver, task, config, pace, share)
+    cost = lambda part: pace.seconds("refine", cells(part))
+    while solver.has_trm and (rest := views.unrefined[: most and most * step]):
+        seconds = pace.left() - (kept if result.complete(task) else 0.0)
+        size = step  # where TRM's pace is still to be learned
+        if pace.knows("refine"):
+            queries = [question.query for question in rest if question.query is not None]
+            size = batch_of(solver, queries, config.inference)
+        chunk = _next_chunk(rest, step, size, seconds, cost)
+        if not chunk:
+            break
+        own = views.drafts[views.num_refined :][: len(chunk)]
+        drafts = own + [[] for _ in chunk[len(own) :]]
+        _refine(result, solver, chunk, drafts, config, pace)
+        views.num_refined += len(chunk)
+        tell(f"refining, view {-(-views.num_refined // step)} of {config.inference.views}")
 
 
 def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float | None:
-    """What all views and the judgement should take; None where it is not known."""
-    works = ("read",) * (solver.reader is not None) + ("refine",) * solver.has_trm
-    if not all(pace.knows(work) for work in works):
+    """What all views of the readers (of TRM, where there is none) and the judgement should take;
+    None where it is not known.
+    """
+    if not pace.knows("refine" if solver.reader is None else "read"):
         return None
     asked = questions(solver, [task], config.inference.views, config.seed)
     return asking_seconds(solver, asked, pace) + judging_seconds(solver, task, config, pace)
 
 
 def least_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
-    """What one view should take: of TRM, where there is one."""
+    """What one view should take: of TRM, where there is one whose pace is known."""
     asked = questions(solver, [task], 1, config.seed)
-    return asking_seconds(solver, asked, pace, reading=not solver.has_trm)
+    if solver.has_trm and pace.knows("refine"):
+        return pace.seconds("refine", cells(asked))
+    return asking_seconds(solver, asked, pace)
 
 
-def asking_seconds(
-    solver: Solver, asked: Sequence[Question], pace: Pace, reading: bool = True
+def asking_seconds(solver: Solver, asked: Sequence[Question], pace: Pace) -> float:
+    """What the answers of the readers should take; of TRM, where there is no reader."""
+    if solver.reader is None:
+        return pace.seconds("refine", cells(asked))
+    return pace.seconds("read", reading_work(asked, solver))
+
+
+def judging_seconds(
+    solver: Solver, task: Task, config: SolveConfig, pace: Pace, share: float = JUDGE_SHARE
 ) -> float:
-    """What reading (unless it is left out) and refining should take."""
-    read = pace.seconds("read", reading_work(asked, solver)) if reading else 0.0
-    return read + pace.seconds("refine", cells(asked))
-
-
-def judging_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
-    """What the judgement of the best candidates should take."""
+    """What the judgement of the best candidates should take: at most `share` of the time left."""
     if solver.reader is None or config.reader.rank == "votes":
         return 0.0
     readings = task_readings(solver, task, config.reader.scoring_views, config.seed)
     candidates = config.reader.scored_candidates
     tokens = sum(len(r.prompt.tokens) + candidates * r.max_output_tokens for r in readings)
     tokens *= len(solver.readers)
-    return min(pace.seconds("judge", tokens), pace.left() * JUDGE_SHARE)
+    return min(pace.seconds("judge", tokens), pace.left() * share)
 
 
 def judge_best(
@@ -203,66 +264,55 @@ def judge_best(
         result.seconds = pace.elapsed()
 
 
-def _ask(
+def _read(
     result: Round,
     solver: Solver,
     asked: Sequence[Question],
     config: SolveConfig,
     pace: Pace,
-    reading: bool = True,
-    refining: bool = True,
     with_drafts: bool = True,
+) -> list[list[list[Decoded]]]:
+    """What the readers propose, also into `result`, and what it cost into `pace`."""
+    begin, expected = time.monotonic(), result.read(config.seed)
+    drafts = proposals(solver, asked, config, expected=expected, with_drafts=with_drafts)
+    pace.record("read", reading_work(asked, solver), time.monotonic() - begin)
+    result.add(readers_candidates(solver, asked, drafts))
+    result.seconds = pace.elapsed()
+    return drafts
+
+
+def _refine(
+    result: Round,
+    solver: Solver,
+    asked: Sequence[Question],
+    drafts: list[list[Decoded]],
+    config: SolveConfig,
+    pace: Pace,
 ) -> None:
-    """The candidates of some questions into `result`, and what they cost into `pace`."""
-    drafts: Proposals | None = None
-    if solver.reader is not None:
-        drafts, begin = [[[] for _ in asked] for _ in solver.readers], time.monotonic()
-        if reading:
-            expected = result.read(config.seed)
-            drafts = proposals(solver, asked, config, expected=expected, with_drafts=with_drafts)
-            pace.record("read", reading_work(asked, solver), time.monotonic() - begin)
+    """TRM's candidates into `result`, and what they cost into `pace`; `drafts` of the reader."""
     begin = time.monotonic()
-    ablation = None if refining else "no-trm"
-    result.add(pooled(solver, asked, drafts, config, ablation=ablation))
-    if solver.has_trm and refining:
-        pace.record("refine", cells(asked), time.monotonic() - begin)
+    told = None if solver.reader is None else [drafts]
+    result.add(trm_candidates(solver, asked, told, config))
+    pace.record("refine", cells(asked), time.monotonic() - begin)
     result.seconds = pace.elapsed()
 
 
 def _next_chunk(
     rest: Sequence[Question],
-    solver: Solver,
     step: int,
-    config: SolveConfig,
-    pace: Pace,
+    size: int,
     seconds: float,
-    reading: bool,
+    cost: Callable[[Sequence[Question]], float],
 ) -> Sequence[Question]:
-    """The next views, whole: as many as one batch holds and `seconds` allow; may be none.
+    """The next views, whole: as many as one batch of `size` questions holds and `seconds` allow;
+    may be none.
 
     A view is `step` questions.
     """
-    count = max(1, _batch(rest, solver, step, config, pace, reading) // step)
-    while count and asking_seconds(solver, rest[: count * step], pace, reading) > seconds:
+    count = max(1, size // step)
+    while count and cost(rest[: count * step]) > seconds:
         count //= 2
     return rest[: count * step]
-
-
-def _batch(
-    rest: Sequence[Question],
-    solver: Solver,
-    step: int,
-    config: SolveConfig,
-    pace: Pace,
-    reading: bool,
-) -> int:
-    """Questions of a batch; `step` where TRM's pace is still to be learned."""
-    if solver.has_trm and not pace.knows("refine"):
-        return step
-    if solver.reader is None or not reading:
-        queries = [question.query for question in rest if question.query is not None]
-        return batch_of(solver, queries, config.inference)
-    return batch_size(solver.reader, config.reader)
 
 
 def reading_work(asked: Sequence[Question], solver: Solver) -> int:
