@@ -156,7 +156,8 @@ def test_eval_pools_reader_trm_and_what_joins_them(joined_hub, trained, tmp_path
 def test_candidates_are_those_of_both_models(joined_hub, trained, coupled):
     solver = load_solver(joined_hub(**({} if coupled else NO_PATH)), config().inference, CPU)
     task, result = trained.known[1].without_answers(), rounds.Round()
-    rounds.answer_views(result, solver, task, config(), Pace(60.0), lambda text: None)
+    common = (solver, task, config(), Pace(60.0), lambda text: None)
+    rounds.refine_views(result, rounds.read_views(result, *common), *common)
     candidates = result.candidates[task.id, 0]
     expected = {"reader", "hybrid"} if coupled else {"reader", "trm"}
     assert {candidate.source for candidate in candidates} == expected

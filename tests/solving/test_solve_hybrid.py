@@ -71,8 +71,8 @@ def test_every_kind_of_checkpoint_gives_two_grids_with_evidence(solvers, trained
 
 def answer_views(result, *common):
     """What `solve` does of it, without the planner."""
-    views = rounds.read_views(result, *common, lambda text: None)
-    rounds.refine_views(result, views, *common, lambda text: None)
+    common = (*common, lambda text: None)
+    rounds.refine_views(result, rounds.read_views(result, *common), *common)
 
 
 def test_pooled_answers_count_both_models(solvers, trained):
