@@ -37,8 +37,14 @@ from arctrm.trm.layers import Sequences
 from arctrm.trm.model import TRM, Latents, Prediction, Table
 from arctrm.trm.packing import TokenMap
 
+READER = "reader"
 NO_CELL = -1
 """Kind of a reader token that is no cell of any row."""
+
+
+def reader_name(number: int) -> str:
+    """The readers of an ensemble by their numbers from 0: reader, reader2, reader3, ..."""
+    return f"{READER}{number + 1}" if number else READER
 
 
 class ReaderStates(NamedTuple):

@@ -122,20 +122,26 @@ def test_the_record_says_what_it_was_what_it_cost_and_what_came_out(whole, confi
     assert told["scores"]["everything"]["task_fraction"] == scores["task_fraction"]
 
 
-def test_an_interrupt_in_a_stage_goes_on_exactly_through_the_later_ones(
-    whole, config, tmp_path, monkeypatch
-):
-    out, step = tmp_path / "cut", loop.train_step
+def run_until_interrupted(config, out, stage, monkeypatch):
+    """Ctrl-C comes after the second step of a stage."""
+    step = loop.train_step
 
     def interrupted(job):
         step(job)
-        if job.out.name == "trm" and job.step == 2:
+        if job.out.name == stage and job.step == 2:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match=r"saved step 2 in .*--resume goes on"):
         run(config, out, False)
     monkeypatch.undo()
+
+
+def test_an_interrupt_in_a_stage_goes_on_exactly_through_the_later_ones(
+    whole, config, tmp_path, monkeypatch
+):
+    out = tmp_path / "cut"
+    run_until_interrupted(config, out, "trm", monkeypatch)
     assert not (out / "joint").exists()
     before = record(out)["stages"]
     with pytest.raises(CheckpointError, match=r"already holds a run \(reader, trm\); add --resume"):
@@ -233,17 +239,8 @@ def test_a_recipe_may_train_an_ensemble(config, tmp_path, monkeypatch):
     settings = config.model_copy(
         update={"recipe": config.recipe.model_copy(update=shares), "llama_frozen": True}
     )
-    out, step = tmp_path / "two", loop.train_step
-
-    def interrupted(job):
-        step(job)
-        if job.out.name == "reader2" and job.step == 2:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"saved step 2 in .*--resume goes on"):
-        run(settings, out, False)
-    monkeypatch.undo()
+    out = tmp_path / "two"
+    run_until_interrupted(settings, out, "reader2", monkeypatch)
     run(settings, out, True)
     told = record(out)
     assert list(told["stages"]) == ["reader", "reader2", "joint", "eval"]

@@ -177,6 +177,11 @@ class JointConfig(JointModelConfig):
                     "out"
                 )
             return self
+        if self.ensemble_checkpoints:
+            raise ValueError(
+                f"ensemble_checkpoints with llama_model = {self.llama_model!r}: an ensemble is of "
+                "tiny readers; leave ensemble_checkpoints out"
+            )
         if self.reader.sees_inputs_whole:
             raise ValueError(
                 f"reader.input_attention = 'full' with llama_model = {self.llama_model!r}: a model "
@@ -221,11 +226,6 @@ class JointConfig(JointModelConfig):
     def _recipe_fits(self) -> "JointConfig":
         """What a stage of the recipe trains must not come from somewhere else."""
         recipe = self.recipe
-        if self.ensemble_checkpoints and self.llama_model != TINY:
-            raise ValueError(
-                f"ensemble_checkpoints with llama_model = {self.llama_model!r}: an ensemble is of "
-                "tiny readers; leave ensemble_checkpoints out"
-            )
         if not recipe.is_given:
             return self
         if recipe.reader and recipe.readers > 1 and self.ensemble_checkpoints:

@@ -14,6 +14,7 @@ from rich.table import Table
 from arctrm.config import DataConfig, EvalConfig, JointConfig, PretrainConfig, TrainingConfig
 from arctrm.config.recipe import RecipeConfig, StageDataConfig
 from arctrm.errors import ConfigError
+from arctrm.hybrid import reader_name
 from arctrm.training import joint
 from arctrm.training.checkpoints import RECIPE_RESULT
 from arctrm.training.joint_data import with_data_path
@@ -51,18 +52,13 @@ def plan(config: JointConfig, out: Path) -> Plan:
     config = with_data_path(config)
     recipe = config.recipe
     readers = [
-        _alone(config, "reader", _number(n), recipe.reader / recipe.readers, out, n)
+        _alone(config, "reader", reader_name(n), recipe.reader / recipe.readers, out, n)
         for n in range(recipe.readers if recipe.reader else 0)
     ]
     stages = [*readers, _alone(config, "trm", "trm", recipe.trm, out)] if recipe.trm else readers
     final = _joined(config, stages, out)
     joined = RecipeStage(RECIPE_RESULT, recipe.joint, out / RECIPE_RESULT, final)
     return Plan((*stages, joined), _evaluation(config, out) if recipe.evaluate else None)
-
-
-def _number(index: int) -> str:
-    """The stage of a reader of an ensemble: reader, reader2, reader3, ..."""
-    return f"reader{index + 1}" if index else "reader"
 
 
 def _alone(

@@ -14,11 +14,12 @@ from typing import Protocol
 
 from arctrm.config import DecodingConfig, InferenceConfig
 from arctrm.data.task import Grid, Task
-from arctrm.reader.decoding import Decoded
+from arctrm.hybrid import reader_name
+from arctrm.reader.decoding import Decoded, follows_drafts
 from arctrm.reader.interface import Prompt
 from arctrm.solving.candidates import Key, Query, answer, task_queries
 from arctrm.solving.guidance import Guide
-from arctrm.solving.reading import Reading, as_candidates, propose, reader_name, task_readings
+from arctrm.solving.reading import Reading, as_candidates, propose, remember, task_readings
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 
@@ -78,10 +79,8 @@ def proposals(
     readings, likely = _readings(asked), dict(expected or {})
     for reader in solver.readers:
         own = propose(reader, readings, config.reader, told, likely, with_drafts)
-        for reading, several in zip(readings, own, strict=True):  # of use to the next reader
-            grid = _first_grid(several)
-            if grid is not None:
-                likely.setdefault(reading.key, reading.view.inverse(grid))
+        if follows_drafts(reader):  # of use to the next reader
+            remember(likely, readings, [several[0] for several in own])
         found.append(own)
     return found
 

@@ -14,6 +14,7 @@ import numpy as np
 from arctrm.config.decoding import DecodingConfig
 from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import DIHEDRALS, View
+from arctrm.hybrid import READER
 from arctrm.reader.decoding import Decoded, decode, follows_drafts, usual_batch_size
 from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.scoring import score
@@ -24,8 +25,6 @@ from arctrm.solving.canvas_rules import output_size, query_canvas
 from arctrm.solving.vote import Candidate, Ranked, by_experts
 from arctrm.solving.weights import Solver
 from arctrm.training.joint_reader import JointReader
-
-READER = "reader"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +107,6 @@ def _context(
     return chosen
 
 
-def reader_name(number: int) -> str:
-    """Source of the candidates of a reader: reader, reader2, reader3, ... of an ensemble."""
-    return f"{READER}{number + 1}" if number else READER
-
-
 def as_candidates(
     readings: Sequence[Reading], proposed: Sequence[Sequence[Decoded]], source: str = READER
 ) -> list[tuple[Key, Candidate]]:
@@ -178,11 +172,18 @@ def propose(
             advance=advance,
         )
         found |= zip(part, decoded, strict=True)
-        for index, one in zip(part, decoded, strict=True) if drafted else ():
-            if one.grid is not None:
-                reading = readings[index]
-                known.setdefault(reading.key, reading.view.inverse(one.grid))
+        if drafted:
+            remember(known, [readings[index] for index in part], decoded)
     return [[found[index]] for index in range(len(readings))]
+
+
+def remember(
+    known: dict[Key, Grid], readings: Sequence[Reading], decoded: Sequence[Decoded]
+) -> None:
+    """Note the first grid of each test input of which nothing is known, turned back."""
+    for reading, one in zip(readings, decoded, strict=True):
+        if one.grid is not None and reading.key not in known:
+            known[reading.key] = reading.view.inverse(one.grid)
 
 
 def _first_and_rest(readings: Sequence[Reading], known: Mapping[Key, Grid]) -> list[list[int]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
+from arctrm.hybrid import READER
 from arctrm.planner import PlannerResult
 from arctrm.reader.decoding import Decoded
 from arctrm.solving.candidates import Key, batch_of, by_key
@@ -22,7 +23,6 @@ from arctrm.solving.pool import (
     trm_candidates,
 )
 from arctrm.solving.reading import (
-    READER,
     Reading,
     batch_size,
     judge,
