@@ -426,7 +426,7 @@ def test_layers_drop_out_of_the_loss_and_of_nothing_else(real):
 def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
     scaling = {"share": 0.7, "factors": ((2, 2), (2, 1)), "sides": 30}
     _, _, step = make(real, scaling=scaling)
-    stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, scaled=True)
+    stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, alone=True)
     batch = stream.next_batch(stream.draw(64), 16384)
     model, reader = step.reader.reader, step.reader
     scale = batch.rows[:, SCALE][batch.row.clamp(max=len(batch.rows) - 1)]

@@ -12,7 +12,7 @@ from arctrm.config.reader import PAIR_TOKENS
 from arctrm.data.dataset import base_set_from_tasks
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
-from arctrm.data.views import View
+from arctrm.data.views import View, fixed_colours
 from arctrm.reader.tokens import END, PAD, SEPARATOR, pair_length, pair_tokens
 from arctrm.training import reader_stream as s
 from arctrm.training.losses import IGNORE
@@ -33,7 +33,7 @@ def make(base, form, data=None, seed=0, **reader):
     config = ReaderConfig(hidden_size=16, num_heads=2, num_layers=1, sequence=form, **reader)
     torch.manual_seed(seed)
     source = PairSource(base, data or DataConfig(num_aug=50), seed, CPU)
-    return s.ReaderStream(source, config, torch.float32, scaled=True)
+    return s.ReaderStream(source, config, torch.float32, alone=True)
 
 
 def batches(stream, count, num_tokens=TOKENS, num_sequences=SEQUENCES):
@@ -53,8 +53,10 @@ def sequences(batch, stream):
 
 def as_seen(base, row, scaling=None):
     view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
-    assert view.identity_colours == bool(row[s.FLAG])
+    assert view.identity_colours == bool(row[s.FLAG] % s.INVERSE)
     pair = base.pair(int(row[s.PAIR]))
+    if row[s.FLAG] >= s.INVERSE:
+        pair = Pair(pair.output, pair.input)
     grids = (view.apply(grid) for grid in (pair.input, pair.output))
     return Pair(*(larger(grid, row[s.SHOWN], scaling or {}) for grid in grids))
 
@@ -124,8 +126,50 @@ def test_what_would_be_too_large_is_shown_as_it_is(base, form):
     assert (scale[sides.amin(1) > 15] == 0).all()
 
 
-def test_a_stream_that_is_not_to_scale_draws_what_one_without_scaling_draws(base):
-    stream = make(base, "pair", scaling={"share": 0.5})
+@pytest.mark.parametrize("form", FORMS)
+def test_some_sequences_ask_for_the_input_of_an_output(base, form):
+    stream = make(base, form, inverse_share=0.3, scaling={"share": 0.5})
+    seen = {False: 0, True: 0}
+    for batch in batches(stream, 12):
+        for rows, where in sequences(batch, stream):
+            present = [row for row in rows if row[s.LENGTH]]
+            inverse = {bool(row[s.FLAG] >= s.INVERSE) for row in present}
+            pairs = [as_seen(base, row, stream.config.scaling.model_dump()) for row in present]
+            parts = [pair_tokens(pair, index) for index, pair in enumerate(pairs)]
+            tokens, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
+            np.testing.assert_array_equal(batch.tokens[where].numpy(), tokens)
+            np.testing.assert_array_equal(batch.positions[where].numpy(), positions)
+            assert [int(row[s.LENGTH]) for row in present] == [pair_length(p) for p in pairs]
+            seen[inverse.pop()] += 1
+            assert not inverse  # all pairs of a sequence are asked for alike
+    assert min(seen.values()) > 3
+    share = (stream.draw(2000)[:, -1, s.FLAG] >= s.INVERSE).float().mean()
+    assert abs(share - 0.3) < 0.05
+
+
+def test_views_of_inverse_tasks_keep_the_colours_that_only_inputs_have(base):
+    stream = make(base, "pair", DataConfig(num_aug=0, identity_colours=0.0), inverse_share=0.5)
+    names = ("training", "evaluation")
+    tasks = {task.id: task for name in names for task in load_tasks(name, max_tasks=12)}
+    drawn = stream.draw(4000)[:, 0]
+    moved = {False: 0, True: 0}
+    for row in drawn:
+        inverse = bool(row[s.FLAG] >= s.INVERSE)
+        task = tasks[base.meta.task_ids[int(row[s.TASK])]]
+        fixed = fixed_colours(inverse_task(task) if inverse else task)
+        colours = row[s.COLOURS].numpy()
+        assert (colours == np.arange(10))[fixed].all()
+        moved[inverse] += int((colours != np.arange(10))[~fixed].any())
+    assert min(moved.values()) > 1000
+
+
+def inverse_task(task):
+    pairs = tuple(Pair(pair.output, pair.input) for pair in task.demonstrations)
+    return Task(task.id, pairs, ())
+
+
+def test_a_stream_that_is_not_alone_draws_what_one_without_scaling_and_inverse_tasks_draws(base):
+    stream = make(base, "pair", scaling={"share": 0.5}, inverse_share=0.5)
     plain = s.ReaderStream(stream.source, stream.config, torch.float32)
     drawn = []
     for each in (plain, make(base, "pair")):

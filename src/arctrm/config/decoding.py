@@ -26,3 +26,10 @@ class DecodingConfig(StrictModel):
 
     scoring_views: int = Field(8, ge=1)
     """Views under which a candidate is scored."""
+
+    inverse_weight: float = Field(0.2, ge=0)
+    """experts, of a reader that was trained on inverse tasks, too (`reader.inverse_share`): weight
+    of the log-probability of the input, given a candidate; 0: it is not asked."""
+
+    inverse_candidates: int = Field(5, ge=1)
+    """Grids of each test input, the best by the reader, about which it is so asked."""

@@ -50,6 +50,11 @@ class ReaderConfig(StrictModel):
     """Share of the output cells that are shown in a random colour, in every other training
     sequence: what comes next must not hang on what was written before. Labels stay true."""
 
+    inverse_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the sequences that ask for the input of a pair, given its output, while the reader
+    is trained alone. It then judges grids by how well they explain the input, too
+    (`reader.inverse_weight` of eval and solve); every task has a second vector for it."""
+
     scaling: ScalingConfig = ScalingConfig()
     """Sequences that are shown larger while the reader is trained alone."""
 

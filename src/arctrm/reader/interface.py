@@ -48,7 +48,8 @@ class Prompt:
     output_start: int
     """Position number of the first output token; see `GridReader.output_positions`."""
     condition: tuple[int, int, int] = (0, 0, 0)
-    """Task embedding row, dihedral, colour flag (tiny readers; hub models ignore it)."""
+    """Task embedding row, dihedral, colour flag (tiny readers; hub models ignore it). The flag is
+    `tokens.INVERSE` more where the prompt shows an output and asks for its input."""
 
 
 class GridReader(Protocol):

@@ -22,7 +22,7 @@ from arctrm.data.views import NUM_DIHEDRALS
 from arctrm.reader.attention import PACKED, Packing
 from arctrm.reader.interface import CACHE, GridTokens
 from arctrm.reader.looping import LoopedLayers
-from arctrm.reader.tokens import GRID_TOKENS, PAD, SIDE, VOCABULARY, prompt_of
+from arctrm.reader.tokens import GRID_TOKENS, INVERSE, PAD, SIDE, VOCABULARY, prompt_of
 from arctrm.trm.model import Table
 
 INIT_STD = 0.02
@@ -75,6 +75,8 @@ class TinyReader(nn.Module):
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         self.dihedral_emb = Table(torch.randn(NUM_DIHEDRALS, width) * INIT_STD)
         self.colour_flag_emb = Table(torch.randn(2, width) * INIT_STD)
+        if config.inverse_share:
+            self.inverse_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         if config.scaling.share:
             self.scale_emb = Table(torch.randn(config.scaling.num_ways, width) * INIT_STD)
 
@@ -115,15 +117,20 @@ class TinyReader(nn.Module):
     ) -> Tensor:
         """The vectors [R, D] that are added to every token of each row.
 
-        `scale` numbers the ways in which grids are shown larger, from 1; 0: as they are.
+        `scale` numbers the ways in which grids are shown larger, from 1; 0: as they are. A
+        `colour_flag` of `INVERSE` or more takes the vector of the inverse task.
         """
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
-        both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag)
+        both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag % INVERSE)
         if scale is not None:
             both = both + self.scale_emb.or_zero(scale)
         if not self.config.task_embedding:
             return both
-        return both + self.puzzle_emb.weights.index_select(0, embedding_row)
+        vectors: Tensor = self.puzzle_emb.weights
+        if self.config.inverse_share:  # those of the inverse tasks stand behind
+            embedding_row = embedding_row + (colour_flag >= INVERSE) * len(vectors)
+            vectors = torch.cat((vectors, self.inverse_emb.weights))
+        return both + vectors.index_select(0, embedding_row)
 
     def hidden(
         self,

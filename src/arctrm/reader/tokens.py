@@ -27,6 +27,9 @@ PARTS_PER_PAIR = 4
 SIDE = 32
 """Room for rows and columns 0..30 in a packed position."""
 
+INVERSE = 2
+"""Added to the colour flag of a condition that asks for the input of an output."""
+
 FIRST_MARK = VOCABULARY
 """Codes of the tokens of a hub reader's marks begin here; below it a code is a token."""
 

@@ -11,6 +11,14 @@ from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.console import note, progress_console
 from arctrm.data.task import Task
 from arctrm.solving.candidates import Key, by_key
+from arctrm.solving.inverse import (
+    explained,
+    inverse_readings,
+    is_asked,
+    judge_inputs,
+    knows_inverse,
+    to_explain,
+)
 from arctrm.solving.pool import Proposals, Question, pooled, proposals, questions
 from arctrm.solving.reading import judge, reranked, task_readings, to_judge
 from arctrm.solving.vote import Candidate, Ranked, vote
@@ -102,7 +110,16 @@ def rank_all(
     ]
     with workers.accelerator.split_between_processes(readings) as mine:
         judged = workers.work("scoring", mine, work, len(readers))
-    return reranked(ranked, workers.gathered(judged))
+    ranked = reranked(ranked, workers.gathered(judged))
+    if not is_asked(solver, decoding):
+        return ranked
+    likely, inverse = to_explain(ranked, decoding), inverse_readings(solver, tasks, decoding)
+    work = lambda mine, told: [
+        one for r in readers for one in judge_inputs(r, mine, likely, decoding, told)
+    ]
+    with workers.accelerator.split_between_processes(inverse) as mine:
+        judged = workers.work("scoring inputs", mine, work, sum(map(knows_inverse, readers)))
+    return explained(ranked, workers.gathered(judged), decoding)
 
 
 def say_what_is_unusual(

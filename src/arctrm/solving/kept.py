@@ -1,11 +1,12 @@
 """candidates.json.gz: all that `eval` ranked, so that rankings can be compared without a model.
 
     {task id: [for each test input: [{"grid": [[int]], "q": float, "views": {source: [int]},
-               "reader_scores": [float]}, ...]]}
+               "reader_scores": [float], "inverse_scores": [float]}, ...]]}
 
 Grids are in their order. `views` are the numbers of the views under which each source proposed the
 grid; `reader_scores` its log-probabilities (nats) by the reader, one for each scoring view (null:
-it cannot be written so), none where it was not judged. Answers are not in it.
+it cannot be written so), none where it was not judged; `inverse_scores` those of the input, given
+the grid (absent in older files). Answers are not in it.
 """
 
 import gzip
@@ -64,6 +65,7 @@ def as_entry(one: Ranked) -> dict[str, Any]:
         "q": one.mean_q,
         "views": {source: list(views) for source, views in one.views_by.items()},
         "reader_scores": [s if math.isfinite(s) else None for s in one.reader_scores],
+        "inverse_scores": [s if math.isfinite(s) else None for s in one.inverse_scores],
     }
 
 
@@ -76,7 +78,12 @@ def from_entry(one: dict[str, Any]) -> Ranked:
         sum(votes.values()),
         one["q"],
         tuple(sorted(views)),
-        tuple(-math.inf if s is None else s for s in one["reader_scores"]),
+        _scores(one["reader_scores"]),
         views,
         votes,
+        inverse_scores=_scores(one.get("inverse_scores", [])),
     )
+
+
+def _scores(written: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(-math.inf if one is None else one for one in written)

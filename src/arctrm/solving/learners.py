@@ -261,7 +261,9 @@ def trainable_copy(model: Model, rows: Sequence[int]) -> Model:
     if isinstance(model, Hybrid):
         return _hybrid_copy(model, rows)
     weights = _float32(model)
-    weights["puzzle_emb.weights"] = weights["puzzle_emb.weights"][list(rows)]
+    for name in ("puzzle_emb.weights", "inverse_emb.weights"):
+        if name in weights:
+            weights[name] = weights[name][list(rows)]
     with torch.device("meta"):
         copy = _empty(model, len(rows))
     copy.load_state_dict(weights, assign=True)

@@ -53,6 +53,9 @@ class Ranked:
     """Votes of each source."""
     probe: float | None = None
     """Best probe score of its candidates; None without."""
+    inverse_scores: tuple[float, ...] = ()
+    """The reader's log-probability of the input, given this grid (nats), under each view; none if
+    not asked."""
 
     @property
     def reader_score(self) -> float | None:
@@ -103,6 +106,24 @@ def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> l
     # Stable: votes decide ties.
     best_first = sorted(scored, key=lambda entry: -fsum(entry.reader_scores))
     return best_first + list(ranked[len(scored) :])
+
+
+def by_explanation(
+    ranked: Sequence[Ranked], scores: Sequence[Sequence[float]], weight: float
+) -> list[Ranked]:
+    """The first of `ranked` reordered by the reader's mean log-probability of each and `weight` x
+    that of the input, given it: `scores` has one list per view, one for each of the first grids.
+    """
+    by_grid = list(zip(*scores, strict=True))
+    asked = [
+        replace(entry, inverse_scores=own) for entry, own in zip(ranked, by_grid, strict=False)
+    ]
+
+    def value(entry: Ranked) -> float:
+        given = fsum(entry.inverse_scores) / len(entry.inverse_scores)
+        return (entry.reader_score or 0.0) + weight * given
+
+    return sorted(asked, key=lambda entry: -value(entry)) + list(ranked[len(asked) :])
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:

@@ -36,7 +36,7 @@ from arctrm.training.provenance import processor
 from arctrm.training.source import view_of
 from arctrm.training.stages import compute_dtype
 from arctrm.trm.layers import run_level
-from arctrm.trm.model import TRM
+from arctrm.trm.model import TRM, Table
 from arctrm.trm.reference import read_reference_file
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
@@ -186,7 +186,8 @@ def load_solver(
         _append_mean(tiny)
         tiny.to(dtype).dtype = dtype
         if inference.blank_task_embedding:  # of TRM it is blanked where it is asked
-            tiny.puzzle_emb.weights.detach().zero_()
+            for table in task_tables(tiny):
+                table.weights.detach().zero_()
     if solver.has_trm:
         _append_mean(solver.trm)
         solver.trm.dtype = dtype
@@ -357,5 +358,12 @@ def _reference_view(augmentation: list[str], where: Path) -> View:
 
 
 def _append_mean(model: TRM | TinyReader) -> None:
-    trained = model.puzzle_emb.weights.detach()
-    model.puzzle_emb.weights = nn.Parameter(torch.cat((trained, trained.mean(0, keepdim=True))))
+    for table in task_tables(model):
+        trained = table.weights.detach()
+        table.weights = nn.Parameter(torch.cat((trained, trained.mean(0, keepdim=True))))
+
+
+def task_tables(model: TRM | TinyReader) -> list[Table]:
+    """The task embeddings of a model: of a reader that was asked for inputs, too, two tables."""
+    has_inverse = isinstance(model, TinyReader) and model.config.inverse_share
+    return [model.puzzle_emb, *([model.inverse_emb] if has_inverse else ())]

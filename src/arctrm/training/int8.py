@@ -33,7 +33,7 @@ def is_layer_matrix(name: str, tensor: Tensor, bits: int = 8) -> bool:
 
     With fewer than 8 `bits`: and whether its rows can be packed.
     """
-    large = ".layers." in name or name.endswith("puzzle_emb.weights")
+    large = ".layers." in name or name.endswith(("puzzle_emb.weights", "inverse_emb.weights"))
     matrix = large and tensor.ndim == 2 and tensor.is_floating_point()
     return matrix and (bits == 8 or tensor.shape[1] % PACKED_TOGETHER == 0)
 

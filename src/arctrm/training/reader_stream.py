@@ -21,6 +21,7 @@ from arctrm.reader.attention import Packing, block_packing, new_packing
 from arctrm.reader.tokens import (
     END,
     INPUT_PART,
+    INVERSE,
     OUTPUT_PART,
     PAD,
     PARTS_PER_PAIR,
@@ -38,7 +39,8 @@ from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.packing import dummy_lengths
 
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
-# SOFT is no pair but a soft prefix.
+# SOFT is no pair but a soft prefix. FLAG: whether colours are kept, INVERSE more where the input is
+# asked for.
 # SHOWN are the columns of `Scales`, SCALE the first of them.
 PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT, SCALE = range(8)
 SHOWN = slice(SCALE, SCALE + scales.NUM_COLUMNS)
@@ -76,10 +78,11 @@ class ReaderStream:
         dtype: torch.dtype,
         marks: Marks = Marks(),
         by_blocks: bool = False,
-        scaled: bool = False,
+        alone: bool = False,
     ):
-        """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU. `scaled`: some
-        sequences are shown larger, as `reader.scaling` says.
+        """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU. `alone`: some
+        sequences are shown larger, as `reader.scaling` says, and some ask for the input, as
+        `reader.inverse_share` does.
         """
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.by_blocks = by_blocks
@@ -93,7 +96,8 @@ class ReaderStream:
         counts = torch.bincount(source.pairs[self.by_task, 0], minlength=source.fixed.shape[0])
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
-        self.scales = Scales(config.scaling, self.device, enabled=scaled)
+        self.scales = Scales(config.scaling, self.device, enabled=alone)
+        self.inverse_share = config.inverse_share if alone else 0.0
         heads = marks.start + marks.before_input
         self.head_codes = torch.tensor(heads, device=self.device)
         self.output_codes = torch.tensor(marks.before_output, device=self.device)
@@ -103,13 +107,16 @@ class ReaderStream:
         uniform = torch.rand(count, 3, device=self.device, dtype=torch.float64)
         last = self.source.draw_pairs(uniform[:, 0])
         task = self.source.pairs[last, 0]
-        _, dihedral, colours = self.source.draw_views(task, uniform[:, 1])
+        inverse = None
+        if self.inverse_share:
+            inverse = torch.rand(count, device=self.device) < self.inverse_share
+        _, dihedral, colours = self.source.draw_views(task, uniform[:, 1], inverse)
         others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
         pairs = torch.cat((others, last[:, None]), dim=1)
         shown = None
         if self.scales.enabled:
             shown = self.draw_scales(pairs, dihedral, colours[:, 0])
-        return self.sequences(pairs, task, dihedral, colours, shown)
+        return self.sequences(pairs, task, dihedral, colours, shown, inverse)
 
     def mean_length(self, count: int) -> float:
         """Tokens of a sequence, the mean of `count` drawn ones."""
@@ -133,15 +140,18 @@ class ReaderStream:
         dihedral: Tensor,
         colours: Tensor,
         shown: Tensor | None = None,
+        inverse: Tensor | None = None,
     ) -> Tensor:
         """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence, as the
-        columns of `Scales` say.
+        columns of `Scales` say; with input and output exchanged where `inverse`, bool [n].
         """
         rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
         rows[..., TASK] = task[:, None]
         rows[..., DIHEDRAL] = dihedral[:, None]
         rows[..., FLAG] = same_colours(colours)[:, None]
+        if inverse is not None:
+            rows[..., FLAG] += INVERSE * inverse[:, None]
         rows[..., COLOURS] = colours[:, None]
         if shown is not None:
             rows[..., SHOWN] = shown[:, None]
@@ -167,15 +177,22 @@ class ReaderStream:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        height, width = self._seen_size(pair[:, OUTPUT], rows)
+        height, width = self._seen_size(self._grids(rows)[1], rows)
         return self.asked(rows) + height * (width + 1) + 1
 
     def asked(self, rows: Tensor) -> Tensor:
         """Tokens [R] of each row before its output."""
-        pair = self.source.pairs[rows[:, PAIR]]
-        height, width = self._seen_size(pair[:, INPUT], rows)
+        height, width = self._seen_size(self._grids(rows)[0], rows)
         return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
+
+    def _grids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The grids (offset, height, width) [n, 3] that are given and asked for in each row."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        given, asked = pair[:, INPUT], pair[:, OUTPUT]
+        if not self.inverse_share:
+            return given, asked
+        inverse = (rows[:, FLAG] >= INVERSE)[:, None]
+        return torch.where(inverse, asked, given), torch.where(inverse, given, asked)
 
     def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
@@ -251,9 +268,9 @@ class ReaderStream:
         """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
         token's row [T, columns].
         """
-        pair = self.source.pairs[row[:, PAIR]]
-        in_height, in_width = self._seen_size(pair[:, INPUT], row)
-        out_height, out_width = self._seen_size(pair[:, OUTPUT], row)
+        given, asked = self._grids(row)
+        in_height, in_width = self._seen_size(given, row)
+        out_height, out_width = self._seen_size(asked, row)
         head = self._heads(row)
         separator = head + in_height * (in_width + 1)
         body = separator + len(self.marks.before_output)
@@ -267,7 +284,7 @@ class ReaderStream:
         opening, between = slot < head, after & (slot < body)
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
-        grid = torch.where(after[:, None], pair[:, OUTPUT], pair[:, INPUT])
+        grid = torch.where(after[:, None], asked, given)
         size = self.source.seen_size(grid, row[:, DIHEDRAL])
         cell_y, cell_x, filled = self.scales.cells(y, x, *size, row[:, SHOWN])
         colour = self.source.colour_at(

@@ -33,6 +33,7 @@ class PairSource:
         self.pairs = torch.from_numpy(np.array(base.pairs)).long().to(device)
         bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
         self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
+        self.inverse_fixed = torch.from_numpy(inverse_fixed_colours(base)).to(device)
         self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
         weights = pair_weights(base, data)
         self.drawable = torch.from_numpy(weights > 0).to(device)
@@ -43,10 +44,16 @@ class PairSource:
         pair = torch.searchsorted(self.cumulative, uniform.contiguous(), right=True)
         return pair.clamp(max=self.cumulative.shape[0] - 1)
 
-    def draw_views(self, task: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """View number [n], dihedral [n] and colours [n, 10] of one of each task's views."""
+    def draw_views(
+        self, task: Tensor, uniform: Tensor, inverse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """View number [n], dihedral [n] and colours [n, 10] of one of each task's views; where
+        `inverse`, bool [n], of the inverse task's.
+        """
         view = (uniform * self.num_views).long()
         fixed = self.fixed[task]
+        if inverse is not None:
+            fixed = torch.where(inverse[:, None], self.inverse_fixed[task], fixed)
         return view, *view_of(self.seed, task, view, fixed, self.data.identity_colours)
 
     def seen_size(self, grid: Tensor, dihedral: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +114,28 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
     for factor in _ODD:  # xor-shift-multiply rounds; int64 products wrap around
         x = (x ^ (x >> 29 & 0x7FFFFFFFF)) * factor
     return (x >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def inverse_fixed_colours(base: BaseSet) -> np.ndarray:
+    """bool [tasks, 10]: the colours that no view of the inverse task (output to input) may move.
+
+    As `views.fixed_colours`: colour 0, and those that the input of some demonstration has and its
+    output has not.
+    """
+    pairs = np.asarray(base.pairs).astype(np.int64)
+    given, asked = (_colours_in(base.cells, pairs[:, grid]) for grid in (OUTPUT, INPUT))
+    unexplained = np.where(pairs[:, IS_TEST] > 0, 0, asked & ~given)
+    bits = np.ones(base.num_tasks, dtype=np.int64)
+    np.bitwise_or.at(bits, pairs[:, 0], unexplained)
+    return (bits[:, None] >> np.arange(NUM_COLOURS) & 1).astype(bool)
+
+
+def _colours_in(cells: np.ndarray, grids: np.ndarray) -> np.ndarray:
+    """int64 [n]: a bit for each colour of grids (offset, height, width) [n, 3]."""
+    offset, height, width = grids.T
+    bits = 1 << np.append(np.asarray(cells), 0).astype(np.int64)
+    spans = np.stack([offset, offset + height * width], axis=1).ravel()
+    return np.bitwise_or.reduceat(bits, spans)[::2]
 
 
 def pair_weights(base: BaseSet, data: DataConfig) -> np.ndarray:

@@ -155,7 +155,7 @@ def _reader_steps(model: TinyReader, config: PretrainConfig, base: BaseSet) -> l
     training = config.training
     source = PairSource(base, config.data, config.seed, model.device)
     by_blocks = goes_by_blocks(training, model.device)
-    stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks, scaled=True)
+    stream = ReaderStream(source, config.reader, model.dtype, by_blocks=by_blocks, alone=True)
     reader, per_sequence = TinyJointReader(model), config.reader.pairs_per_sequence
     mean_length = _mean_length(stream) / per_sequence
     num_rows = _num_rows(training, mean_length, TOKENS_PER_PAIR_OF_MANY)

@@ -23,7 +23,7 @@ from arctrm.training.checkpoint_meta import CheckpointMeta, check_names, read_me
 from arctrm.training.checkpoints import read_model, resolve_checkpoint
 
 ENSEMBLE = "ensemble"
-EMBEDDINGS, SCALES = "puzzle_emb.weights", "scale_emb.weights"
+EMBEDDINGS, SCALES = ("puzzle_emb.weights", "inverse_emb.weights"), "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "trm": (
         TRMConfig,
@@ -36,7 +36,7 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
         ReaderConfig,
         (
             *("hidden_size", "num_heads", "num_layers", "loops", "expansion", "rope_base"),
-            *("input_attention", "task_embedding"),
+            *("input_attention", "task_embedding", "inverse_share"),
         ),
     ),
     "hub": (HubReaderConfig, ("name", "revision", "mode", "lora_rank", "lora_alpha")),
@@ -246,7 +246,7 @@ def _load(
     part: nn.Module, weights: dict[str, Tensor], folder: Path, rows: list[int | None] | None = None
 ) -> int:
     if rows is not None:
-        weights[EMBEDDINGS] = _in_order(weights[EMBEDDINGS], rows)
+        weights |= {n: _in_order(weights[n], rows) for n in EMBEDDINGS if n in weights}
     own = part.state_dict()
     if (SCALES in own) != (SCALES in weights):  # of use in pretraining only
         weights = {n: t for n, t in weights.items() if n != SCALES}

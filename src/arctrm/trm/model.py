@@ -216,5 +216,6 @@ def _initial_embeddings(config: TRMConfig, num_rows: int) -> Tensor:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the trunk and of the task embeddings."""
     total = sum(p.numel() for p in model.parameters())
-    embeddings = sum(p.numel() for n, p in model.named_parameters() if "puzzle_emb." in n)
+    tables = ("puzzle_emb.weights", "inverse_emb.weights")
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if n.endswith(tables))
     return {"trunk": total - embeddings, "task_embeddings": embeddings}
