@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from arctrm.data.overlap import Overlap, check, describe, find_overlaps, refused
+from arctrm.data.dataset import base_set_from_tasks
+from arctrm.data.overlap import (
+    Overlap,
+    check,
+    check_inverse,
+    describe,
+    find_overlaps,
+    refused,
+)
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.errors import OverlapError
@@ -30,6 +38,22 @@ def evaluation():
 )
 def test_a_test_pair_is_found_in_demonstrations_and_test_pairs(task):
     assert find_overlaps({"s": [task]}, [TEST]) == [Overlap("x", "s", "t", "pair")]
+
+
+@pytest.mark.parametrize("turn", [np.copy, np.rot90, np.flipud])
+def test_a_test_pair_that_an_inverse_task_would_show_is_refused(turn):
+    turned = Pair(turn(TWO.output).copy(), turn(TWO.input).copy())
+    tasks = {"s": [Task("x", (ONE, turned))], "eval": [TEST]}
+    base = base_set_from_tasks(tasks, "eval", 0)
+    with pytest.raises(OverlapError, match=r"reader\.inverse_share.*x \(test pair of t\)"):
+        check_inverse(base, [TEST])
+
+
+def test_other_inverse_tasks_are_no_overlap(evaluation):
+    plain = base_set_from_tasks({"s": [Task("x", (ONE, TWO))], "eval": [TEST]}, "eval", 0)
+    check_inverse(plain, [TEST])
+    tasks = {"training": load_tasks("training"), "evaluation": evaluation}
+    check_inverse(base_set_from_tasks(tasks, "evaluation", 0), evaluation)
 
 
 @pytest.mark.parametrize("turn", [np.rot90, np.fliplr, np.flipud, np.transpose])

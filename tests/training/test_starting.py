@@ -85,6 +85,16 @@ def test_embeddings_follow_the_content_of_the_tasks(tmp_path, kind, capsys):
             assert torch.equal(part.state_dict()[name], tensor), name
 
 
+def test_the_vectors_of_inverse_tasks_follow_the_content_of_the_tasks_too(tmp_path):
+    share = {"reader.inverse_share": 0.2}
+    model, path = pretrained(tmp_path / "run", "reader", small_base(), inverse_share=0.2)
+    hybrid = started({"reader_checkpoint": path, **share}, other_base())
+    there, here = model.inverse_emb.weights, hybrid.reader.inverse_emb.weights
+    for row, old in ((0, 2), (2, 0), (3, 3)):
+        assert torch.equal(here[row], there[old])
+    torch.testing.assert_close(here[1], there.mean(0))
+
+
 @pytest.mark.parametrize("kind", ["trm", "reader"])
 def test_the_vectors_of_scale_augmentation_are_taken_where_both_have_them(tmp_path, kind):
     """Joint training sees grids as they are: whether either has such vectors does not matter."""

@@ -3,7 +3,7 @@
 from arctrm.config.baseline import BaselineConfig
 from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
 from arctrm.config.data import DataConfig
-from arctrm.config.decoding import DecodingConfig
+from arctrm.config.decoding import DecodingConfig, JudgingConfig
 from arctrm.config.joint import CouplingConfig, JointConfig, JointModelConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import (
@@ -28,6 +28,7 @@ __all__ = [
     "InferenceConfig",
     "JointConfig",
     "JointModelConfig",
+    "JudgingConfig",
     "LearningConfig",
     "OptimiserConfig",
     "PretrainConfig",

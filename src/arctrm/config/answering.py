@@ -3,7 +3,7 @@
 from pydantic import model_validator
 
 from arctrm.config.base import StrictModel
-from arctrm.config.decoding import DecodingConfig
+from arctrm.config.decoding import JudgingConfig
 from arctrm.config.solving import EvaluationConfig, InferenceConfig, LearningConfig
 
 
@@ -12,7 +12,7 @@ class AnsweringConfig(StrictModel):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
-    reader: DecodingConfig = DecodingConfig(rank="experts")
+    reader: JudgingConfig = JudgingConfig()
     adaptation: LearningConfig = LearningConfig()
 
     @model_validator(mode="after")

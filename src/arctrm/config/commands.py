@@ -9,7 +9,7 @@ from arctrm.config.answering import AnsweringConfig
 from arctrm.config.base import StrictModel
 from arctrm.config.baseline import BaselineConfig
 from arctrm.config.data import DataConfig
-from arctrm.config.decoding import DecodingConfig
+from arctrm.config.decoding import JudgingConfig
 from arctrm.config.joint import JointConfig
 from arctrm.config.reader import ReaderConfig
 from arctrm.config.solving import AdaptationConfig, InferenceConfig
@@ -129,7 +129,7 @@ class SolveConfig(StrictModel):
     attempts: int = Field(2, ge=1, le=16)
     """Rounds of reader and TRM that the planner makes, where adapters join the two."""
     inference: InferenceConfig = InferenceConfig(views=32, compile="off")
-    reader: DecodingConfig = DecodingConfig(rank="experts")
+    reader: JudgingConfig = JudgingConfig()
     adaptation: AdaptationConfig = AdaptationConfig()
 
 

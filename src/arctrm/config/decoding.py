@@ -27,6 +27,14 @@ class DecodingConfig(StrictModel):
     scoring_views: int = Field(8, ge=1)
     """Views under which a candidate is scored."""
 
+
+class JudgingConfig(DecodingConfig):
+    """Of eval and solve: what a reader says of candidates the other way round, too."""
+
+    rank: Literal["votes", "experts"] = "experts"
+    """votes: by the share of views that propose a grid; experts: by the reader's log-probability
+    of it, summed over views."""
+
     inverse_weight: float = Field(0.2, ge=0)
     """experts, of a reader that was trained on inverse tasks, too (`reader.inverse_share`): weight
     of the log-probability of the input, given a candidate; 0: it is not asked."""

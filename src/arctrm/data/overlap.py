@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from arctrm.data.dataset import pair_key, training_pairs
+from arctrm.data.dataset import PAIR_COLUMNS, BaseSet, pair_key, training_pairs
 from arctrm.data.task import Grid, Pair, Task
 from arctrm.data.views import NUM_DIHEDRALS, transform
 from arctrm.errors import OverlapError
@@ -111,6 +111,29 @@ def check_demonstrations(tasks: list[Task], test_set: str) -> None:
             f"{test_set}: demonstrations that would be trained on hold test pairs of other "
             f"evaluated tasks ({describe(bad)}); leave those tasks out with evaluation.tasks, or "
             "set evaluation.adapt_steps = 0"
+        )
+
+
+def check_inverse(base: BaseSet, test_tasks: Iterable[Task]) -> None:
+    """Refuse to train on inverse tasks (output to input) where one shows a test pair.
+
+    Raises:
+        OverlapError: some pair of the base set, input and output exchanged, is a test pair.
+
+    """
+    pairs, _ = _index(test_tasks)
+    found: dict[Overlap, None] = {}
+    for index in range(base.num_pairs):
+        pair, row = base.pair(index), base.pairs[index]
+        assert pair.output is not None
+        label = base.meta.subsets[int(row[PAIR_COLUMNS.index("subset")])]
+        for test_id in sorted(pairs.get(pair_key(Pair(pair.output, pair.input)), ())):
+            found[Overlap(base.meta.task_ids[int(row[0])], label, test_id, "pair")] = None
+    if found:
+        raise OverlapError(
+            f"reader.inverse_share: pairs that would be shown from output to input are test pairs "
+            f"of data.test_set = {base.meta.test_set!r} ({describe(found)}); name these tasks in "
+            "data.exclude, or set reader.inverse_share = 0"
         )
 
 

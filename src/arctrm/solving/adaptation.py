@@ -62,7 +62,7 @@ class Adapter:
             self.learners = [Learner(part, config) for part in self.parts]
         own = {task.id: row for row, task in enumerate(tasks)}
         self.solver = replace(
-            solver, model=model, rows=own, by_content=False, views={}, name="adapted"
+            solver, model=model, rows=own, by_content=False, views={}, name="adapted", adapted=True
         )
         self.num_tokens = [batch_tokens(part, tasks, config) for part in self.parts]
         """Tokens of a batch of each part."""

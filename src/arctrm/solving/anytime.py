@@ -72,7 +72,7 @@ class _Work:
 
     def solutions(self, best: Round) -> list[Solution]:
         """Two grids and their evidence for every test input."""
-        ranked = best.rankings(self.task, self.config.seed)
+        ranked = best.rankings(self.task, self.config)
         found = []
         for index, pair in enumerate(self.task.test):
             key = self.task.id, index

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from arctrm.config.decoding import DecodingConfig
+from arctrm.config.decoding import JudgingConfig
 from arctrm.data.task import Grid, Task
 from arctrm.data.views import NUM_DIHEDRALS, View
 from arctrm.reader.interface import GridReader
@@ -37,10 +37,10 @@ class InverseReading:
     """The input, in the task's own colours and orientation."""
 
 
-def is_asked(solver: Solver, decoding: DecodingConfig) -> bool:
+def is_asked(solver: Solver, decoding: JudgingConfig) -> bool:
     """Whether readers are asked the other way round, and can be."""
     asked = decoding.rank == "experts" and decoding.inverse_weight > 0
-    return asked and any(map(knows_inverse, solver.readers))
+    return asked and not solver.adapted and any(map(knows_inverse, solver.readers))
 
 
 def knows_inverse(reader: GridReader) -> TypeGuard[TinyReader]:
@@ -49,7 +49,7 @@ def knows_inverse(reader: GridReader) -> TypeGuard[TinyReader]:
 
 
 def inverse_readings(
-    solver: Solver, tasks: Sequence[Task], decoding: DecodingConfig
+    solver: Solver, tasks: Sequence[Task], decoding: JudgingConfig
 ) -> list[InverseReading]:
     """Readings of every test input of the tasks that the solver knows, view by view."""
     rows = [(task, solver.row_of(task)) for task in tasks]
@@ -62,7 +62,7 @@ def inverse_readings(
     ]
 
 
-def to_explain(ranked: dict[Key, list[Ranked]], decoding: DecodingConfig) -> dict[Key, list[Grid]]:
+def to_explain(ranked: dict[Key, list[Ranked]], decoding: JudgingConfig) -> dict[Key, list[Grid]]:
     """The grids of each test input that are asked about: the best that were judged."""
     most = decoding.inverse_candidates
     return {
@@ -74,7 +74,7 @@ def judge_inputs(
     reader: GridReader,
     readings: Sequence[InverseReading],
     grids: dict[Key, list[Grid]],
-    decoding: DecodingConfig,
+    decoding: JudgingConfig,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[Key, list[float]]]:
     """Log-probability of each reading's input, given each of the `grids` of its test input."""
@@ -97,7 +97,7 @@ def judge_inputs(
 def explained(
     ranked: dict[Key, list[Ranked]],
     judged: Sequence[tuple[Key, list[float]]],
-    decoding: DecodingConfig,
+    decoding: JudgingConfig,
 ) -> dict[Key, list[Ranked]]:
     """The rankings after readers have said how likely the inputs are, under one view or several."""
     scores: dict[Key, list[list[float]]] = {}

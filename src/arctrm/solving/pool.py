@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from arctrm.config import DecodingConfig, InferenceConfig
+from arctrm.config import InferenceConfig, JudgingConfig
 from arctrm.data.task import Grid, Task
 from arctrm.hybrid import reader_name
 from arctrm.reader.decoding import Decoded, follows_drafts
@@ -36,7 +36,7 @@ class PoolConfig(Protocol):
         """How TRM answers."""
 
     @property
-    def reader(self) -> DecodingConfig:
+    def reader(self) -> JudgingConfig:
         """How the reader answers."""
 
 

@@ -13,7 +13,16 @@ from arctrm.data.task import Grid, Task
 from arctrm.hybrid import READER
 from arctrm.planner import PlannerResult
 from arctrm.reader.decoding import Decoded
+from arctrm.reader.tokens import grid_length
 from arctrm.solving.candidates import Key, batch_of, by_key
+from arctrm.solving.inverse import (
+    explained,
+    inverse_readings,
+    is_asked,
+    judge_inputs,
+    knows_inverse,
+    to_explain,
+)
 from arctrm.solving.pace import Pace
 from arctrm.solving.pool import (
     Question,
@@ -57,6 +66,8 @@ class Round:
     candidates: dict[Key, list[Candidate]] = field(default_factory=dict)
     judged: list[tuple[Key, list[float]]] = field(default_factory=list)
     """The reader's log-probabilities of the best grids of a test input, one entry per view."""
+    explained: list[tuple[Key, list[float]]] = field(default_factory=list)
+    """Those of the input, given each of the first grids of that ranking, one entry per view."""
     histories: tuple[PlannerResult, ...] = ()
     """The planner's attempts at each test input, where it made some."""
     adaptation_steps: int = 0
@@ -80,11 +91,13 @@ class Round:
         }
         return {key: own[0].grid for key, own in ranked.items() if own}
 
-    def rankings(self, task: Task, seed: int) -> dict[Key, list[Ranked]]:
+    def rankings(self, task: Task, config: SolveConfig) -> dict[Key, list[Ranked]]:
         """Each test input's grids, best first: by the reader where it judged, else by votes."""
         keys = [(task.id, index) for index in range(len(task.test))]
-        by_votes = {key: vote(self.candidates.get(key, []), seed) for key in keys}
-        return reranked(by_votes, self.judged) if self.judged else by_votes
+        ranked = {key: vote(self.candidates.get(key, []), config.seed) for key in keys}
+        if self.judged:
+            ranked = reranked(ranked, self.judged)
+        return explained(ranked, self.explained, config.reader) if self.explained else ranked
 
 
 @dataclass
@@ -224,6 +237,11 @@ def judging_seconds(
     candidates = config.reader.scored_candidates
     tokens = sum(len(r.prompt.tokens) + candidates * r.max_output_tokens for r in readings)
     tokens *= len(solver.readers)
+    if is_asked(solver, config.reader):
+        asked = inverse_readings(solver, [task], config.reader)
+        room = max((r.max_output_tokens for r in readings), default=0)
+        each = sum(room + grid_length(*one.query.shape) for one in asked)
+        tokens += each * config.reader.inverse_candidates
     return min(pace.seconds("judge", tokens), pace.left() * share)
 
 
@@ -243,7 +261,7 @@ def judge_best(
     decoding = config.reader
     if not solver.readers or decoding.rank == "votes" or pace.left() == 0:
         return
-    grids = to_judge(result.rankings(task, config.seed), decoding)
+    grids = to_judge(result.rankings(task, config), decoding)
     readings = task_readings(solver, task, views or decoding.scoring_views, config.seed)
     step = len(task.test)
     groups = [
@@ -262,6 +280,31 @@ def judge_best(
         result.judged += judge(reader, group, grids, decoding)
         pace.record("judge", _judging_work(group, grids), time.monotonic() - begin)
         result.seconds = pace.elapsed()
+    if is_asked(solver, decoding) and views is None:
+        _ask_for_inputs(result, solver, task, config, pace, tell)
+
+
+def _ask_for_inputs(
+    result: Round, solver: Solver, task: Task, config: SolveConfig, pace: Pace, tell: Tell
+) -> None:
+    """Let the readers say how likely the inputs are, given the grids that they like best, view by
+    view, while there is time.
+    """
+    grids = to_explain(result.rankings(task, config), config.reader)
+    readings = inverse_readings(solver, [task], config.reader)
+    step = len(task.test)
+    for begin in range(0, len(readings), step):
+        group = readings[begin : begin + step]
+        asked = [(one, grid) for one in group for grid in grids[one.key]]
+        work = sum(grid_length(*grid.shape) + grid_length(*one.query.shape) for one, grid in asked)
+        for reader in filter(knows_inverse, solver.readers):
+            if pace.seconds("judge", work) > pace.left():
+                return
+            tell(f"judging, view {1 + begin // step} of the inputs")
+            started = time.monotonic()
+            result.explained += judge_inputs(reader, group, grids, config.reader)
+            pace.record("judge", work, time.monotonic() - started)
+            result.seconds = pace.elapsed()
 
 
 def _read(

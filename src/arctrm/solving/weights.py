@@ -66,6 +66,8 @@ class Solver:
     """Tasks of the other subsets whose test pairs were kept out, too."""
     with_ensemble: bool = True
     """Whether readers beside the first answer, where there are more."""
+    adapted: bool = False
+    """Whether the weights have been adapted to the tasks after training."""
 
     @property
     def has_trm(self) -> bool:

@@ -17,6 +17,8 @@ from arctrm.config.joint import JointConfig
 from arctrm.console import note
 from arctrm.data.build import prepare
 from arctrm.data.dataset import BaseSet
+from arctrm.data.overlap import check_inverse
+from arctrm.data.sources import load_tasks
 from arctrm.errors import CheckpointError
 from arctrm.reader.tiny import TinyReader
 from arctrm.training.checkpoints import (
@@ -207,7 +209,16 @@ def _starting_point(out: Path, resume: bool) -> Path | None:
 def _shared_prepare(config: PretrainConfig | JointConfig, accelerator: Accelerator) -> BaseSet:
     """Process 0 builds the data set first, where it has to be built; the others open it."""
     with accelerator.main_process_first():
-        return prepare(config.data)
+        base = prepare(config.data)
+    _check_inverse(config, base)
+    return base
+
+
+def _check_inverse(config: PretrainConfig | JointConfig, base: BaseSet) -> None:
+    """The overlap guard, where the reader is trained on inverse tasks, too."""
+    trains_reader = isinstance(config, PretrainConfig) and config.model == "reader"
+    if trains_reader and config.reader.inverse_share and config.data.test_set is not None:
+        check_inverse(base, load_tasks(config.data.test_set))
 
 
 def _restore(job: Run, checkpoint: Path) -> None:
