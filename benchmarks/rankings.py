@@ -4,9 +4,10 @@
     python benchmarks/rankings.py scores/arc1 --test-set evaluation
 
 Prints task_fraction in percent: against the number of views that propose (the first of them),
-against the number of views under which the reader judges, and for rules in which the votes of TRM
-weigh beside the reader's judgement. The rules are for choosing on tasks that were held out of
-training (`data.held_out`, `evaluation.held_out`), not on those whose score is to be reported.
+against the number of views under which the reader judges, and for rules in which the votes of TRM,
+or what the reader says of the inputs, weigh beside its judgement. The rules are for choosing on
+tasks that were held out of training (`data.held_out`, `evaluation.held_out`), not on those whose
+score is to be reported.
 With fewer proposing views, of the grids that were judged those count that are still proposed.
 """
 
@@ -32,6 +33,9 @@ Rule = Callable[[Sequence[Ranked]], list[Ranked]]
 WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Nats of the reader's mean score that e times as many votes of TRM are worth."""
 
+INVERSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
+"""Of the reader's mean log-probability of the input beside that of the grid."""
+
 
 def main() -> None:
     args = arguments()
@@ -44,7 +48,8 @@ def main() -> None:
     table = Table(title=f"{len(kept)} tasks, task_fraction (%)")
     for column in ("ranked by", *(f"pass@{k}" for k in scoring.PASSES)):
         table.add_column(column)
-    for name, rule in rules(1 + max(views, default=0), judging):
+    inverse = any(one.inverse_scores for one in everything)
+    for name, rule in rules(1 + max(views, default=0), judging, inverse):
         table.add_row(name, *row(kept, known, rule))
     console().print(table)
 
@@ -56,8 +61,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rules(proposing: int, judging: int) -> list[tuple[str, Rule]]:
-    """Names and rules, for so many views that propose and that judge."""
+def rules(proposing: int, judging: int, inverse: bool = False) -> list[tuple[str, Rule]]:
+    """Names and rules, for so many views that propose and that judge; `inverse`: the reader said
+    how likely the inputs are, too.
+    """
     found: list[tuple[str, Rule]] = [("the evaluation", list)]
     for n in powers(proposing):
         found.append((f"votes, {n} views", lambda own, n=n: by_votes(first(own, n))))
@@ -67,6 +74,9 @@ def rules(proposing: int, judging: int) -> list[tuple[str, Rule]]:
         found.append((f"reader, {n} views", lambda own, n=n: by_reader(first(own, n), judging)))
     for n in powers(judging):
         found.append((f"reader, judging under {n}", lambda own, n=n: by_reader(own, n)))
+    if inverse:
+        for w in INVERSE_WEIGHTS:
+            found.append((f"reader, inputs x {w:g}", lambda own, w=w: with_inputs(own, w)))
     for w in WEIGHTS:
         found.append((f"reader, TRM's votes x {w:g}", lambda own, w=w: with_trm(own, w)))
     return found
@@ -109,6 +119,20 @@ def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
         return reader_score(one) + weight * math.log(votes + 1)
 
     return sorted(by_votes(own), key=lambda one: -value(one))
+
+
+def with_inputs(own: Sequence[Ranked], weight: float) -> list[Ranked]:
+    """By the reader's mean score and `weight` x that of the input, given the grid; grids about
+    which it was not asked stay behind, by its score.
+    """
+    asked = [one for one in own if one.inverse_scores]
+    rest = [one for one in own if not one.inverse_scores]
+
+    def value(one: Ranked) -> float:
+        return reader_score(one) + weight * math.fsum(one.inverse_scores) / len(one.inverse_scores)
+
+    ranked = sorted(asked, key=lambda one: -value(one))
+    return ranked + sorted(by_votes(rest), key=lambda one: -reader_score(one))
 
 
 def reader_score(one: Ranked) -> float:

@@ -1,5 +1,7 @@
 """candidates.json.gz: what was ranked comes back, and other rankings of it can be scored."""
 
+import gzip
+import json
 import math
 import runpy
 import sys
@@ -11,7 +13,7 @@ import pytest
 from arctrm.data.task import Pair, Task
 from arctrm.errors import DataError
 from arctrm.solving.kept import read_candidates, write_candidates
-from arctrm.solving.vote import Candidate, by_experts, vote
+from arctrm.solving.vote import Candidate, by_experts, by_explanation, vote
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RED, BLUE, GREEN = (np.full((1, 2), colour, np.uint8) for colour in (2, 1, 3))
@@ -74,6 +76,33 @@ def test_the_rules_rank_as_their_names_say(rankings):
     assert [(one.grid[0, 0], one.votes) for one in first] == [(2, 2), (1, 1)]
     weak, strong = (rankings["with_trm"](own, weight) for weight in (0.0, 100.0))
     assert [one.grid[0, 0] for one in weak] == [one.grid[0, 0] for one in strong] == [2, 1, 3]
+
+
+def test_what_the_reader_says_of_inputs_is_kept_and_changes_the_order(tmp_path, rankings):
+    own = by_explanation(ranked()[:2], [[-9.0, -5.0], [-9.0, -math.inf]], 0.0)
+    write_candidates(tmp_path / "kept", [Task("a", (), (Pair(RED),))], {("a", 0): own})
+    (back,) = read_candidates(tmp_path / "kept")["a"]
+    assert [one.inverse_scores for one in back] == [(-9.0, -9.0), (-5.0, -math.inf)]
+    found = vote([Candidate(RED, 0.0, "reader"), Candidate(BLUE, 0.0, "reader")], seed=0)
+    first = found[0].grid[0, 0]
+    own = by_experts(found, [[-2.0, -3.0] if first == 1 else [-3.0, -2.0]])
+    asked = by_explanation(own, [[-20.0, -5.0]], 0.0)
+    assert [one.grid[0, 0] for one in asked] == [1, 2]
+    by_weight = {w: rankings["with_inputs"](asked, w)[0].grid[0, 0] for w in (0.0, 0.05, 0.1)}
+    assert by_weight == {0.0: 1, 0.05: 1, 0.1: 2}
+    names = [name for name, _ in rankings["rules"](2, 2, inverse=True)]
+    assert "reader, inputs x 0.2" in names
+    assert "reader, inputs x 0.2" not in [name for name, _ in rankings["rules"](2, 2)]
+
+
+def test_files_from_before_inputs_were_asked_for_are_read(tmp_path):
+    write_candidates(tmp_path / "kept", [Task("a", (), (Pair(RED),))], {("a", 0): ranked()})
+    content = json.loads(gzip.decompress((tmp_path / "kept").read_bytes()))
+    for one in content["a"][0]:
+        del one["inverse_scores"]
+    (tmp_path / "old").write_bytes(gzip.compress(json.dumps(content).encode()))
+    (back,) = read_candidates(tmp_path / "old")["a"]
+    assert [one.inverse_scores for one in back] == [(), (), ()]
 
 
 def test_a_say_of_trm_changes_the_order(rankings):
