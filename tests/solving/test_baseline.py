@@ -78,7 +78,7 @@ def test_the_tiny_reader_answers_as_in_eval(trained, tiny_reader, tmp_path, read
         "checkpoint": tiny_reader,
         "evaluation": {"test_set": str(trained.folder)},
         "inference": {"views": 3},
-        "reader": reader,
+        "reader": {"rank": "votes", **reader},
     }
     evaluate.run(EvalConfig.model_validate(settings), tmp_path / "eval")
     both = [tmp_path / "submission.json", tmp_path / "eval" / "submission.json"]

@@ -45,7 +45,7 @@ def config(checkpoint, folder, views=3, seed=0, blank=False, **reader) -> EvalCo
             "checkpoint": checkpoint,
             "evaluation": {"test_set": str(folder)},
             "inference": {"views": views, "dtype": "float32", "blank_task_embedding": blank},
-            "reader": reader,
+            "reader": {"rank": "votes", **reader},
         }
     )
 

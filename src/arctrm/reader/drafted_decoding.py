@@ -7,10 +7,10 @@ it would not it goes on with its own choice. What comes out is what comes out wi
 for rounding (greedy speculative decoding, Leviathan et al. 2023, with drafts instead of a smaller
 model).
 
-Every row has keys and values of its own, as long as it is: nothing is padded, and what was read of
-a draft in vain is overwritten.
+Every row has keys and values of its own (`reader.own_rows`): what was read of a draft in vain is
+overwritten.
 
-Legend: T tokens fed now, A heads, K head width, P places of a row, 12 choices.
+Legend: T tokens fed now, 12 choices.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from arctrm.data.task import Grid
 from arctrm.reader import grammar
 from arctrm.reader.grammar import END, ROW_END, GridState
 from arctrm.reader.interface import Prompt
-from arctrm.reader.lean import Lean
+from arctrm.reader.own_rows import HeldRow, OwnRows
 from arctrm.reader.rows import split
 from arctrm.reader.tiny import TinyReader
 
@@ -35,17 +34,11 @@ MOST_FAILURES = 6
 """Readings of a draft in a row of which less than two tokens were kept: it is dropped."""
 
 
-@dataclass(eq=False)
-class _Row:
+@dataclass(eq=False, kw_only=True)
+class _Row(HeldRow):
     """A prompt that is being continued."""
 
     bound: int
-    start: int
-    """Position number of the first output token."""
-    held: Tensor
-    """[layers, 2, A, P, K]: keys and values."""
-    length: int = 0
-    """Places that are filled."""
     choices: list[int] = field(default_factory=list)
     log_p: float = 0.0
     y: int = 0
@@ -118,7 +111,9 @@ class DraftedDecoder:
     """Decodes batches of prompts, each with a draft or none, greedily."""
 
     def __init__(self, reader: TinyReader, max_side: int):
-        self.reader, self.lean, self.max_side = reader, Lean(reader), max_side
+        self.reader, self.max_side = reader, max_side
+        self.own = OwnRows(reader)
+        self.lean = self.own.lean
 
     def batches(self, order: Sequence[int], batch_size: int) -> list[list[int]]:
         """The prompts, in this order, at most `batch_size` together."""
@@ -136,7 +131,7 @@ class DraftedDecoder:
         assert noise_TB12 is None
         rows = [self._row(*given) for given in zip(prompts, bounds, drafts, strict=True)]
         condition = self.lean.condition(torch.tensor([p.condition for p in prompts]))
-        best, log_p = self._read(rows, prompts, condition)
+        best, log_p = self._choose(self.own.read(rows, prompts), grammar.start(len(rows)))
         active = list(range(len(rows)))
         while active:
             for index, choice, own in zip(active, best.tolist(), log_p.tolist(), strict=True):
@@ -150,34 +145,11 @@ class DraftedDecoder:
         return choices, np.array([row.log_p for row in rows])
 
     def _row(self, prompt: Prompt, bound: int, draft: Grid | None) -> _Row:
-        lean = self.lean
-        places = len(prompt.tokens) + bound
-        shape = lean.num_layers, 2, lean.num_heads, places, lean.head_width
-        row = _Row(bound, prompt.output_start, torch.empty(shape, dtype=lean.dtype))
+        held = self.own.room(len(prompt.tokens) + bound)
+        row = _Row(start=prompt.output_start, held=held, bound=bound)
         if draft is not None and max(draft.shape) <= self.max_side:
             row.follow(draft)
         return row
-
-    def _read(
-        self, rows: Sequence[_Row], prompts: Sequence[Prompt], condition: Tensor
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Read the prompts; the best first choice of each row, and its log-probability."""
-        tokens = torch.from_numpy(np.concatenate([prompt.tokens for prompt in prompts]))
-        positions = [torch.from_numpy(prompt.positions) for prompt in prompts]
-        lengths = [len(own) for own in positions]
-        masks = [self._prompt_mask(own) for own in positions]
-        each = condition.repeat_interleave(torch.tensor(lengths), dim=0)
-        hidden = self._hidden(rows, tokens, torch.cat(positions), each, lengths, masks)
-        last = hidden[torch.tensor(lengths).cumsum(0) - 1]
-        return self._choose(last, grammar.start(len(rows)))
-
-    def _prompt_mask(self, positions: Tensor) -> Tensor | None:
-        """What the tokens of a prompt see of it, bool [S, S]; None: everything."""
-        if not self.reader.config.sees_inputs_whole:
-            return _after(0, len(positions))
-        there = torch.ones(1, len(positions), dtype=torch.long)
-        seen = self.reader.seen(positions[None], there, None)[0, 0]
-        return None if bool(seen.all()) else seen
 
     def _go_on(self, rows: Sequence[_Row], condition: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Feed the last choice of each row and what comes next of its draft, of which the right
@@ -199,13 +171,12 @@ class DraftedDecoder:
         y, x = torch.from_numpy(np.concatenate(at, axis=1))
         spans = torch.tensor(lengths)
         start = torch.tensor([row.start for row in rows]).repeat_interleave(spans)
-        hidden = self._hidden(
+        hidden = self.own.append(
             rows,
             self.lean.grid_ids[torch.from_numpy(np.concatenate(tokens))],
             self.reader.output_positions(start, 0, y, x),
             condition.repeat_interleave(spans, dim=0),
             lengths,
-            [_after(row.length, length) for row, length in zip(rows, lengths, strict=True)],
         )
         y, x, width = torch.from_numpy(np.concatenate(states, axis=1))
         state = GridState(y, x, width, torch.zeros(len(y), dtype=torch.bool))
@@ -223,40 +194,3 @@ class DraftedDecoder:
         log_p = grammar.log_probabilities(self.lean.logits(hidden), state, self.max_side)
         best = log_p.max(dim=-1)
         return best.indices.numpy(), best.values.double().numpy()
-
-    def _hidden(
-        self,
-        rows: Sequence[_Row],
-        tokens_T: Tensor,
-        positions_T: Tensor,
-        condition_TD: Tensor,
-        lengths: Sequence[int],
-        masks: Sequence[Tensor | None],
-    ) -> Tensor:
-        """Append tokens, `lengths` of them to each row; their hidden states."""
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts = (x.transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value))
-            done = []
-            for row, mask, q, k, v in zip(rows, masks, *parts, strict=True):
-                end = row.length + q.shape[1]
-                keys, values = row.held[layer]
-                keys[:, row.length : end], values[:, row.length : end] = k, v
-                done.append(
-                    F.scaled_dot_product_attention(
-                        q[None], keys[None, :, :end], values[None, :, :end], attn_mask=mask
-                    )[0]
-                )
-            return torch.cat(done, dim=1).transpose(0, 1)
-
-        hidden = self.lean.hidden(tokens_T, positions_T, condition_TD, attend)
-        for row, length in zip(rows, lengths, strict=True):
-            row.length += length
-        return hidden
-
-
-def _after(seen: int, new: int) -> Tensor | None:
-    """What `new` tokens see of those before them and of each other; None: everything."""
-    if new == 1:
-        return None
-    return torch.ones(new, seen + new, dtype=torch.bool).tril(seen)

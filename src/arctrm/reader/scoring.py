@@ -2,8 +2,8 @@
 
 A prompt is read once; its place in the cache is then repeated for all its candidates, which go
 through the reader whole, in one call, padded on the right. Log-probabilities are counted exactly as
-in decoding (`reader.grammar`). The tiny reader on a GPU scores without padding
-(`reader.packed_scoring`).
+in decoding (`reader.grammar`). The tiny reader scores without padding, on a GPU on packed places
+(`reader.packed_scoring`), on a CPU by what candidates have in common (`reader.shared_scoring`).
 
 Legend: R rows (prompt and candidate), S output tokens of the longest candidate, 12 choices.
 """
@@ -23,6 +23,7 @@ from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.packed_scoring import PackedScorer, row_size
 from arctrm.reader.places import is_packed
 from arctrm.reader.rows import Rows, by_length, distinct, encode, memory_guard, split
+from arctrm.reader.shared_scoring import SharedScorer
 from arctrm.reader.tiny import TinyReader
 
 
@@ -54,7 +55,8 @@ def score(
     found: list[list[float]] = [[] for _ in prompts]
     with memory_guard(batch_size):
         scores_of = _scorer(reader, prompts, candidates, max_side)
-    for group in _groups(by_length(prompts, lengths), candidates, batch_size):
+    sizes = [1 if reads_shared_once(reader) else max(1, len(own)) for own in candidates]
+    for group in _groups(by_length(prompts, lengths), sizes, batch_size):
         pairs = [(index, grid) for index in group for grid in candidates[index]]
         if pairs:
             with memory_guard(batch_size):
@@ -73,6 +75,9 @@ def _scorer(
     max_side: int,
 ) -> Callable[[Sequence[tuple[Prompt, Grid]], int], list[float]]:
     """What scores the (prompt, candidate) pairs of a group, `batch_size` of them at a time."""
+    if reads_shared_once(reader):
+        assert isinstance(reader, TinyReader)
+        return SharedScorer(reader, max_side).scores
     if not is_packed(reader):
         return lambda pairs, batch_size: _score_group(reader, pairs, batch_size, max_side)
     assert isinstance(reader, TinyReader)
@@ -81,19 +86,21 @@ def _scorer(
     return PackedScorer(reader, sizes, max_side).scores
 
 
-def _groups(
-    order: Sequence[int], candidates: Sequence[Sequence[Grid]], batch_size: int
-) -> list[list[int]]:
-    """Prompts in groups of at most `batch_size` candidates and prompts; one prompt at least."""
+def reads_shared_once(reader: GridReader) -> bool:
+    """Whether what candidates have in common is read once: by the tiny reader on a CPU."""
+    return isinstance(reader, TinyReader) and reader.device.type == "cpu"
+
+
+def _groups(order: Sequence[int], sizes: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Prompts in groups of at most `batch_size` in sum of their `sizes`; one prompt at least."""
     groups: list[list[int]] = []
     used = 0
     for index in order:
-        size = max(1, len(candidates[index]))
-        if not groups or used + size > batch_size:
+        if not groups or used + sizes[index] > batch_size:
             groups.append([])
             used = 0
         groups[-1].append(index)
-        used += size
+        used += sizes[index]
     return groups
 
 
