@@ -14,6 +14,9 @@ OLD = [
 ]
 
 
+NO_READER = ("recipe.budget=1m", "recipe.reader=0", "recipe.trm=0.5", "recipe.joint=0.5")
+
+
 def load(*overrides, files=()):
     return load_config(JointConfig, files, overrides, environ={})
 
@@ -91,6 +94,18 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
         (
             ["reader.gradient_checkpointing=true", "llama_model=a/b"],
             ["reader.gradient_checkpointing = true", "'a/b'", "hub.gradient_checkpointing"],
+        ),
+        (
+            ["reader.inverse_share=0.2", "llama_model=a/b"],
+            ["reader.inverse_share = 0.2", "llama_model = 'a/b'", "leave"],
+        ),
+        (
+            ["reader.inverse_share=0.2"],
+            ["reader.inverse_share = 0.2", "recipe.reader", "a reader_checkpoint"],
+        ),
+        (
+            ["reader.inverse_share=0.2", *NO_READER],
+            ["reader.inverse_share = 0.2", "recipe.reader", "a reader_checkpoint"],
         ),
         (["trm.task_embedding=per_view"], ["trm.task_embedding = 'per_view'", "'shared'"]),
     ],

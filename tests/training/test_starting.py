@@ -22,10 +22,11 @@ from arctrm.training.starting import starting_points
 TRM_KEYS = ("hidden_size", "num_heads", "num_layers", "num_prefix_slots")
 
 
-def pretrained(folder, kind, base, **changes):
+def pretrained(folder, kind, base, inverse_share=0.0, **changes):
     """A checkpoint of a random TRM or reader, as `pretrain` writes it."""
     joint = new_config({f"{kind}.{key}": value for key, value in changes.items()})
-    config = PretrainConfig(model=kind, trm=joint.trm, reader=joint.reader)
+    reader = joint.reader.model_copy(update={"inverse_share": inverse_share})
+    config = PretrainConfig(model=kind, trm=joint.trm, reader=reader)
     torch.manual_seed(3)
     model = new_model(config, base)
     for parameter in model.parameters():

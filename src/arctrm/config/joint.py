@@ -187,6 +187,12 @@ class JointConfig(JointModelConfig):
                 f"reader.input_attention = 'full' with llama_model = {self.llama_model!r}: a model "
                 "of the hub keeps its own attention; leave reader.input_attention out"
             )
+        if self.reader.inverse_share:
+            raise ValueError(
+                f"reader.inverse_share = {self.reader.inverse_share} with llama_model = "
+                f"{self.llama_model!r}: the tiny reader alone learns inverse tasks; leave "
+                "reader.inverse_share out"
+            )
         if self.reader.gradient_checkpointing:
             raise ValueError(
                 f"reader.gradient_checkpointing = true with llama_model = {self.llama_model!r}: "
@@ -251,6 +257,19 @@ class JointConfig(JointModelConfig):
                     "which trains that part from scratch; leave the checkpoint out, or set the "
                     "share to 0"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _inverse_tasks_are_learned(self) -> "JointConfig":
+        """Joint training asks for outputs only: a reader that it begins with knows no inputs."""
+        learned = self.recipe.is_given and self.recipe.reader > 0
+        if self.reader.inverse_share and not learned and self.reader_checkpoint is None:
+            raise ValueError(
+                f"reader.inverse_share = {self.reader.inverse_share}: inverse tasks are learned "
+                "where the tiny reader is trained alone, and here it is not; give a recipe with a "
+                "stage for the reader (recipe.budget, recipe.reader) or a reader_checkpoint, or "
+                "set reader.inverse_share = 0"
+            )
         return self
 
     @model_validator(mode="after")
