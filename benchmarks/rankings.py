@@ -24,7 +24,7 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid
 from arctrm.solving import scoring
 from arctrm.solving.kept import KEPT, read_candidates
-from arctrm.solving.vote import Ranked
+from arctrm.solving.vote import Ranked, by_explanation
 from common import guarded
 
 Rule = Callable[[Sequence[Ranked]], list[Ranked]]
@@ -127,12 +127,10 @@ def with_inputs(own: Sequence[Ranked], weight: float) -> list[Ranked]:
     """
     asked = [one for one in own if one.inverse_scores]
     rest = [one for one in own if not one.inverse_scores]
-
-    def value(one: Ranked) -> float:
-        return reader_score(one) + weight * math.fsum(one.inverse_scores) / len(one.inverse_scores)
-
-    ranked = sorted(asked, key=lambda one: -value(one))
-    return ranked + sorted(by_votes(rest), key=lambda one: -reader_score(one))
+    views = list(zip(*(one.inverse_scores for one in asked), strict=True))
+    return by_explanation(asked, views, weight) + sorted(
+        by_votes(rest), key=lambda one: -reader_score(one)
+    )
 
 
 def reader_score(one: Ranked) -> float:

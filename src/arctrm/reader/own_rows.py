@@ -53,20 +53,8 @@ class OwnRows:
         condition = self.lean.condition(torch.tensor([prompt.condition for prompt in prompts]))
         each = condition.repeat_interleave(spans, dim=0)
         masks = [self._prompt_mask(own) for own in positions]
-        hidden = self._hidden(rows, tokens, torch.cat(positions), each, lengths, masks)
+        hidden = self.append(rows, tokens, torch.cat(positions), each, lengths, masks)
         return hidden[spans.cumsum(0) - 1]
-
-    def append(
-        self,
-        rows: Sequence[HeldRow],
-        tokens_T: Tensor,
-        positions_T: Tensor,
-        condition_TD: Tensor,
-        lengths: Sequence[int],
-    ) -> Tensor:
-        """Append tokens, `lengths` of them to each row, causally; their hidden states [T, D]."""
-        masks = [_after(row.length, length) for row, length in zip(rows, lengths, strict=True)]
-        return self._hidden(rows, tokens_T, positions_T, condition_TD, lengths, masks)
 
     def _prompt_mask(self, positions: Tensor) -> Tensor | None:
         """What the tokens of a prompt see of it, bool [S, S]; None: everything."""
@@ -76,15 +64,22 @@ class OwnRows:
         seen = self.reader.seen(positions[None], there, None)[0, 0]
         return None if bool(seen.all()) else seen
 
-    def _hidden(
+    def append(
         self,
         rows: Sequence[HeldRow],
         tokens_T: Tensor,
         positions_T: Tensor,
         condition_TD: Tensor,
         lengths: Sequence[int],
-        masks: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
+        """Append tokens, `lengths` of them to each row; their hidden states [T, D].
+
+        `masks`: what those of each row see (None: everything); by default all before them.
+        """
+        if masks is None:
+            masks = [_after(row.length, length) for row, length in zip(rows, lengths, strict=True)]
+
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             parts = (x.transpose(0, 1).split(list(lengths), dim=1) for x in (query, key, value))
             done = []

@@ -20,7 +20,7 @@ from arctrm.reader.scoring import score
 from arctrm.reader.tiny import TinyReader
 from arctrm.reader.tokens import INVERSE, prompt
 from arctrm.solving.candidates import Key
-from arctrm.solving.reading import batch_size
+from arctrm.solving.reading import batch_size, view_by_view
 from arctrm.solving.vote import Ranked, by_explanation
 from arctrm.solving.weights import Solver
 
@@ -100,8 +100,5 @@ def explained(
     decoding: JudgingConfig,
 ) -> dict[Key, list[Ranked]]:
     """The rankings after readers have said how likely the inputs are, under one view or several."""
-    scores: dict[Key, list[list[float]]] = {}
-    for key, own in judged:
-        scores.setdefault(key, []).append(own)
-    weight = decoding.inverse_weight
+    scores, weight = view_by_view(judged), decoding.inverse_weight
     return {key: by_explanation(own, scores.get(key, []), weight) for key, own in ranked.items()}

@@ -33,7 +33,7 @@ from arctrm.training.stages import MANY_ROWS, TOKENS_PER_ROW
 from arctrm.training.step import GraphedStep, MicroStep, Step
 from arctrm.training.stream import PairStream
 from arctrm.training.update import Update
-from arctrm.trm.model import TRM
+from arctrm.trm.model import TASK_TABLES, TRM
 
 GPU_TOKENS, CPU_TOKENS = (1024, 16384), (256, 1024)
 """Of a batch for each task, and of several tasks at most."""
@@ -261,9 +261,7 @@ def trainable_copy(model: Model, rows: Sequence[int]) -> Model:
     if isinstance(model, Hybrid):
         return _hybrid_copy(model, rows)
     weights = _float32(model)
-    for name in ("puzzle_emb.weights", "inverse_emb.weights"):
-        if name in weights:
-            weights[name] = weights[name][list(rows)]
+    weights |= {n: weights[n][list(rows)] for n in TASK_TABLES if n in weights}
     with torch.device("meta"):
         copy = _empty(model, len(rows))
     copy.load_state_dict(weights, assign=True)

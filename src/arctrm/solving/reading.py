@@ -241,10 +241,16 @@ def reranked(
     ranked: dict[Key, list[Ranked]], judged: Sequence[tuple[Key, list[float]]]
 ) -> dict[Key, list[Ranked]]:
     """The rankings after readers have judged them, under one view or several."""
+    scores = view_by_view(judged)
+    return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
+
+
+def view_by_view(judged: Sequence[tuple[Key, list[float]]]) -> dict[Key, list[list[float]]]:
+    """What was said of the grids of each test input, one list for each view."""
     scores: dict[Key, list[list[float]]] = {}
     for key, own in judged:
         scores.setdefault(key, []).append(own)
-    return {key: by_experts(own, scores.get(key, [])) for key, own in ranked.items()}
+    return scores
 
 
 def batch_size(reader: GridReader, decoding: DecodingConfig, searching: bool = False) -> int:

@@ -60,7 +60,12 @@ class Ranked:
     @property
     def reader_score(self) -> float | None:
         """The mean of the reader's scores over the views; None if not scored."""
-        return fsum(self.reader_scores) / len(self.reader_scores) if self.reader_scores else None
+        return _mean(self.reader_scores)
+
+    @property
+    def inverse_score(self) -> float | None:
+        """The mean of what it said of the input; None if not asked."""
+        return _mean(self.inverse_scores)
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,7 @@ def by_explanation(
     ]
 
     def value(entry: Ranked) -> float:
-        given = fsum(entry.inverse_scores) / len(entry.inverse_scores)
-        return (entry.reader_score or 0.0) + weight * given
+        return (entry.reader_score or 0.0) + weight * (entry.inverse_score or 0.0)
 
     return sorted(asked, key=lambda entry: -value(entry)) + list(ranked[len(asked) :])
 
@@ -195,6 +199,10 @@ def _ranked(group: list[Candidate]) -> Ranked:
         votes_by=votes_by,
         probe=max(probes, default=None),
     )
+
+
+def _mean(scores: Sequence[float]) -> float | None:
+    return fsum(scores) / len(scores) if scores else None
 
 
 def _key(grid: Grid | None) -> tuple[tuple[int, ...], bytes]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arctrm.errors import CheckpointError
+from arctrm.trm.model import TASK_TABLES
 
 GROUP = 64
 BITS = (8, 6, 5, 4)
@@ -33,7 +34,7 @@ def is_layer_matrix(name: str, tensor: Tensor, bits: int = 8) -> bool:
 
     With fewer than 8 `bits`: and whether its rows can be packed.
     """
-    large = ".layers." in name or name.endswith(("puzzle_emb.weights", "inverse_emb.weights"))
+    large = ".layers." in name or name.endswith(TASK_TABLES)
     matrix = large and tensor.ndim == 2 and tensor.is_floating_point()
     return matrix and (bits == 8 or tensor.shape[1] % PACKED_TOGETHER == 0)
 

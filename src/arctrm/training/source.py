@@ -5,6 +5,8 @@ Everything is tensor arithmetic without a host sync, so that a captured CUDA gra
 Legend: T tokens or cells, n drawn rows.
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,17 +29,23 @@ class PairSource:
     """The pairs of a base set on `device`, drawn by the weights of `data`."""
 
     def __init__(self, base: BaseSet, data: DataConfig, seed: int, device: torch.device):
-        self.data, self.seed, self.device = data, seed, device
+        self.base, self.data, self.seed, self.device = base, data, seed, device
         self.num_views = base.meta.num_aug or _UNBOUNDED
         self.cells = torch.from_numpy(np.array(base.cells)).to(device)
         self.pairs = torch.from_numpy(np.array(base.pairs)).long().to(device)
         bits = torch.tensor(base.meta.fixed_colours, device=device)[:, None]
         self.fixed = (bits >> torch.arange(NUM_COLOURS, device=device) & 1).bool()
-        self.inverse_fixed = torch.from_numpy(inverse_fixed_colours(base)).to(device)
         self.dihedrals = torch.from_numpy(DIHEDRALS).long().to(device)
         weights = pair_weights(base, data)
         self.drawable = torch.from_numpy(weights > 0).to(device)
         self.cumulative = torch.from_numpy(weights.cumsum() / weights.sum()).to(device)
+
+    @cached_property
+    def inverse_fixed(self) -> Tensor:
+        """bool [tasks, 10]: colours that no view of the inverse task may move. (A stream that needs
+        it has drawn before a CUDA graph is captured.)
+        """
+        return torch.from_numpy(inverse_fixed_colours(self.base)).to(self.device)
 
     def draw_pairs(self, uniform: Tensor) -> Tensor:
         """Rows int64 [n] of `pairs` by weight, from float64 [n] in [0, 1)."""

@@ -21,9 +21,10 @@ from arctrm.errors import CheckpointError
 from arctrm.hybrid import Hybrid
 from arctrm.training.checkpoint_meta import CheckpointMeta, check_names, read_meta
 from arctrm.training.checkpoints import read_model, resolve_checkpoint
+from arctrm.trm.model import TASK_TABLES
 
 ENSEMBLE = "ensemble"
-EMBEDDINGS, SCALES = ("puzzle_emb.weights", "inverse_emb.weights"), "scale_emb.weights"
+SCALES = "scale_emb.weights"
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "trm": (
         TRMConfig,
@@ -246,7 +247,7 @@ def _load(
     part: nn.Module, weights: dict[str, Tensor], folder: Path, rows: list[int | None] | None = None
 ) -> int:
     if rows is not None:
-        weights |= {n: _in_order(weights[n], rows) for n in EMBEDDINGS if n in weights}
+        weights |= {n: _in_order(weights[n], rows) for n in TASK_TABLES if n in weights}
     own = part.state_dict()
     if (SCALES in own) != (SCALES in weights):  # of use in pretraining only
         weights = {n: t for n, t in weights.items() if n != SCALES}

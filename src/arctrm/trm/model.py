@@ -40,6 +40,10 @@ class Prediction(NamedTuple):
     """float32 [R]: logit that the decoded grid is right."""
 
 
+TASK_TABLES = ("puzzle_emb.weights", "inverse_emb.weights")
+"""Names that task embeddings have in every model: of the tasks, and of the inverse tasks."""
+
+
 class Table(nn.Module):
     """A learned table of vectors; `weights` as the reference calls its task embeddings."""
 
@@ -216,6 +220,5 @@ def _initial_embeddings(config: TRMConfig, num_rows: int) -> Tensor:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the trunk and of the task embeddings."""
     total = sum(p.numel() for p in model.parameters())
-    tables = ("puzzle_emb.weights", "inverse_emb.weights")
-    embeddings = sum(p.numel() for n, p in model.named_parameters() if n.endswith(tables))
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if n.endswith(TASK_TABLES))
     return {"trunk": total - embeddings, "task_embeddings": embeddings}
