@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_packed import CONFIG, FULL, LOOPED, SIDE, new_prompts, new_reader
+from test_packed import CONFIG, FULL, INJECTED, LOOPED, SIDE, new_prompts, new_reader
 
 from arctrm.reader import decoding
 from arctrm.reader.decoding import Sampling, _CachedDecoder, _results, decode, follows_drafts
@@ -45,7 +45,9 @@ def drafts_of(expected, rng):
     return drafts
 
 
-@pytest.mark.parametrize("config", [CONFIG, FULL, LOOPED], ids=["causal", "full", "looped"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, FULL, LOOPED, INJECTED], ids=["causal", "full", "looped", "injected"]
+)
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_what_comes_out_is_cached_decoding_whatever_the_drafts(config, batch_size):
     reader, asked = new_reader(config=config), new_prompts(40)

@@ -22,6 +22,7 @@ SIDE = 5
 CONFIG = ReaderConfig(hidden_size=64, num_layers=2, num_heads=4)
 FULL = CONFIG.model_copy(update={"input_attention": "full"})
 LOOPED = FULL.model_copy(update={"loops": 2})
+INJECTED = LOOPED.model_copy(update={"injection": True})
 
 
 def new_reader(device="cpu", dtype=torch.float32, config=CONFIG):
@@ -33,6 +34,9 @@ def new_reader(device="cpu", dtype=torch.float32, config=CONFIG):
             if parameter.ndim == 2:
                 parameter.mul_(4)
         reader.llama.lm_head.weight.mul_(3)
+        if reader.injection is not None:
+            for matrix in reader.injection.parameters():
+                matrix.normal_(std=0.02)
     reader = reader.to(device).eval().requires_grad_(False)
     reader.to(dtype).dtype = dtype
     return reader
@@ -120,7 +124,7 @@ def test_packed_scores_are_cached_scores(batch_size, max_places):
     np.testing.assert_allclose(found, np.concatenate(expected), atol=5e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [FULL, LOOPED], ids=["once", "looped"])
+@pytest.mark.parametrize("config", [FULL, LOOPED, INJECTED], ids=["once", "looped", "injected"])
 def test_inputs_that_are_seen_whole_are_read_alike_by_either_way(config):
     reader = new_reader(config=config)
     rng = np.random.default_rng(2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_packed import CONFIG, FULL, LOOPED, SIDE, new_prompts, new_reader
+from test_packed import CONFIG, FULL, INJECTED, LOOPED, SIDE, new_prompts, new_reader
 
 from arctrm.reader import scoring
 from arctrm.reader.grammar import num_tokens
@@ -37,7 +37,9 @@ def through_cache(monkeypatch, *given, **options):
         return score(*given, **options)
 
 
-@pytest.mark.parametrize("config", [CONFIG, FULL, LOOPED], ids=["causal", "full", "looped"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, FULL, LOOPED, INJECTED], ids=["causal", "full", "looped", "injected"]
+)
 @pytest.mark.parametrize("batch_size", BATCHES)
 def test_scores_are_those_of_the_cache_whatever_is_shared(config, batch_size, monkeypatch):
     reader, asked, grids = new_reader(config=config), new_prompts(10), candidates()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from arctrm.config import ReaderConfig
+from arctrm.config import OptimiserConfig, ReaderConfig
 from arctrm.data.task import Pair
 from arctrm.reader.attention import new_packing, prefix_mask
 from arctrm.reader.interface import left_padded
@@ -24,6 +24,7 @@ from arctrm.reader.tokens import (
     pair_tokens,
     prompt,
 )
+from arctrm.training.optimisers import FlatGradients, Optimisers
 
 CONFIG = ReaderConfig(hidden_size=32, num_layers=2, num_heads=2)
 
@@ -32,10 +33,23 @@ FULL = CONFIG.model_copy(update={"input_attention": "full"})
 LOOPED = FULL.model_copy(update={"loops": 3})
 
 
-@pytest.fixture(params=[CONFIG, FULL, LOOPED], ids=["causal", "full", "looped"])
+INJECTED = LOOPED.model_copy(update={"injection": True})
+
+
+@pytest.fixture(
+    params=[CONFIG, FULL, LOOPED, INJECTED], ids=["causal", "full", "looped", "injected"]
+)
 def reader(request):
+    return new_reader(request.param)
+
+
+def new_reader(config):
     torch.manual_seed(0)
-    return TinyReader(request.param, 3)
+    reader = TinyReader(config, 3)
+    if reader.injection is not None:
+        for matrix in reader.injection.parameters():
+            torch.nn.init.normal_(matrix, std=0.3)
+    return reader
 
 
 def grids(*sizes, seed=0):
@@ -119,6 +133,8 @@ def test_packed_and_cached_logits_are_the_same(reader):
 def test_the_packed_layers_are_those_of_a_plain_llama(reader):
     """Same weights in a LlamaForCausalLM with our rotary module, each pass of a looped reader as
     layers of its own: same logits."""
+    if reader.config.injection:
+        pytest.skip("a plain LLaMA has no injection")
     pair = Pair(*grids((3, 3), (3, 3)))
     tokens, positions = (torch.from_numpy(x) for x in pair_tokens(pair, 0))
     as_deep = reader.config.model_copy(update={"num_layers": reader.config.depth, "loops": 1})
@@ -135,6 +151,44 @@ def test_the_packed_layers_are_those_of_a_plain_llama(reader):
     out = plain(inputs_embeds=embedded, position_ids=positions[None], attention_mask=mask)
     [packed] = packed_logits(reader, [(tokens.numpy(), positions.numpy())], [(1, 2, 0)])
     torch.testing.assert_close(packed, out.logits[0], atol=1e-5, rtol=0)
+
+
+def test_injection_begins_with_nothing_and_is_learned():
+    """At first the reader is the one without; the matrix of every pass gets a gradient."""
+    torch.manual_seed(0)
+    fresh = TinyReader(INJECTED, 3)
+    without = TinyReader(LOOPED, 3)
+    found = without.load_state_dict(fresh.state_dict(), strict=False)
+    assert found.unexpected_keys == [f"injection.layers.{number}.weight" for number in range(6)]
+    assert not found.missing_keys
+    sequence = [pair_tokens(Pair(*grids((3, 4), (2, 5))), 0)]
+    [ours], [plain] = (packed_logits(one, sequence, [(1, 2, 0)]) for one in (fresh, without))
+    assert torch.equal(ours, plain)
+    ours.square().sum().backward()
+    assert all(matrix.weight.grad.abs().sum() > 0 for matrix in fresh.injection.layers)
+
+
+def test_what_is_injected_is_the_cell_and_the_condition_and_not_how_large_they_are():
+    reader = new_reader(INJECTED)
+    given = []
+    reader.injection.layers[3].register_forward_hook(
+        lambda module, args, out: given.append(args[0])
+    )
+    pair = Pair(*grids((3, 4), (2, 5)))
+    tokens, positions = pair_tokens(pair, 0)
+    packed_logits(reader, [(tokens, positions)], [(1, 2, 0)])
+    condition = reader.condition(*torch.tensor([(1, 2, 0)]).unbind(1))
+    embedded = reader.llama.model.embed_tokens(torch.from_numpy(tokens)) + condition
+    expected = embedded / embedded.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(given[0][0], expected, atol=1e-2, rtol=1e-2)
+
+
+def test_injection_is_trained_as_the_layers_are():
+    reader = new_reader(INJECTED)
+    FlatGradients(list(reader.parameters()))
+    muon = Optimisers(reader, OptimiserConfig()).all["muon"]
+    shapes = [p.shape for p in muon.param_groups[0]["params"]]
+    assert shapes.count((32, 32)) == 2 * 4 + 6
 
 
 def test_a_token_sees_nothing_after_it_and_nothing_of_other_sequences(reader):

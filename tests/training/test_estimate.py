@@ -30,6 +30,13 @@ def test_a_checkpointed_reader_goes_forward_once_more_and_keeps_the_inputs_of_it
     assert memory_bytes(again, training, 0) < 0.2 * memory_bytes(plain, training, 0)
 
 
+def test_injection_is_one_matrix_more_in_every_pass():
+    plain = ReaderConfig(hidden_size=64, num_heads=2, num_layers=2, loops=3)
+    more = plain.model_copy(update={"injection": True})
+    assert block_parameters(more) - block_parameters(plain) == 6 * 64**2
+    assert operations_per_token(more) - operations_per_token(plain) == 6 * 6 * 64**2
+
+
 def test_memory_is_linear_in_the_tokens_on_top_of_the_weights():
     at = [
         memory_bytes(TRM_SMALL, TrainingConfig(tokens_per_batch=n), 1000)

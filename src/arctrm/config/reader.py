@@ -24,6 +24,10 @@ class ReaderConfig(StrictModel):
     """Times that a token goes through all layers (a looped transformer): the arithmetic of
     num_layers x loops layers, the weights of num_layers."""
 
+    injection: bool = False
+    """Add what a token came with (cell, task, view) to its vector again before every pass through a
+    layer, each time by another matrix of width x width."""
+
     num_heads: int = Field(8, ge=1)
     """Attention heads; hidden_size / num_heads must be a multiple of 8."""
 

@@ -43,6 +43,9 @@ class Lean:
         own = reader.layers.trained
         self.activation: Callable[[Tensor], Tensor] = own[0].mlp.act_fn
         self.layers = [self._layer(layer) for layer in own] * config.loops
+        self.injection = reader.injection
+        matrices = () if reader.injection is None else reader.injection.parameters()
+        self.injected = [self._cast(matrix) for matrix in matrices]
         self.last_norm = self._cast(llama.norm.weight)
         self.grid_ids = torch.tensor(choice_ids(reader.grid_tokens), device=reader.device)
         head = reader.llama.lm_head
@@ -81,7 +84,10 @@ class Lean:
         x = (F.embedding(tokens_T, llama.embed_tokens.weight) + condition_TD).to(self.dtype)
         cos, sin = llama.rotary_emb(x, position_ids=positions_T[None])
         turn = cos[0, :, None], sin[0, :, None]
+        source = x if self.injection is None else self.injection.source(x)
         for number, layer in enumerate(self.layers):
+            if self.injected:
+                x = x + F.linear(source, self.injected[number])
             x = x + self._attention(number, layer, x, turn, attend)
             gate, up = F.linear(self._norm(x, layer.before_mlp), layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(self.activation(gate) * up, layer.down)

@@ -21,7 +21,7 @@ from arctrm.config.reader import ReaderConfig
 from arctrm.data.views import NUM_DIHEDRALS
 from arctrm.reader.attention import PACKED, Packing
 from arctrm.reader.interface import CACHE, GridTokens
-from arctrm.reader.looping import LoopedLayers
+from arctrm.reader.looping import Injection, LoopedLayers
 from arctrm.reader.tokens import GRID_TOKENS, INVERSE, PAD, SIDE, VOCABULARY, prompt_of
 from arctrm.trm.model import Table
 
@@ -69,7 +69,10 @@ class TinyReader(nn.Module):
         self.compiled = self.checkpointed = False
         width = config.hidden_size
         self.llama = LlamaForCausalLM(llama_config(config))
-        self.llama.model.layers = LoopedLayers(list(self.llama.model.layers), config.loops)
+        self.injection = Injection(width, config.depth) if config.injection else None
+        self.llama.model.layers = LoopedLayers(
+            list(self.llama.model.layers), config.loops, self.injection
+        )
         self.llama.config.num_hidden_layers = config.depth  # a cache has a place for every pass
         self.llama.model.rotary_emb = GridRotary(width // config.num_heads, config.rope_base)
         self.puzzle_emb = Table(torch.randn(num_rows, width) * INIT_STD)
@@ -151,10 +154,15 @@ class TinyReader(nn.Module):
             cells = one_hot @ llama.embed_tokens.weight.to(self.dtype)
             x = (cells + condition_TD.to(self.dtype))[None]
             turned = llama.rotary_emb(x, position_ids=positions_T[None])
+            told = {**self.told(x), "position_embeddings": turned, "packing": packing}
             for layer in self.layers.passes:
-                y = self._run(layer, x, position_embeddings=turned, packing=packing)
+                y = self._run(layer, x, **told)
                 x = x + F.dropout(y - x, dropout) if dropout else y
             return llama.norm(x)[0]
+
+    def told(self, embedded: Tensor) -> dict[str, Tensor]:
+        """What the layers are told of the embedded tokens [..., D] beside their vectors."""
+        return {} if self.injection is None else {"source": self.injection.source(embedded)}
 
     def _run(self, layer: nn.Module, x: Tensor, **given: Any) -> Tensor:
         """A layer, whose activations are computed anew for its gradient where `checkpointed`."""
@@ -187,14 +195,15 @@ class TinyReader(nn.Module):
     ) -> Tensor:
         """Next-token logits, float32 [B, S or `keep`, 16]; the tokens are appended to the cache."""
         condition = self.condition(*condition_B3.unbind(1))[:, None]
-        embedded = self.llama.model.embed_tokens(tokens_BS) + condition
+        embedded = (self.llama.model.embed_tokens(tokens_BS) + condition).to(self.dtype)
         with self._uncompiled(), self._arithmetic():
             out = self.llama.model(
-                inputs_embeds=embedded.to(self.dtype),
+                inputs_embeds=embedded,
                 attention_mask=self.seen(positions_BS, attention_mask, cache),
                 position_ids=positions_BS,
                 use_cache=True,
                 **{CACHE: cache},
+                **self.told(embedded),
             )
         return self.head(out.last_hidden_state[:, -keep:])
 

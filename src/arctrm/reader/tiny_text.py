@@ -107,13 +107,15 @@ class TinyText:
         cache: StaticCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, float32 [B, S, D], of embeddings [B, S, D]."""
+        embedded = inputs.to(self.model.dtype)
         with self.model._arithmetic():
             out = self.model.llama.model(
-                inputs_embeds=inputs.to(self.model.dtype),
+                inputs_embeds=embedded,
                 attention_mask=self.model.seen(positions_BS, attention_mask, cache),
                 position_ids=positions_BS,
                 use_cache=cache is not None,
                 **{CACHE: cache},
+                **self.model.told(embedded),
             )
         return out.last_hidden_state.float()
 

@@ -19,8 +19,12 @@ GPU_RATE, CPU_RATE = 250e12, 80e9
 
 def block_parameters(model: TRMConfig | ReaderConfig) -> int:
     """Parameters of all blocks: what Muon trains."""
-    matrices = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.inner_size
-    return model.num_layers * matrices
+    injected = model.depth if isinstance(model, ReaderConfig) and model.injection else 0
+    return model.num_layers * _of_layer(model) + injected * model.hidden_size**2
+
+
+def _of_layer(model: TRMConfig | ReaderConfig) -> int:
+    return 4 * model.hidden_size**2 + 3 * model.hidden_size * model.inner_size
 
 
 def passes(model: TRMConfig | ReaderConfig) -> tuple[int, int]:
@@ -33,8 +37,11 @@ def passes(model: TRMConfig | ReaderConfig) -> tuple[int, int]:
 def operations_per_token(model: TRMConfig | ReaderConfig) -> float:
     """Arithmetic of one training step on one token (backward = 2 x forward), attention left out."""
     without, with_gradient = passes(model)
-    times = 4 if is_checkpointed(model) else 3
-    return 2 * block_parameters(model) * (without + times * with_gradient)
+    times = without + (4 if is_checkpointed(model) else 3) * with_gradient
+    used = _of_layer(model)
+    if isinstance(model, ReaderConfig) and model.injection:
+        used += model.hidden_size**2  # a matrix of its own in every pass
+    return 2 * model.num_layers * used * times
 
 
 def is_checkpointed(model: TRMConfig | ReaderConfig) -> bool:

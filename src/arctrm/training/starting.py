@@ -37,7 +37,7 @@ TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
         ReaderConfig,
         (
             *("hidden_size", "num_heads", "num_layers", "loops", "expansion", "rope_base"),
-            *("input_attention", "task_embedding", "inverse_share"),
+            *("input_attention", "task_embedding", "inverse_share", "injection"),
         ),
     ),
     "hub": (HubReaderConfig, ("name", "revision", "mode", "lora_rank", "lora_alpha")),
