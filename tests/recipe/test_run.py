@@ -95,6 +95,20 @@ def test_every_stage_is_a_run_and_the_folder_is_its_last(whole):
     assert json.loads((whole / "config.json").read_text())["config"]["recipe"]["max_steps"] == 10
 
 
+def test_a_stage_whose_time_went_before_its_warm_up_was_over_is_named(config, tmp_path, capsys):
+    table = config.model_dump()
+    for name, warmup in (("reader_training", 0), ("trm_training", 10**6)):
+        table["recipe"][name]["schedule"]["warmup_steps"] = warmup
+    table["recipe"] |= {"max_steps": None, "budget": "3s", "evaluate": False}
+    run(JointConfig.model_validate(table), tmp_path / "out", False)
+    said = " ".join(capsys.readouterr().err.split())
+    made = read_meta(latest_checkpoint(tmp_path / "out" / "trm")).step
+    assert f"recipe: trm made {made} optimiser steps in its 1 s, fewer than its warm-up of" in said
+    assert "raise recipe.budget, or this stage's share" in said
+    assert "reader made" not in said
+    assert "joint made" not in said
+
+
 def test_the_checkpoint_says_how_its_parts_were_trained(whole):
     """What starts from it says the joint run, too, of a part that was trained in it."""
     meta = read_meta(latest_checkpoint(whole / "joint"))
@@ -219,7 +233,8 @@ def test_a_checkpoint_that_does_not_fit_stops_a_recipe_before_its_first_stage(
 
 def test_a_dry_run_shows_the_stages_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "dry"
-    words = ["--config", str(CONFIG), "--set", "recipe.budget=20m", "--dry-run"]
+    sets = ["--set", "recipe.budget=20m", "--set", "recipe.readers=2"]
+    words = ["--config", str(CONFIG), *sets, "--dry-run"]
     assert run_app(["joint", *words, "--set", "data.max_tasks=3", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     for part in ("reader2", "576 s", "48 s", "adapters: draft", "parameters"):

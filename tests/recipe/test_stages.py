@@ -30,11 +30,9 @@ def test_the_shipped_recipes_are_an_hour_of_which_one_key_makes_less(name):
         config = read(*budget, files=[name])
         planned = plan(config, OUT)
         assert sum(lengths(planned).values()) == pytest.approx(60 * minutes)
-        readers = {"arc1_1h": ["reader", "reader2"], "arc2_1h": ["reader"]}[name]
-        assert list(lengths(planned)) == [*readers, "joint"]
+        assert list(lengths(planned)) == ["reader", "joint"]
         assert config.recipe.trm == 0
-        of_each = config.recipe.reader / len(readers)
-        shares = *[of_each] * len(readers), config.recipe.joint
+        shares = config.recipe.reader, config.recipe.joint
         expected = [60 * minutes * share for share in shares]
         assert list(lengths(planned).values()) == pytest.approx(expected)
         assert planned.evaluation.evaluation.test_set == config.data.test_set
@@ -49,7 +47,7 @@ def test_stages_have_the_tables_of_the_single_commands():
         "recipe.trm_data.weights={ evaluation = 3.0 }",
         "recipe.trm_training.halt_max_steps=4",
     )
-    reader, _, trm, joint = (stage.config for stage in plan(config, OUT).stages)
+    reader, trm, joint = (stage.config for stage in plan(config, OUT).stages)
     assert (reader.model, trm.model) == ("reader", "trm")
     assert {c.seed for c in (reader, trm, joint)} == {7}
     assert reader.reader == trm.reader == joint.reader == config.reader
@@ -89,7 +87,7 @@ def test_the_readers_of_an_ensemble_share_the_time_and_differ_by_their_seeds():
 
 def test_steps_are_shared_like_time():
     planned = plan(read(*THREE, "recipe.max_steps=100", "recipe.evaluate=false"), OUT)
-    assert [s.config.training.schedule.max_steps for s in planned.stages] == [30, 30, 15, 25]
+    assert [s.config.training.schedule.max_steps for s in planned.stages] == [60, 15, 25]
     assert set(lengths(planned).values()) == {None}
     assert planned.evaluation is None
 
@@ -108,7 +106,7 @@ def test_without_a_length_there_is_no_recipe():
         (["epochs=2"], ["epochs = 2 contradicts", "leave one of them out"]),
         ([*THREE, "trm_checkpoint=runs/x"], ["trm_checkpoint = 'runs/x'", "recipe.trm = 0.15"]),
         (
-            ["llama_model=a/b", "reader.input_attention=causal"],
+            ["llama_model=a/b", "reader.input_attention=causal", "reader.inverse_share=0"],
             ["llama_model = 'a/b'", "set recipe.reader = 0"],
         ),
         (

@@ -123,9 +123,26 @@ def _train(stage: RecipeStage, accelerator: Accelerator) -> None:
         joint.run(stage.config, stage.folder, resume, accelerator)
     else:
         pretrain.run(stage.config, stage.folder, resume, shared=accelerator)
+    if accelerator.is_main_process and (said := too_short(stage)):
+        note(said)
     # Compiled code is kept by the function that it was made of: another stage's sizes would add to
     # it until nothing more is compiled.
     torch.compiler.reset()
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def too_short(stage: RecipeStage) -> str | None:
+    """A sentence on a stage whose time was used up before its warm-up was over; else None."""
+    schedule, checkpoint = stage.config.training.schedule, latest_checkpoint(stage.folder)
+    if schedule.budget is None or checkpoint is None:
+        return None
+    steps, wanted = read_meta(checkpoint).step, schedule.warmup_steps
+    if steps >= wanted:
+        return None
+    return (
+        f"recipe: {stage.name} made {steps} optimiser steps in its {length(stage)}, fewer than its "
+        f"warm-up of {wanted}: starting up took too much of them, and little was learned; raise "
+        "recipe.budget, or this stage's share of it"
+    )
