@@ -183,6 +183,19 @@ def test_what_is_injected_is_the_cell_and_the_condition_and_not_how_large_they_a
     torch.testing.assert_close(given[0][0], expected, atol=1e-2, rtol=1e-2)
 
 
+def test_injection_has_the_same_gradient_where_activations_are_computed_anew():
+    gradients = []
+    for again in (False, True):
+        reader = new_reader(INJECTED)
+        reader.checkpointed = again
+        sequence = [pair_tokens(Pair(*grids((3, 4), (2, 5))), 0)]
+        packed_logits(reader, sequence, [(1, 2, 0)])[0].square().sum().backward()
+        gradients.append([p.grad for p in reader.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    for plain, anew in zip(*gradients, strict=True):
+        assert torch.equal(plain, anew)
+
+
 def test_injection_is_trained_as_the_layers_are():
     reader = new_reader(INJECTED)
     FlatGradients(list(reader.parameters()))

@@ -76,6 +76,7 @@ def reader(tiny):
         {"training.ema_decay": 0.0, "training.optimiser.kind": "adamw"},
         {"reader.task_embedding": False},
         {"reader.gradient_checkpointing": True},
+        {"reader.injection": True, "reader.loops": 2},
         {"reader.scaling.share": 0.5, "reader.scaling.shapes": ("pad", "stretch")},
     ],
     ids=[
@@ -85,6 +86,7 @@ def reader(tiny):
         "adamw_no_ema",
         "no_task_embedding",
         "checkpointed",
+        "injected",
         "scaled",
     ],
 )
