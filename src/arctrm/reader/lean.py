@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arctrm.reader.grammar import choice_ids
+from arctrm.reader.looping import Injection
 from arctrm.reader.tiny import TinyReader
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -43,7 +44,6 @@ class Lean:
         own = reader.layers.trained
         self.activation: Callable[[Tensor], Tensor] = own[0].mlp.act_fn
         self.layers = [self._layer(layer) for layer in own] * config.loops
-        self.injection = reader.injection
         matrices = () if reader.injection is None else reader.injection.parameters()
         self.injected = [self._cast(matrix) for matrix in matrices]
         self.last_norm = self._cast(llama.norm.weight)
@@ -84,7 +84,7 @@ class Lean:
         x = (F.embedding(tokens_T, llama.embed_tokens.weight) + condition_TD).to(self.dtype)
         cos, sin = llama.rotary_emb(x, position_ids=positions_T[None])
         turn = cos[0, :, None], sin[0, :, None]
-        source = x if self.injection is None else self.injection.source(x)
+        source = Injection.source(x) if self.injected else x
         for number, layer in enumerate(self.layers):
             if self.injected:
                 x = x + F.linear(source, self.injected[number])
