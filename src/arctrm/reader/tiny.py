@@ -154,13 +154,13 @@ class TinyReader(nn.Module):
             cells = one_hot @ llama.embed_tokens.weight.to(self.dtype)
             x = (cells + condition_TD.to(self.dtype))[None]
             turned = llama.rotary_emb(x, position_ids=positions_T[None])
-            told = {**self.told(x), "position_embeddings": turned, "packing": packing}
+            told = {**self._told(x), "position_embeddings": turned, "packing": packing}
             for layer in self.layers.passes:
                 y = self._run(layer, x, **told)
                 x = x + F.dropout(y - x, dropout) if dropout else y
             return llama.norm(x)[0]
 
-    def told(self, embedded: Tensor) -> dict[str, Tensor]:
+    def _told(self, embedded: Tensor) -> dict[str, Tensor]:
         """What the layers are told of the embedded tokens [..., D] beside their vectors."""
         return {} if self.injection is None else {"source": self.injection.source(embedded)}
 
@@ -195,17 +195,32 @@ class TinyReader(nn.Module):
     ) -> Tensor:
         """Next-token logits, float32 [B, S or `keep`, 16]; the tokens are appended to the cache."""
         condition = self.condition(*condition_B3.unbind(1))[:, None]
-        embedded = (self.llama.model.embed_tokens(tokens_BS) + condition).to(self.dtype)
-        with self._uncompiled(), self._arithmetic():
+        embedded = self.llama.model.embed_tokens(tokens_BS) + condition
+        with self._uncompiled():
+            hidden = self.read(embedded, positions_BS, attention_mask, cache)
+        return self.head(hidden[:, -keep:])
+
+    def read(
+        self,
+        embedded: Tensor,
+        positions_BS: Tensor,
+        attention_mask: Tensor,
+        cache: StaticCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, S, D] after the final norm, of embeddings [B, S, D] with the condition
+        in them; where there is a cache, the tokens are appended to it.
+        """
+        embedded = embedded.to(self.dtype)
+        with self._arithmetic():
             out = self.llama.model(
                 inputs_embeds=embedded,
                 attention_mask=self.seen(positions_BS, attention_mask, cache),
                 position_ids=positions_BS,
-                use_cache=True,
+                use_cache=cache is not None,
                 **{CACHE: cache},
-                **self.told(embedded),
+                **self._told(embedded),
             )
-        return self.head(out.last_hidden_state[:, -keep:])
+        return out.last_hidden_state
 
     def seen(
         self, positions_BS: Tensor, attention_mask: Tensor, cache: StaticCache | None

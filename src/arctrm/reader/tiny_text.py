@@ -19,7 +19,7 @@ from transformers import StaticCache
 from arctrm.data.task import MAX_SIDE
 from arctrm.errors import ConfigError
 from arctrm.reader import tokens as t
-from arctrm.reader.interface import CACHE, Prompt
+from arctrm.reader.interface import Prompt
 from arctrm.reader.tiny import TinyReader
 
 LABEL = re.compile(r"\W*(input|output)\W*", re.IGNORECASE)
@@ -107,17 +107,7 @@ class TinyText:
         cache: StaticCache | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, float32 [B, S, D], of embeddings [B, S, D]."""
-        embedded = inputs.to(self.model.dtype)
-        with self.model._arithmetic():
-            out = self.model.llama.model(
-                inputs_embeds=embedded,
-                attention_mask=self.model.seen(positions_BS, attention_mask, cache),
-                position_ids=positions_BS,
-                use_cache=cache is not None,
-                **{CACHE: cache},
-                **self.model.told(embedded),
-            )
-        return out.last_hidden_state.float()
+        return self.model.read(inputs, positions_BS, attention_mask, cache).float()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32 [..., vocabulary]."""

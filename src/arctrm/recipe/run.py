@@ -123,7 +123,7 @@ def _train(stage: RecipeStage, accelerator: Accelerator) -> None:
         joint.run(stage.config, stage.folder, resume, accelerator)
     else:
         pretrain.run(stage.config, stage.folder, resume, shared=accelerator)
-    if accelerator.is_main_process and (said := too_short(stage)):
+    if accelerator.is_main_process and (said := _too_short(stage)):
         note(said)
     # Compiled code is kept by the function that it was made of: another stage's sizes would add to
     # it until nothing more is compiled.
@@ -133,7 +133,7 @@ def _train(stage: RecipeStage, accelerator: Accelerator) -> None:
         torch.cuda.empty_cache()
 
 
-def too_short(stage: RecipeStage) -> str | None:
+def _too_short(stage: RecipeStage) -> str | None:
     """A sentence on a stage whose time was used up before its warm-up was over; else None."""
     schedule, checkpoint = stage.config.training.schedule, latest_checkpoint(stage.folder)
     if schedule.budget is None or checkpoint is None:

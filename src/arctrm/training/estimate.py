@@ -19,12 +19,17 @@ GPU_RATE, CPU_RATE = 250e12, 80e9
 
 def block_parameters(model: TRMConfig | ReaderConfig) -> int:
     """Parameters of all blocks: what Muon trains."""
-    injected = model.depth if isinstance(model, ReaderConfig) and model.injection else 0
-    return model.num_layers * _of_layer(model) + injected * model.hidden_size**2
+    return model.num_layers * (_of_layer(model) + passes(model)[1] * _injected(model))
 
 
 def _of_layer(model: TRMConfig | ReaderConfig) -> int:
     return 4 * model.hidden_size**2 + 3 * model.hidden_size * model.inner_size
+
+
+def _injected(model: TRMConfig | ReaderConfig) -> int:
+    """Parameters of the matrix that every pass through a layer has for itself."""
+    injects = isinstance(model, ReaderConfig) and model.injection
+    return model.hidden_size**2 if injects else 0
 
 
 def passes(model: TRMConfig | ReaderConfig) -> tuple[int, int]:
@@ -38,10 +43,7 @@ def operations_per_token(model: TRMConfig | ReaderConfig) -> float:
     """Arithmetic of one training step on one token (backward = 2 x forward), attention left out."""
     without, with_gradient = passes(model)
     times = without + (4 if is_checkpointed(model) else 3) * with_gradient
-    used = _of_layer(model)
-    if isinstance(model, ReaderConfig) and model.injection:
-        used += model.hidden_size**2  # a matrix of its own in every pass
-    return 2 * model.num_layers * used * times
+    return 2 * model.num_layers * (_of_layer(model) + _injected(model)) * times
 
 
 def is_checkpointed(model: TRMConfig | ReaderConfig) -> bool:
