@@ -88,6 +88,10 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
             ["reader.input_attention = 'full'", "reader.sequence = 'task'", "set reader.sequence"],
         ),
         (
+            ["reader.mosaic_share=0.2", "reader.sequence=task"],
+            ["reader.mosaic_share = 0.2", "reader.sequence = 'task'", "set reader.sequence"],
+        ),
+        (
             ["reader.input_attention=full", "llama_model=a/b"],
             ["reader.input_attention = 'full'", "llama_model = 'a/b'", "leave"],
         ),

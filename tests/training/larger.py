@@ -1,4 +1,4 @@
-"""How a grid is shown larger, said once more in numpy."""
+"""How a grid is shown larger, or with another as one, said once more in numpy."""
 
 import numpy as np
 
@@ -17,6 +17,19 @@ def larger(grid, shown, scaling):
     return {"pad": pad, "lines": lines, "tile": tile, "stretch": stretch}[shape](
         grid, patterns, fill
     )
+
+
+def side_by_side(first, second, axis, fill):
+    """Two grids as one: the second below the first (axis 1) or right of it (2)."""
+    sides = [max(pair) for pair in zip(first.shape, second.shape, strict=True)]
+    own = []
+    for grid in (first, second):
+        shape = sides.copy()
+        shape[axis - 1] = grid.shape[axis - 1]
+        whole = np.full(shape, fill, dtype=np.uint8)
+        whole[: grid.shape[0], : grid.shape[1]] = grid
+        own.append(whole)
+    return np.concatenate(own, axis - 1)
 
 
 def pad(grid, patterns, fill):

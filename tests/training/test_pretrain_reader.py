@@ -78,6 +78,7 @@ def reader(tiny):
         {"reader.gradient_checkpointing": True},
         {"reader.injection": True, "reader.loops": 2},
         {"reader.scaling.share": 0.5, "reader.scaling.shapes": ("pad", "stretch")},
+        {"reader.mosaic_share": 0.5, "reader.inverse_share": 0.3},
     ],
     ids=[
         "pair",
@@ -88,6 +89,7 @@ def reader(tiny):
         "checkpointed",
         "injected",
         "scaled",
+        "mosaics",
     ],
 )
 def test_every_variant_resumes_exactly(reader, tmp_path, changes):

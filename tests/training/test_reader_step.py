@@ -29,7 +29,7 @@ from arctrm.training.joint_reader import TinyJointReader
 from arctrm.training.losses import IGNORE
 from arctrm.training.optimisers import FlatGradients, Optimisers
 from arctrm.training.reader_step import ReaderStep, reader_losses
-from arctrm.training.reader_stream import DIHEDRAL, FLAG, PAIR, SCALE, TASK, ReaderStream
+from arctrm.training.reader_stream import DIHEDRAL, FLAG, MOSAIC, PAIR, SCALE, TASK, ReaderStream
 from arctrm.training.source import OUTPUT, PairSource
 from arctrm.training.step import COUNTS, GraphedStep
 
@@ -444,6 +444,22 @@ def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
     assert torch.equal(changed, scale == 2)
     reader.losses(batch).total.backward()
     assert (model.scale_emb.weights.grad.abs().sum(1) > 0).all()
+
+
+def test_the_reader_is_told_by_a_vector_that_two_pairs_are_shown_as_one(real):
+    _, _, step = make(real, mosaic_share=0.9, scaling={"sides": 30})
+    stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, alone=True)
+    batch = stream.next_batch(stream.draw(64), 16384)
+    model, reader = step.reader.reader, step.reader
+    way = batch.rows[:, MOSAIC][batch.row.clamp(max=len(batch.rows) - 1)]
+    assert set(way.tolist()) == {0, 1, 2}
+    before = reader.hidden(batch)
+    with torch.no_grad():
+        model.mosaic_emb.weights[1] += 1.0
+    changed = (reader.hidden(batch) - before).abs().amax(1) > 1e-3
+    assert torch.equal(changed, way == 2)
+    reader.losses(batch).total.backward()
+    assert (model.mosaic_emb.weights.grad.abs().sum(1) > 0).all()
 
 
 def test_noise_changes_output_cells_of_every_other_row_and_no_label(real):

@@ -5,7 +5,7 @@ labelled; sequences are packed in order and none is preferred.
 import numpy as np
 import pytest
 import torch
-from larger import larger
+from larger import larger, side_by_side
 
 from arctrm.config import DataConfig, ReaderConfig
 from arctrm.config.reader import PAIR_TOKENS
@@ -54,11 +54,18 @@ def sequences(batch, stream):
 def as_seen(base, row, scaling=None):
     view = View(int(row[s.DIHEDRAL]), tuple(row[s.COLOURS].tolist()))
     assert view.identity_colours == bool(row[s.FLAG] % s.INVERSE)
-    pair = base.pair(int(row[s.PAIR]))
-    if row[s.FLAG] >= s.INVERSE:
-        pair = Pair(pair.output, pair.input)
-    grids = (view.apply(grid) for grid in (pair.input, pair.output))
-    return Pair(*(larger(grid, row[s.SHOWN], scaling or {}) for grid in grids))
+    given, asked = seen_grids(base, row, s.PAIR, view)
+    if axis := int(row[s.MOSAIC]):
+        assert row[s.SCALE] == 0
+        both = zip((given, asked), seen_grids(base, row, s.SECOND, view), strict=True)
+        return Pair(*(side_by_side(*grids, axis, view.colours[0]) for grids in both))
+    return Pair(*(larger(grid, row[s.SHOWN], scaling or {}) for grid in (given, asked)))
+
+
+def seen_grids(base, row, column, view):
+    pair = base.pair(int(row[column]))
+    grids = (view.apply(pair.input), view.apply(pair.output))
+    return grids[::-1] if row[s.FLAG] >= s.INVERSE else grids
 
 
 def lengths(rows_NKC):
@@ -147,6 +154,48 @@ def test_some_sequences_ask_for_the_input_of_an_output(base, form):
     assert abs(share - 0.3) < 0.05
 
 
+def test_some_sequences_show_two_pairs_as_one(base):
+    scaling = {"share": 0.4, "shapes": ("pad", "lines"), "sides": 30}
+    stream = make(base, "pair", inverse_share=0.3, scaling=scaling, mosaic_share=0.7)
+    seen = np.zeros((3, 2), dtype=int)
+    for batch in batches(stream, 60):
+        for (row,), where in sequences(batch, stream):
+            pair = as_seen(base, row, stream.config.scaling.model_dump())
+            tokens, positions = pair_tokens(pair, 0)
+            np.testing.assert_array_equal(batch.tokens[where].numpy(), tokens)
+            np.testing.assert_array_equal(batch.positions[where].numpy(), positions)
+            assert int(row[s.LENGTH]) == pair_length(pair)
+            assert max(*pair.input.shape, *pair.output.shape) <= 30
+            if row[s.MOSAIC]:
+                both = stream.source.pairs[row[[s.PAIR, s.SECOND]]]
+                assert row[s.PAIR] != row[s.SECOND]
+                assert both[0, 0] == both[1, 0] == row[s.TASK]
+            seen[int(row[s.MOSAIC]), int(row[s.FLAG] >= s.INVERSE)] += 1
+    assert seen.min() > 5
+
+
+def test_a_share_of_what_is_not_shown_larger_and_has_room_is_two_pairs():
+    base = base_set_from_tasks({"a": [big_task("small", 4, 5)]}, None, 0)
+    stream = make(base, "pair", scaling={"share": 0.5, "sides": 10}, mosaic_share=0.3)
+    rows = stream.draw(4000)[:, 0]
+    as_it_is = rows[:, s.SCALE] == 0
+    shares = torch.bincount(rows[as_it_is, s.MOSAIC], minlength=3) / as_it_is.sum()
+    torch.testing.assert_close(shares, torch.tensor([0.7, 0.15, 0.15]), atol=0.04, rtol=0)
+    assert (rows[~as_it_is, s.MOSAIC] == 0).all()
+    small = make(base, "pair", scaling={"sides": 9}, mosaic_share=0.9).draw(200)
+    assert (small[..., s.MOSAIC] == 0).all()  # two of five rows do not fit in nine
+
+
+def test_a_pair_without_another_is_shown_alone():
+    """The others may be there, but not to be drawn."""
+    tasks = {"a": [big_task("one", 1, 4)], "b": [big_task("one", 3, 4, seed=1)]}
+    base = base_set_from_tasks(tasks, None, 0)
+    for weight, expected in ((0.0, {0}), (1.0, {0, 1, 2})):
+        data = DataConfig(num_aug=50, weights={"b": weight})
+        rows = make(base, "pair", data, mosaic_share=0.9).draw(200)
+        assert set(rows[..., s.MOSAIC].unique().tolist()) == expected
+
+
 def test_views_of_inverse_tasks_keep_the_colours_that_only_inputs_have(base):
     stream = make(base, "pair", DataConfig(num_aug=0, identity_colours=0.0), inverse_share=0.5)
     names = ("training", "evaluation")
@@ -169,14 +218,14 @@ def inverse_task(task):
 
 
 def test_a_stream_that_is_not_alone_draws_what_one_without_scaling_and_inverse_tasks_draws(base):
-    stream = make(base, "pair", scaling={"share": 0.5}, inverse_share=0.5)
+    stream = make(base, "pair", scaling={"share": 0.5}, inverse_share=0.5, mosaic_share=0.5)
     plain = s.ReaderStream(stream.source, stream.config, torch.float32)
     drawn = []
     for each in (plain, make(base, "pair")):
         torch.manual_seed(0)
         drawn.append(each.draw(200))
     assert torch.equal(*drawn)
-    assert (drawn[0][..., s.SCALE] == 0).all()
+    assert (drawn[0][..., [s.SCALE, s.MOSAIC]] == 0).all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -114,6 +114,19 @@ def test_the_vectors_of_scale_augmentation_are_taken_where_both_have_them(tmp_pa
         started(changes, small_base())
 
 
+def test_the_vectors_of_mosaics_are_taken_where_both_have_them(tmp_path):
+    base, share = small_base(), {"reader.mosaic_share": 0.5}
+    trained, path = pretrained(tmp_path / "with", "reader", base, mosaic_share=0.5)
+    _, plain = pretrained(tmp_path / "without", "reader", base)
+    both = started({"reader_checkpoint": path, **share}, base).reader
+    assert torch.equal(both.mosaic_emb.weights, trained.mosaic_emb.weights)
+    dropped = started({"reader_checkpoint": path}, base).reader
+    assert not hasattr(dropped, "mosaic_emb")
+    assert torch.equal(dropped.dihedral_emb.weights, trained.dihedral_emb.weights)
+    fresh = started({"reader_checkpoint": plain, **share}, base).reader
+    assert fresh.mosaic_emb.weights.shape == trained.mosaic_emb.weights.shape
+
+
 def test_a_run_folder_and_a_bundle_do_as_well(tmp_path):
     model, path = pretrained(tmp_path / "run", "trm", small_base())
     for given in (tmp_path / "run", path):

@@ -62,6 +62,11 @@ class ReaderConfig(StrictModel):
     scaling: ScalingConfig = ScalingConfig()
     """Sequences that are shown larger while the reader is trained alone."""
 
+    mosaic_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the other sequences that show two pairs of their task as one, both inputs beside
+    each other and both outputs likewise, while the reader is trained alone; as long as no side
+    exceeds scaling.sides. Needs the form "pair"."""
+
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of what each layer adds to a token's vector that is left out where the reader's own
     loss is computed, the rest enlarged to make up for it; never where grids are read or written."""
@@ -91,6 +96,16 @@ class ReaderConfig(StrictModel):
                 f"reader.input_attention = 'full' with reader.sequence = {self.sequence!r}: only "
                 "what comes first in a sequence can be seen whole; set reader.sequence = 'pair' or "
                 "reader.input_attention = 'causal'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mosaics_are_pairs(self) -> "ReaderConfig":
+        if self.mosaic_share and self.sequence != "pair":
+            raise ValueError(
+                f"reader.mosaic_share = {self.mosaic_share} with reader.sequence = "
+                f"{self.sequence!r}: only a pair that is alone in its sequence can be shown as one "
+                "with another; set reader.sequence = 'pair' or reader.mosaic_share = 0"
             )
         return self
 

@@ -26,6 +26,8 @@ from arctrm.reader.tokens import GRID_TOKENS, INVERSE, PAD, SIDE, VOCABULARY, pr
 from arctrm.trm.model import Table
 
 INIT_STD = 0.02
+NUM_MOSAICS = 2
+"""Ways of showing two pairs as one: one below the other, or beside it."""
 
 
 class GridRotary(nn.Module):
@@ -82,6 +84,8 @@ class TinyReader(nn.Module):
             self.inverse_emb = Table(torch.randn(num_rows, width) * INIT_STD)
         if config.scaling.share:
             self.scale_emb = Table(torch.randn(config.scaling.num_ways, width) * INIT_STD)
+        if config.mosaic_share:
+            self.mosaic_emb = Table(torch.randn(NUM_MOSAICS, width) * INIT_STD)
 
     @property
     def grid_tokens(self) -> GridTokens:
@@ -117,16 +121,20 @@ class TinyReader(nn.Module):
         dihedral: Tensor,
         colour_flag: Tensor,
         scale: Tensor | None = None,
+        mosaic: Tensor | None = None,
     ) -> Tensor:
         """The vectors [R, D] that are added to every token of each row.
 
-        `scale` numbers the ways in which grids are shown larger, from 1; 0: as they are. A
-        `colour_flag` of `INVERSE` or more takes the vector of the inverse task.
+        `scale` numbers the ways in which grids are shown larger, `mosaic` those in which two pairs
+        are shown as one, from 1; 0: as they are. A `colour_flag` of `INVERSE` or more takes the
+        vector of the inverse task.
         """
         turn = self.dihedral_emb.weights.index_select(0, dihedral)
         both = turn + self.colour_flag_emb.weights.index_select(0, colour_flag % INVERSE)
         if scale is not None:
             both = both + self.scale_emb.or_zero(scale)
+        if mosaic is not None:
+            both = both + self.mosaic_emb.or_zero(mosaic)
         if not self.config.task_embedding:
             return both
         vectors: Tensor = self.puzzle_emb.weights

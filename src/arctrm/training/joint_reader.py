@@ -96,10 +96,13 @@ class TinyJointReader:
     ) -> Tensor:
         """Hidden states [T, H] of a batch; a soft prefix is added to its tokens' embeddings."""
         rows = batch.rows
-        told = [rows[:, column] for column in (reading.TASK, reading.DIHEDRAL, reading.FLAG)]
-        if self.config.scaling.share:
-            told.append(rows[:, reading.SCALE])
-        condition = self.reader.condition(*told)
+        condition = self.reader.condition(
+            rows[:, reading.TASK],
+            rows[:, reading.DIHEDRAL],
+            rows[:, reading.FLAG],
+            scale=rows[:, reading.SCALE] if self.config.scaling.share else None,
+            mosaic=rows[:, reading.MOSAIC] if self.config.mosaic_share else None,
+        )
         added = condition.index_select(0, batch.row.clamp(max=rows.shape[0] - 1))
         if soft_TH is not None:
             added = added + soft_TH

@@ -32,8 +32,9 @@ from arctrm.reader.tokens import (
     START_PART,
     Marks,
 )
-from arctrm.training import scales
+from arctrm.training import mosaics, scales
 from arctrm.training.losses import IGNORE
+from arctrm.training.mosaics import Mosaics
 from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.packing import dummy_lengths
@@ -41,11 +42,13 @@ from arctrm.trm.packing import dummy_lengths
 # Columns of a row: which pair, seen how, where in its sequence; length 0: no pair. A row that is
 # SOFT is no pair but a soft prefix. FLAG: whether colours are kept, INVERSE more where the input is
 # asked for.
-# SHOWN are the columns of `Scales`, SCALE the first of them.
+# SHOWN are the columns of `Scales`, SCALE the first of them; BESIDE those of `Mosaics`.
 PAIR, TASK, DIHEDRAL, FLAG, INDEX, LENGTH, SOFT, SCALE = range(8)
 SHOWN = slice(SCALE, SCALE + scales.NUM_COLUMNS)
 COLOURS = slice(SHOWN.stop, SHOWN.stop + NUM_COLOURS)
-NUM_COLUMNS = COLOURS.stop
+BESIDE = slice(COLOURS.stop, COLOURS.stop + mosaics.NUM_COLUMNS)
+SECOND, MOSAIC = (BESIDE.start + column for column in (mosaics.SECOND, mosaics.AXIS))
+NUM_COLUMNS = BESIDE.stop
 
 CONTEXT_WINDOW = 16
 """Pairs of a task, at least, among which those that come first are drawn."""
@@ -81,8 +84,8 @@ class ReaderStream:
         alone: bool = False,
     ):
         """`by_blocks`: attention goes by blocks, for a compiled reader on a GPU. `alone`: some
-        sequences are shown larger, as `reader.scaling` says, and some ask for the input, as
-        `reader.inverse_share` does.
+        sequences are shown larger, as `reader.scaling` says, some are two pairs, as
+        `reader.mosaic_share` does, and some ask for the input, as `reader.inverse_share` does.
         """
         self.source, self.config, self.dtype, self.marks = source, config, dtype, marks
         self.by_blocks = by_blocks
@@ -97,6 +100,7 @@ class ReaderStream:
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.device = source.device
         self.scales = Scales(config.scaling, self.device, enabled=alone)
+        self.mosaics = Mosaics(source, config.mosaic_share if alone else 0.0, config.scaling.sides)
         self.inverse_share = config.inverse_share if alone else 0.0
         heads = marks.start + marks.before_input
         self.head_codes = torch.tensor(heads, device=self.device)
@@ -111,12 +115,15 @@ class ReaderStream:
         if self.inverse_share:
             inverse = torch.rand(count, device=self.device) < self.inverse_share
         _, dihedral, colours = self.source.draw_views(task, uniform[:, 1], inverse)
-        others = self.others(last, task, uniform[:, 2])[:, : self.num_pairs - 1]
-        pairs = torch.cat((others, last[:, None]), dim=1)
-        shown = None
+        others = self.others(last, task, uniform[:, 2])
+        pairs = torch.cat((others[:, : self.num_pairs - 1], last[:, None]), dim=1)
+        shown = beside = None
         if self.scales.enabled:
             shown = self.draw_scales(pairs, dihedral, colours[:, 0])
-        return self.sequences(pairs, task, dihedral, colours, shown, inverse)
+        if self.mosaics.enabled:
+            as_it_is = last >= 0 if shown is None else shown[:, scales.SCALE] == 0
+            beside = self.mosaics.draw(last, others[:, 0], dihedral, as_it_is)
+        return self.sequences(pairs, task, dihedral, colours, shown, inverse, beside)
 
     def mean_length(self, count: int) -> float:
         """Tokens of a sequence, the mean of `count` drawn ones."""
@@ -141,9 +148,11 @@ class ReaderStream:
         colours: Tensor,
         shown: Tensor | None = None,
         inverse: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence, as the
-        columns of `Scales` say; with input and output exchanged where `inverse`, bool [n].
+        columns of `Scales` and of `Mosaics` say; with input and output exchanged where `inverse`,
+        bool [n].
         """
         rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
@@ -155,6 +164,8 @@ class ReaderStream:
         rows[..., COLOURS] = colours[:, None]
         if shown is not None:
             rows[..., SHOWN] = shown[:, None]
+        if beside is not None:
+            rows[..., BESIDE] = beside[:, None]
         rows[..., INDEX] = 1
         there = self._fitting(self.lengths(rows.flatten(0, 1)).view_as(pairs) * (pairs >= 0)) > 0
         rows[..., INDEX] = there.cumsum(1) - 1
@@ -177,26 +188,35 @@ class ReaderStream:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
-        height, width = self._seen_size(self._grids(rows)[1], rows)
+        height, width = self._sizes(rows)[1]
         return self.asked(rows) + height * (width + 1) + 1
 
     def asked(self, rows: Tensor) -> Tensor:
         """Tokens [R] of each row before its output."""
-        height, width = self._seen_size(self._grids(rows)[0], rows)
+        height, width = self._sizes(rows)[0]
         return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
 
-    def _grids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The grids (offset, height, width) [n, 3] that are given and asked for in each row."""
-        pair = self.source.pairs[rows[:, PAIR]]
+    def _grids(self, rows: Tensor, column: int = PAIR) -> tuple[Tensor, Tensor]:
+        """The grids (offset, height, width) [n, 3] that are given and asked for in each row, of its
+        pair or of its SECOND one.
+        """
+        pair = self.source.pairs[rows[:, column]]
         given, asked = pair[:, INPUT], pair[:, OUTPUT]
         if not self.inverse_share:
             return given, asked
         inverse = (rows[:, FLAG] >= INVERSE)[:, None]
         return torch.where(inverse, asked, given), torch.where(inverse, given, asked)
 
-    def _seen_size(self, grid: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Height and width [n] of grids (offset, height, width) [n, 3] as their rows show them."""
-        return self.scales.larger(*self.source.seen_size(grid, rows[:, DIHEDRAL]), rows[:, SHOWN])
+    def _sizes(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Height and width [n] of what is given and of what is asked for, as rows show them."""
+        turns = rows[:, DIHEDRAL]
+        own = [self.source.seen_size(grid, turns) for grid in self._grids(rows)]
+        own = [self.scales.larger(*size, rows[:, SHOWN]) for size in own]
+        if not self.mosaics.enabled:
+            return own
+        other = [self.source.seen_size(grid, turns) for grid in self._grids(rows, SECOND)]
+        axis = rows[:, MOSAIC]
+        return [self.mosaics.size(*both, axis) for both in zip(own, other, strict=True)]
 
     def _heads(self, rows: Tensor) -> Tensor:
         """Tokens [R] before each row's input."""
@@ -268,9 +288,7 @@ class ReaderStream:
         """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
         token's row [T, columns].
         """
-        given, asked = self._grids(row)
-        in_height, in_width = self._seen_size(given, row)
-        out_height, out_width = self._seen_size(asked, row)
+        (in_height, in_width), (out_height, out_width) = self._sizes(row)
         head = self._heads(row)
         separator = head + in_height * (in_width + 1)
         body = separator + len(self.marks.before_output)
@@ -284,14 +302,7 @@ class ReaderStream:
         opening, between = slot < head, after & (slot < body)
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
-        grid = torch.where(after[:, None], asked, given)
-        size = self.source.seen_size(grid, row[:, DIHEDRAL])
-        cell_y, cell_x, filled = self.scales.cells(y, x, *size, row[:, SHOWN])
-        colour = self.source.colour_at(
-            grid, row[:, DIHEDRAL], row[:, COLOURS], cell_y, cell_x, inside & ~filled
-        )
-        colour = torch.where(filled, row[:, SHOWN][:, scales.FILL], colour)
-        tokens = torch.where(inside, colour, ROW_END)
+        tokens = torch.where(inside, self._colours(row, after, y, x, inside), ROW_END)
         part = torch.where(after, OUTPUT_PART, INPUT_PART)
         from_end = len(self.head_codes) - head  # later pairs have no start
         for at, token, mark_part in (
@@ -306,6 +317,31 @@ class ReaderStream:
         part = part + row[:, INDEX] * PARTS_PER_PAIR
         is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output
+
+    def _colours(self, row: Tensor, after: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """Colours int64 [T] at (y, x) of the grid that each token's row asks for, where `after`, or
+        gives; meaningless where not `inside`.
+        """
+        turns = row[:, DIHEDRAL]
+        grid = self._chosen(self._grids(row), after)
+        size = self.source.seen_size(grid, turns)
+        empty = torch.zeros_like(inside)
+        if self.mosaics.enabled:
+            axis = row[:, MOSAIC]
+            later, y, x = self.mosaics.place(y, x, size, axis)
+            grid = self._chosen((grid, self._chosen(self._grids(row, SECOND), after)), later)
+            size = self.source.seen_size(grid, turns)
+            empty = (axis != mosaics.ALONE) & ((y >= size[0]) | (x >= size[1]))
+        y, x, filled = self.scales.cells(y, x, *size, row[:, SHOWN])
+        there = inside & ~filled & ~empty
+        colour = self.source.colour_at(grid, turns, row[:, COLOURS], y, x, there)
+        colour = torch.where(filled, row[:, SHOWN][:, scales.FILL], colour)
+        return torch.where(empty, row[:, COLOURS.start], colour)
+
+    @staticmethod
+    def _chosen(grids: tuple[Tensor, Tensor], second: Tensor) -> Tensor:
+        """The second of two grids [T, 3] where `second`, bool [T], else the first."""
+        return torch.where(second[:, None], grids[1], grids[0])
 
 
 def _at(codes: Tensor, place: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from arctrm.training.checkpoints import read_model, resolve_checkpoint
 from arctrm.trm.model import TASK_TABLES
 
 ENSEMBLE = "ensemble"
-SCALES = "scale_emb.weights"
+OF_PRETRAINING = ("scale_emb.weights", "mosaic_emb.weights")
+"""Tensors that a part has no use for any more, so that one checkpoint may have them and one not."""
 TABLES: dict[str, tuple[type[StrictModel], tuple[str, ...]]] = {
     "trm": (
         TRMConfig,
@@ -249,9 +250,9 @@ def _load(
     if rows is not None:
         weights |= {n: _in_order(weights[n], rows) for n in TASK_TABLES if n in weights}
     own = part.state_dict()
-    if (SCALES in own) != (SCALES in weights):  # of use in pretraining only
-        weights = {n: t for n, t in weights.items() if n != SCALES}
-        weights |= {n: t for n, t in own.items() if n == SCALES}
+    differ = [name for name in OF_PRETRAINING if (name in own) != (name in weights)]
+    weights = {n: t for n, t in weights.items() if n not in differ}
+    weights |= {n: t for n, t in own.items() if n in differ}
     check_names({n: tuple(t.shape) for n, t in own.items()}, weights, folder)
     part.load_state_dict(weights)
     return sum(row is not None for row in rows or ())
