@@ -21,21 +21,17 @@ from arctrm.data.render import grid_panel, side_by_side
 from arctrm.data.task import Task
 from arctrm.solving import scoring
 from arctrm.solving.adaptation import Adapter, held_out, probe_task
+from arctrm.solving.costs import (
+    answering_seconds,
+    asking_seconds,
+    judging_seconds,
+    least_seconds,
+)
 from arctrm.solving.pace import Pace
 from arctrm.solving.planning import plan
 from arctrm.solving.pool import proposals, questions, readers_candidates, trm_candidates
 from arctrm.solving.report import Solution
-from arctrm.solving.rounds import (
-    Round,
-    answer_first,
-    answering_seconds,
-    asking_seconds,
-    judge_best,
-    judging_seconds,
-    least_seconds,
-    read_views,
-    refine_views,
-)
+from arctrm.solving.rounds import Round, answer_first, judge_best, read_views, refine_views
 from arctrm.solving.vote import attempts, evidence
 from arctrm.solving.weights import Solver
 

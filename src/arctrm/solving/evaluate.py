@@ -4,6 +4,8 @@ Answers are set aside before any model sees a task; only `arctrm.solving.scoring
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from arctrm.solving.parts import NO_ADAPTATION, NO_ENSEMBLE, rank_in_parts
 from arctrm.solving.questions import weights_fingerprint
 from arctrm.solving.side_by_side import Adapted, adapt
 from arctrm.solving.submission import check_complete, submission, write_submission
-from arctrm.solving.unfinished import EVERYTHING, open_unfinished
+from arctrm.solving.unfinished import EVERYTHING, Unfinished, open_unfinished
 from arctrm.solving.vote import Ranked, attempts, submitted
 from arctrm.solving.weights import Solver, load_solver
 from arctrm.training.devices import new_accelerator
@@ -62,32 +64,22 @@ def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores |
     adapted = adapt(before, tasks, config, accelerator) if config.evaluation.adapts else None
     solver = before if adapted is None else adapted.solver
     rows: dict[str, scoring.Scores] = {}
-    try:
+    with _saying_what_is_kept(unfinished, tasks, out):
         for row in rank_in_parts(solver, before, tasks, unfinished, config, accelerator):
             if not accelerator.is_main_process:
                 continue
             ranked = unfinished.rows[row]
             if row == EVERYTHING:
-                _submit(tasks, ranked, out)
-                if config.evaluation.keep_candidates:
-                    write_candidates(out / KEPT, tasks, ranked)
                 seconds = unfinished.seconds(tasks)
                 if adapted is not None:
                     seconds += adapted.seconds * accelerator.num_processes
                 per_task = seconds / len(tasks)
+                _submit(tasks, ranked, out, config.evaluation.keep_candidates)
                 scores = _report(config, before, adapted, tasks, ranked, known, per_task, out)
                 rows |= {} if scores is None else {EVERYTHING: scores}
             elif rows:
                 rows[row] = scoring.score(_predictions(tasks, ranked), known)
                 _write_ablations(rows, out)  # each as it comes: an interruption loses one
-    except KeyboardInterrupt:
-        done = len(tasks) - len(unfinished.left(tasks, [EVERYTHING]))
-        if unfinished.path is None or not done:
-            raise
-        raise KeyboardInterrupt(
-            f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}; go on with "
-            "--resume"
-        ) from None
     accelerator.end_training()
     if accelerator.is_main_process:
         unfinished.finish(tasks)
@@ -96,8 +88,27 @@ def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores |
     return rows.get(EVERYTHING)
 
 
-def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> None:
-    """Write submission.json: two grids for every test input."""
+@contextmanager
+def _saying_what_is_kept(unfinished: Unfinished, tasks: list[Task], out: Path) -> Iterator[None]:
+    """Add to an interruption how many tasks are answered, where they are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = len(tasks) - len(unfinished.left(tasks, [EVERYTHING]))
+        if unfinished.path is None or not done:
+            raise
+        raise KeyboardInterrupt(
+            f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}; go on with "
+            "--resume"
+        ) from None
+
+
+def _submit(
+    tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path, keep_candidates: bool
+) -> None:
+    """Write submission.json, two grids for every test input; with `keep_candidates` what else there
+    is, too.
+    """
     content = submission(
         {
             task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
@@ -106,6 +117,8 @@ def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> No
     )
     check_complete(content, tasks)
     write_submission(out / "submission.json", content)
+    if keep_candidates:
+        write_candidates(out / KEPT, tasks, ranked)
 
 
 def _check(solver: Solver, config: EvalConfig) -> None:

@@ -30,11 +30,11 @@ from arctrm.reader.text_module import TextReasoningModule
 from arctrm.reader.tiny_text import TinyText, text_of
 from arctrm.solving.adaptation import probe_task
 from arctrm.solving.candidates import Key, Query, grids_on, packed_rows
+from arctrm.solving.costs import cells, reading_work
 from arctrm.solving.guidance import Guide, longest_visible, states
 from arctrm.solving.pace import Pace
 from arctrm.solving.pool import questions
 from arctrm.solving.reading import Reading
-from arctrm.solving.rounds import cells, reading_work
 from arctrm.solving.vote import Candidate
 from arctrm.solving.weights import Solver
 

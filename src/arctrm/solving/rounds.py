@@ -13,8 +13,17 @@ from arctrm.data.task import Grid, Task
 from arctrm.hybrid import READER
 from arctrm.planner import PlannerResult
 from arctrm.reader.decoding import Decoded
-from arctrm.reader.tokens import grid_length
 from arctrm.solving.candidates import Key, batch_of, by_key
+from arctrm.solving.costs import (
+    JUDGE_SHARE,
+    asking_seconds,
+    cells,
+    explaining_work,
+    judging_seconds,
+    judging_work,
+    reading_work,
+    too_slow,
+)
 from arctrm.solving.inverse import (
     explained,
     inverse_readings,
@@ -32,7 +41,6 @@ from arctrm.solving.pool import (
     trm_candidates,
 )
 from arctrm.solving.reading import (
-    Reading,
     batch_size,
     judge,
     reranked,
@@ -42,10 +50,6 @@ from arctrm.solving.reading import (
 from arctrm.solving.vote import Candidate, Ranked, vote
 from arctrm.solving.weights import Solver
 
-ROWS_OF_A_STEP = 8
-"""Every token decoded costs as much as so many rows, beside the rows themselves (measured)."""
-PROMPT_TOKENS = 64
-"""Tokens of a prompt, read at once, that cost as much as one that is decoded."""
 LONG_FIRST = 300
 """Output tokens above which TRM, where there is one, gives the first answer: it writes all cells
 at once."""
@@ -53,9 +57,6 @@ SAMPLE_TOKENS = 16
 """Output tokens of a reading that only learns the pace."""
 LONGER = 1.5
 """A token of a long answer costs so many times one of the sample: its cache is longer."""
-JUDGE_SHARE = 0.25
-"""Share of the time left that is kept for the judgement while answers are still read, at most."""
-
 Tell = Callable[[str], None]
 
 
@@ -202,49 +203,6 @@ def refine_views(
         tell(f"refining, view {-(-views.num_refined // step)} of {config.inference.views}")
 
 
-def answering_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float | None:
-    """What all views of the readers (of TRM, where there is none) and the judgement should take;
-    None where it is not known.
-    """
-    if not pace.knows("refine" if solver.reader is None else "read"):
-        return None
-    asked = questions(solver, [task], config.inference.views, config.seed)
-    return asking_seconds(solver, asked, pace) + judging_seconds(solver, task, config, pace)
-
-
-def least_seconds(solver: Solver, task: Task, config: SolveConfig, pace: Pace) -> float:
-    """What one view should take: of TRM, where there is one whose pace is known."""
-    asked = questions(solver, [task], 1, config.seed)
-    if solver.has_trm and pace.knows("refine"):
-        return pace.seconds("refine", cells(asked))
-    return asking_seconds(solver, asked, pace)
-
-
-def asking_seconds(solver: Solver, asked: Sequence[Question], pace: Pace) -> float:
-    """What the answers of the readers should take; of TRM, where there is no reader."""
-    if solver.reader is None:
-        return pace.seconds("refine", cells(asked))
-    return pace.seconds("read", reading_work(asked, solver))
-
-
-def judging_seconds(
-    solver: Solver, task: Task, config: SolveConfig, pace: Pace, share: float = JUDGE_SHARE
-) -> float:
-    """What the judgement of the best candidates should take: at most `share` of the time left."""
-    if solver.reader is None or config.reader.rank == "votes":
-        return 0.0
-    readings = task_readings(solver, task, config.reader.scoring_views, config.seed)
-    candidates = config.reader.scored_candidates
-    tokens = sum(len(r.prompt.tokens) + candidates * r.max_output_tokens for r in readings)
-    tokens *= len(solver.readers)
-    if is_asked(solver, config.reader):
-        asked = inverse_readings(solver, [task], config.reader)
-        room = max((r.max_output_tokens for r in readings), default=0)
-        each = sum(room + grid_length(*one.query.shape) for one in asked)
-        tokens += each * config.reader.inverse_candidates
-    return min(pace.seconds("judge", tokens), pace.left() * share)
-
-
 def judge_best(
     result: Round,
     solver: Solver,
@@ -269,16 +227,16 @@ def judge_best(
         for begin in range(0, len(readings), step)
         for reader in solver.readers
     ]
-    while _too_slow(groups[0][1], grids, pace) and max(map(len, grids.values())) > 1:
+    while too_slow(groups[0][1], grids, pace) and max(map(len, grids.values())) > 1:
         grids = {key: own[: -(-len(own) // 2)] for key, own in grids.items()}
     for number, (reader, group) in enumerate(groups):
-        if _too_slow(group, grids, pace):
+        if too_slow(group, grids, pace):
             break
         view = 1 + number // len(solver.readers)
         tell(f"judging, view {view} of {len(readings) // step}")
         begin = time.monotonic()
         result.judged += judge(reader, group, grids, decoding)
-        pace.record("judge", _judging_work(group, grids), time.monotonic() - begin)
+        pace.record("judge", judging_work(group, grids), time.monotonic() - begin)
         result.seconds = pace.elapsed()
     if is_asked(solver, decoding) and views is None:
         _ask_for_inputs(result, solver, task, config, pace, tell)
@@ -296,7 +254,7 @@ def _ask_for_inputs(
     for begin in range(0, len(readings), step):
         group = readings[begin : begin + step]
         asked = [(one, grid) for one in group for grid in grids[one.key]]
-        work = sum(grid_length(*grid.shape) + grid_length(*one.query.shape) for one, grid in asked)
+        work = explaining_work(asked)
         for reader in filter(knows_inverse, solver.readers):
             if pace.seconds("judge", work) > pace.left():
                 return
@@ -356,28 +314,3 @@ def _next_chunk(
     while count and cost(rest[: count * step]) > seconds:
         count //= 2
     return rest[: count * step]
-
-
-def reading_work(asked: Sequence[Question], solver: Solver) -> int:
-    """What reading costs, in tokens of one row: a batch is as long as its longest answer. Every
-    reader reads it.
-    """
-    readings = [question.reading for question in asked if question.reading is not None]
-    lengths = [r.max_output_tokens + len(r.prompt.tokens) // PROMPT_TOKENS for r in readings]
-    of_one = (ROWS_OF_A_STEP + len(lengths)) * max(lengths, default=0)
-    return of_one * len(solver.readers)
-
-
-def cells(asked: Sequence[Question]) -> int:
-    """Cells of TRM's canvases."""
-    return sum(question.query.codes.size for question in asked if question.query is not None)
-
-
-def _judging_work(readings: Sequence[Reading], grids: dict[Key, list[Grid]]) -> int:
-    """Tokens of prompts and candidates."""
-    prompts = sum(len(reading.prompt.tokens) for reading in readings)
-    return prompts + sum(grid.size + len(grid) for r in readings for grid in grids[r.key])
-
-
-def _too_slow(readings: Sequence[Reading], grids: dict[Key, list[Grid]], pace: Pace) -> bool:
-    return pace.seconds("judge", _judging_work(readings, grids)) > pace.left()
