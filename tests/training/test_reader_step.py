@@ -423,14 +423,30 @@ def test_layers_drop_out_of_the_loss_and_of_nothing_else(real):
     assert plain.reader.losses(batch).total == whole
 
 
-def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
-    scaling = {"share": 0.7, "factors": ((2, 2), (2, 1)), "sides": 30}
-    _, _, step = make(real, scaling=scaling)
+def batch_of_all_ways(real, column, **reader):
+    """The reader, a batch shown in ways that `column` of its rows numbers, and each token's way."""
+    _, _, step = make(real, **reader)
     stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, alone=True)
     batch = stream.next_batch(stream.draw(64), 16384)
-    model, reader = step.reader.reader, step.reader
-    scale = batch.rows[:, SCALE][batch.row.clamp(max=len(batch.rows) - 1)]
-    assert set(scale.tolist()) == {0, 1, 2}
+    way = batch.rows[:, column][batch.row.clamp(max=len(batch.rows) - 1)]
+    assert set(way.tolist()) == {0, 1, 2}
+    return step.reader, batch, way
+
+
+def assert_told(reader, batch, way, table):
+    """The second vector of the table is added where it should be, and both are learned."""
+    before = reader.hidden(batch)
+    with torch.no_grad():
+        table.weights[1] += 1.0
+    changed = (reader.hidden(batch) - before).abs().amax(1) > 1e-3
+    assert torch.equal(changed, way == 2)
+    reader.losses(batch).total.backward()
+    assert (table.weights.grad.abs().sum(1) > 0).all()
+
+
+def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
+    scaling = {"share": 0.7, "factors": ((2, 2), (2, 1)), "sides": 30}
+    reader, batch, scale = batch_of_all_ways(real, SCALE, scaling=scaling)
     before = reader.hidden(batch)
     torch.testing.assert_close(
         reader.hidden(batch._replace(rows=batch.rows.index_fill(1, torch.tensor(SCALE), 0)))[
@@ -438,28 +454,13 @@ def test_the_reader_is_told_by_a_vector_what_is_shown_larger(real):
         ],
         before[scale == 0],
     )
-    with torch.no_grad():
-        model.scale_emb.weights[1] += 1.0
-    changed = (reader.hidden(batch) - before).abs().amax(1) > 1e-3
-    assert torch.equal(changed, scale == 2)
-    reader.losses(batch).total.backward()
-    assert (model.scale_emb.weights.grad.abs().sum(1) > 0).all()
+    assert_told(reader, batch, scale, reader.reader.scale_emb)
 
 
 def test_the_reader_is_told_by_a_vector_that_two_pairs_are_shown_as_one(real):
-    _, _, step = make(real, mosaic_share=0.9, scaling={"sides": 30})
-    stream = ReaderStream(step.stream.source, step.reader.config, torch.float32, alone=True)
-    batch = stream.next_batch(stream.draw(64), 16384)
-    model, reader = step.reader.reader, step.reader
-    way = batch.rows[:, MOSAIC][batch.row.clamp(max=len(batch.rows) - 1)]
-    assert set(way.tolist()) == {0, 1, 2}
-    before = reader.hidden(batch)
-    with torch.no_grad():
-        model.mosaic_emb.weights[1] += 1.0
-    changed = (reader.hidden(batch) - before).abs().amax(1) > 1e-3
-    assert torch.equal(changed, way == 2)
-    reader.losses(batch).total.backward()
-    assert (model.mosaic_emb.weights.grad.abs().sum(1) > 0).all()
+    shown = {"mosaic_share": 0.9, "scaling": {"sides": 30}}
+    reader, batch, way = batch_of_all_ways(real, MOSAIC, **shown)
+    assert_told(reader, batch, way, reader.reader.mosaic_emb)
 
 
 def test_noise_changes_output_cells_of_every_other_row_and_no_label(real):

@@ -70,11 +70,13 @@ def run(config: EvalConfig, out: Path, resume: bool = False) -> scoring.Scores |
                 continue
             ranked = unfinished.rows[row]
             if row == EVERYTHING:
+                _submit(tasks, ranked, out)
+                if config.evaluation.keep_candidates:
+                    write_candidates(out / KEPT, tasks, ranked)
                 seconds = unfinished.seconds(tasks)
                 if adapted is not None:
                     seconds += adapted.seconds * accelerator.num_processes
                 per_task = seconds / len(tasks)
-                _submit(tasks, ranked, out, config.evaluation.keep_candidates)
                 scores = _report(config, before, adapted, tasks, ranked, known, per_task, out)
                 rows |= {} if scores is None else {EVERYTHING: scores}
             elif rows:
@@ -103,12 +105,8 @@ def _saying_what_is_kept(unfinished: Unfinished, tasks: list[Task], out: Path) -
         ) from None
 
 
-def _submit(
-    tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path, keep_candidates: bool
-) -> None:
-    """Write submission.json, two grids for every test input; with `keep_candidates` what else there
-    is, too.
-    """
+def _submit(tasks: list[Task], ranked: dict[Key, list[Ranked]], out: Path) -> None:
+    """Write submission.json: two grids for every test input."""
     content = submission(
         {
             task.id: [attempts(ranked[task.id, i], pair.input) for i, pair in enumerate(task.test)]
@@ -117,8 +115,6 @@ def _submit(
     )
     check_complete(content, tasks)
     write_submission(out / "submission.json", content)
-    if keep_candidates:
-        write_candidates(out / KEPT, tasks, ranked)
 
 
 def _check(solver: Solver, config: EvalConfig) -> None:

@@ -34,10 +34,8 @@ class Mosaics:
         """Whether there are any."""
         return self.share > 0
 
-    def draw(self, first: Tensor, second: Tensor, dihedral: Tensor, may: Tensor) -> Tensor:
-        """int64 [n, NUM_COLUMNS], of pairs [n] and others of their tasks (-1: there is none), where
-        they `may` (bool [n]).
-        """
+    def draw(self, first: Tensor, second: Tensor, dihedral: Tensor) -> Tensor:
+        """int64 [n, NUM_COLUMNS], of pairs [n] and others of their tasks (-1: there is none)."""
         count, device = len(first), first.device
         axis = torch.randint(DOWN, ACROSS + 1, (count,), device=device)
         drawn = torch.rand(count, device=device) < self.share
@@ -50,7 +48,7 @@ class Mosaics:
                 for pair in (first, second)
             )
             largest = largest.maximum(torch.maximum(*self.size(own, other, axis)))
-        shown = drawn & may & there & (largest <= self.sides)
+        shown = drawn & there & (largest <= self.sides)
         return torch.stack((second, axis * shown), dim=1)
 
     @staticmethod

@@ -34,7 +34,7 @@ from arctrm.reader.tokens import (
 )
 from arctrm.training import mosaics, scales
 from arctrm.training.losses import IGNORE
-from arctrm.training.mosaics import Mosaics
+from arctrm.training.mosaics import Mosaics, Size
 from arctrm.training.scales import Scales
 from arctrm.training.source import INPUT, OUTPUT, PairSource, same_colours
 from arctrm.trm.packing import dummy_lengths
@@ -121,8 +121,9 @@ class ReaderStream:
         if self.scales.enabled:
             shown = self.draw_scales(pairs, dihedral, colours[:, 0])
         if self.mosaics.enabled:
-            as_it_is = last >= 0 if shown is None else shown[:, scales.SCALE] == 0
-            beside = self.mosaics.draw(last, others[:, 0], dihedral, as_it_is)
+            beside = self.mosaics.draw(last, others[:, 0], dihedral)
+            if shown is not None:  # what is shown larger is one pair
+                beside[:, mosaics.AXIS] *= shown[:, scales.SCALE] == 0
         return self.sequences(pairs, task, dihedral, colours, shown, inverse, beside)
 
     def mean_length(self, count: int) -> float:
@@ -188,12 +189,15 @@ class ReaderStream:
 
     def lengths(self, rows: Tensor) -> Tensor:
         """Tokens [R] of complete pairs."""
-        height, width = self._sizes(rows)[1]
-        return self.asked(rows) + height * (width + 1) + 1
+        given, (height, width) = self._sizes(rows, self._grids(rows))
+        return self._before_output(rows, given) + height * (width + 1) + 1
 
     def asked(self, rows: Tensor) -> Tensor:
         """Tokens [R] of each row before its output."""
-        height, width = self._sizes(rows)[0]
+        return self._before_output(rows, self._sizes(rows, self._grids(rows))[0])
+
+    def _before_output(self, rows: Tensor, given: Size) -> Tensor:
+        height, width = given
         return self._heads(rows) + height * (width + 1) + len(self.marks.before_output)
 
     def _grids(self, rows: Tensor, column: int = PAIR) -> tuple[Tensor, Tensor]:
@@ -207,10 +211,12 @@ class ReaderStream:
         inverse = (rows[:, FLAG] >= INVERSE)[:, None]
         return torch.where(inverse, asked, given), torch.where(inverse, given, asked)
 
-    def _sizes(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Height and width [n] of what is given and of what is asked for, as rows show them."""
+    def _sizes(self, rows: Tensor, grids: tuple[Tensor, Tensor]) -> list[Size]:
+        """Height and width [n] of what is given and of what is asked for, as rows show them;
+        `grids` of their pairs.
+        """
         turns = rows[:, DIHEDRAL]
-        own = [self.source.seen_size(grid, turns) for grid in self._grids(rows)]
+        own = [self.source.seen_size(grid, turns) for grid in grids]
         own = [self.scales.larger(*size, rows[:, SHOWN]) for size in own]
         if not self.mosaics.enabled:
             return own
@@ -288,7 +294,8 @@ class ReaderStream:
         """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
         token's row [T, columns].
         """
-        (in_height, in_width), (out_height, out_width) = self._sizes(row)
+        grids = self._grids(row)
+        (in_height, in_width), (out_height, out_width) = self._sizes(row, grids)
         head = self._heads(row)
         separator = head + in_height * (in_width + 1)
         body = separator + len(self.marks.before_output)
@@ -302,7 +309,8 @@ class ReaderStream:
         opening, between = slot < head, after & (slot < body)
         y, x = (torch.where(opening | between, 0, value) for value in (y, x))
         inside = ~opening & ~between & (x < width) & (slot < end)
-        tokens = torch.where(inside, self._colours(row, after, y, x, inside), ROW_END)
+        colour = self._colours(row, grids, after, y, x, inside)
+        tokens = torch.where(inside, colour, ROW_END)
         part = torch.where(after, OUTPUT_PART, INPUT_PART)
         from_end = len(self.head_codes) - head  # later pairs have no start
         for at, token, mark_part in (
@@ -318,12 +326,20 @@ class ReaderStream:
         is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH]) & ~soft
         return tokens, (part * SIDE + y) * SIDE + x, is_output
 
-    def _colours(self, row: Tensor, after: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
-        """Colours int64 [T] at (y, x) of the grid that each token's row asks for, where `after`, or
-        gives; meaningless where not `inside`.
+    def _colours(
+        self,
+        row: Tensor,
+        grids: tuple[Tensor, Tensor],
+        after: Tensor,
+        y: Tensor,
+        x: Tensor,
+        inside: Tensor,
+    ) -> Tensor:
+        """Colours int64 [T] at (y, x) of the second of each token's `grids`, where `after`, or of
+        the first; meaningless where not `inside`.
         """
         turns = row[:, DIHEDRAL]
-        grid = self._chosen(self._grids(row), after)
+        grid = self._chosen(grids, after)
         size = self.source.seen_size(grid, turns)
         empty = torch.zeros_like(inside)
         if self.mosaics.enabled:
