@@ -1,5 +1,7 @@
 """Decoding that follows drafts gives what transformers' cache gives, in fewer passes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from arctrm.reader.decoding import Sampling, _CachedDecoder, _results, decode, f
 from arctrm.reader.drafted_decoding import DraftedDecoder
 from arctrm.reader.grammar import choice_ids
 from arctrm.reader.lean import Lean
+from arctrm.reader.packed_decoding import PackedDecoder
 from arctrm.reader.tokens import prompt
 
 BOUNDS = [6 + i % 26 for i in range(40)]
@@ -165,3 +168,34 @@ def test_bfloat16_computes_in_bfloat16():
     assert row.held.dtype == torch.bfloat16
     (one,) = decode(reader, new_prompts(2)[:1], max_side=SIDE)
     assert one.num_tokens > 0
+
+
+@pytest.mark.parametrize("way", ["drafted", "cached", "packed"])
+def test_rows_that_have_not_ended_at_the_deadline_give_no_grid(way, monkeypatch):
+    reader, asked = new_reader(), new_prompts(40)
+    expected = cached(reader, asked, BOUNDS)
+    ticks = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))
+    given = [asked, BOUNDS, None, [None] * len(asked)]
+    if way == "packed":  # looks at the clock at every eighth token
+        sizes = [len(p.tokens) + bound for p, bound in zip(asked, BOUNDS, strict=True)]
+        decoder = PackedDecoder(reader, sizes, None, SIDE, 10**4, deadline=0.5)
+    elif way == "cached":
+        decoder = _CachedDecoder(reader, Sampling(), SIDE, deadline=14.5)
+    else:
+        decoder = DraftedDecoder(reader, SIDE, deadline=14.5)
+    found = _results(*decoder.decode(*given), BOUNDS, choice_ids(reader.grid_tokens))
+    written = 16
+    given_up = [one.grid is not None and one.num_tokens > written for one in expected]
+    assert any(given_up)
+    assert any(one.grid is not None for one in found)
+    for one, other, late in zip(found, expected, given_up, strict=True):
+        assert one.tokens == other.tokens[:written]
+        assert (one.grid is None) == (other.grid is None or late)
+
+
+def test_a_deadline_that_has_passed_costs_a_token_at_most(passes):
+    reader, asked = new_reader(), new_prompts(5)
+    found = decode(reader, asked, max_side=SIDE, deadline=0.0)
+    assert all(one.grid is None and one.num_tokens == 1 for one in found)
+    assert len(passes) == 1

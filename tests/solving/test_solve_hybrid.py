@@ -9,6 +9,7 @@ import torch
 
 from arctrm.config import SolveConfig
 from arctrm.data.task import Pair
+from arctrm.reader.drafted_decoding import DraftedDecoder
 from arctrm.solving import anytime, rounds
 from arctrm.solving.adaptation import Adapter
 from arctrm.solving.anytime import Interrupted, solve_task
@@ -131,6 +132,34 @@ def test_all_views_are_read_before_trm_refines_and_time_is_kept_for_the_judgemen
     candidates = result.candidates[task.id, 0]
     assert {candidate.source for candidate in candidates} == {"reader", "reader2"}
     assert len(candidates) == 2 * QUICK["views"]
+
+
+def test_reading_that_takes_longer_than_foretold_is_given_up_at_the_end_of_the_budget(
+    solvers, trained, monkeypatch
+):
+    read, go_on, begun = rounds._read, DraftedDecoder._go_on, []
+
+    def slow_but_the_first(*args, **options):
+        begun.append(args)
+        return read(*args, **options)
+
+    def slow(*args):
+        time.sleep(0.6 if len(begun) > 1 else 0.0)
+        return go_on(*args)
+
+    monkeypatch.setattr(rounds, "_read", slow_but_the_first)
+    monkeypatch.setattr(DraftedDecoder, "_go_on", slow)
+    task, pace, result = trained.known[1].without_answers(), anytime.Pace(1.0), rounds.Round()
+    pace.record("read", 1, 1e-9)
+    common = (solvers("reader"), task, config(), pace, lambda text: None)
+    views = rounds.read_views(result, *common)
+    assert len(begun) == 2
+    grids = [several[0].grid for several in views.drafts]
+    assert len(grids) == QUICK["views"]
+    assert grids[0] is not None  # the first view is read to its end
+    assert grids[1:] == [None, None]
+    assert result.complete(task)
+    assert pace.elapsed() < 2.5
 
 
 @pytest.mark.parametrize("reads", [True, False])

@@ -10,6 +10,8 @@ through transformers' cache, for all others.
 Legend: R rows of the batch still decoded, B prompts of the batch, T output tokens, 12 choices.
 """
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -21,7 +23,7 @@ from torch import Tensor
 from arctrm.data.task import MAX_SIDE, Grid
 from arctrm.reader import grammar
 from arctrm.reader.drafted_decoding import DraftedDecoder
-from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, choice_ids
+from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, UNWRITTEN, choice_ids
 from arctrm.reader.interface import GridReader, Prompt
 from arctrm.reader.packed_decoding import CHECK_EVERY, PackedDecoder
 from arctrm.reader.places import is_packed
@@ -97,6 +99,7 @@ def decode(
     max_output_tokens: int | Sequence[int] = MAX_OUTPUT_TOKENS,
     max_side: int = MAX_SIDE,
     drafts: Sequence[Grid | None] | None = None,
+    deadline: float = math.inf,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Decoded]:
     """One grid for each prompt, in the order given; for several samples, give a prompt repeatedly.
@@ -104,8 +107,9 @@ def decode(
     `max_output_tokens` is one bound for all prompts or one for each; a row that reaches it before
     its end gives no grid. Sampling draws from a random stream for each prompt, seeded by `seed`
     and its number in `streams` (default: its index). `drafts`, a grid or None for each prompt,
-    change nothing but the time, where `follows_drafts`. `advance` is told how many prompts are
-    done.
+    change nothing but the time, where `follows_drafts`. At `deadline` (of `time.monotonic`) the
+    rows that have not ended are given up: they give no grid. `advance` is told how many prompts
+    are done.
 
     Raises:
         ResourceError: out of memory; names `reader.batch_size`.
@@ -118,7 +122,7 @@ def decode(
     numbers = range(len(prompts)) if streams is None else streams
     found: dict[int, Decoded] = {}
     with memory_guard(batch_size):
-        decoder = _new_decoder(reader, prompts, bounds, sampling, max_side)
+        decoder = _new_decoder(reader, prompts, bounds, sampling, max_side, deadline)
     for batch in decoder.batches(by_length(prompts, bounds), batch_size):
         own_prompts, own_bounds = [prompts[i] for i in batch], [bounds[i] for i in batch]
         noise = _noise([numbers[i] for i in batch], max(own_bounds), sampling)
@@ -144,7 +148,7 @@ class _Decoder(Protocol):
         noise_TB12: Tensor | None,
         drafts: Sequence[Grid | None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
+        """Choices int64 [B, T], UNWRITTEN behind the last, and each row's log-probability [B]."""
 
 
 def follows_drafts(reader: GridReader) -> bool:
@@ -158,15 +162,16 @@ def _new_decoder(
     bounds: Sequence[int],
     sampling: Sampling,
     max_side: int,
+    deadline: float,
 ) -> _Decoder:
     if follows_drafts(reader) and sampling.power is None:
         assert isinstance(reader, TinyReader)
-        return DraftedDecoder(reader, max_side)
+        return DraftedDecoder(reader, max_side, deadline)
     if not is_packed(reader):
-        return _CachedDecoder(reader, sampling, max_side)
+        return _CachedDecoder(reader, sampling, max_side, deadline)
     assert isinstance(reader, TinyReader)
     sizes = [len(prompt.tokens) + bound for prompt, bound in zip(prompts, bounds, strict=True)]
-    return PackedDecoder(reader, sizes, sampling.power, max_side)
+    return PackedDecoder(reader, sizes, sampling.power, max_side, deadline=deadline)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +181,7 @@ class _CachedDecoder:
     reader: GridReader
     sampling: Sampling
     max_side: int
+    deadline: float = math.inf
 
     def batches(self, order: Sequence[int], batch_size: int) -> list[list[int]]:
         return split(order, batch_size)
@@ -191,7 +197,7 @@ class _CachedDecoder:
         rows, logits = encode_distinct(self.reader, prompts, room=max(bounds))
         batch = _Batch(rows, bounds, noise_TB12, self.sampling, self.max_side)
         count, more = 0, batch.step(logits, 0)
-        while more is not None:
+        while more is not None and time.monotonic() < self.deadline:
             count += 1
             more = batch.step(more, count)
         return batch.spelled()
@@ -224,7 +230,7 @@ class _Batch:
         self.noise = None if noise_TB12 is None else noise_TB12.to(device)
         self.state = grammar.start(len(rows), device)
         self.place_R = torch.arange(len(rows), device=device)
-        self.choices_TB = torch.full((max(bounds), len(rows)), END, device=device)
+        self.choices_TB = torch.full((max(bounds), len(rows)), UNWRITTEN, device=device)
         self.log_p_TB = torch.zeros(max(bounds), len(rows), device=device)
 
     def step(self, logits_R12: Tensor, count: int) -> Tensor | None:
@@ -271,7 +277,7 @@ class _Batch:
 def decoded(choices: np.ndarray, log_probability: float, ids: Sequence[int]) -> Decoded:
     """The result that choices spell up to their first end; `ids` are the 12 token ids."""
     ends = (choices == END).nonzero()[0]
-    own = choices[: ends[0] + 1] if len(ends) else choices
+    own = choices[: ends[0] + 1] if len(ends) else choices[choices != UNWRITTEN]
     tokens = tuple(ids[choice] for choice in own)
     return Decoded(grammar.decode_choices(own), log_probability, tokens)
 

@@ -13,6 +13,8 @@ overwritten.
 Legend: T tokens fed now, 12 choices.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from arctrm.data.task import Grid
 from arctrm.reader import grammar
-from arctrm.reader.grammar import END, ROW_END, GridState
+from arctrm.reader.grammar import END, ROW_END, UNWRITTEN, GridState
 from arctrm.reader.interface import Prompt
 from arctrm.reader.own_rows import HeldRow, OwnRows
 from arctrm.reader.rows import split
@@ -108,10 +110,12 @@ class _Row(HeldRow):
 
 
 class DraftedDecoder:
-    """Decodes batches of prompts, each with a draft or none, greedily."""
+    """Decodes batches of prompts, each with a draft or none, greedily, until `deadline` (of
+    `time.monotonic`); rows that have not ended by then are given up.
+    """
 
-    def __init__(self, reader: TinyReader, max_side: int):
-        self.reader, self.max_side = reader, max_side
+    def __init__(self, reader: TinyReader, max_side: int, deadline: float = math.inf):
+        self.reader, self.max_side, self.deadline = reader, max_side, deadline
         self.own = OwnRows(reader)
         self.lean = self.own.lean
 
@@ -127,7 +131,7 @@ class DraftedDecoder:
         noise_TB12: Tensor | None,
         drafts: Sequence[Grid | None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
+        """Choices int64 [B, T], UNWRITTEN behind the last, and each row's log-probability [B]."""
         assert noise_TB12 is None
         rows = [self._row(*given) for given in zip(prompts, bounds, drafts, strict=True)]
         condition = self.lean.condition(torch.tensor([p.condition for p in prompts]))
@@ -137,9 +141,11 @@ class DraftedDecoder:
             for index, choice, own in zip(active, best.tolist(), log_p.tolist(), strict=True):
                 rows[index].take(choice, own)
             active = [index for index in active if not rows[index].finished]
+            if time.monotonic() >= self.deadline:
+                break
             if active:
                 best, log_p = self._go_on([rows[index] for index in active], condition[active])
-        choices = np.full((len(rows), max(bounds)), END, dtype=np.int64)
+        choices = np.full((len(rows), max(bounds)), UNWRITTEN, dtype=np.int64)
         for row, own in zip(choices, rows, strict=True):
             row[: len(own.choices)] = own.choices
         return choices, np.array([row.log_p for row in rows])

@@ -23,6 +23,8 @@ from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
 from arctrm.reader.interface import GridTokens
 
 ROW_END, END = NUM_COLOURS, NUM_COLOURS + 1
+UNWRITTEN = -1
+"""Where a row of choices has none, because it ended or was given up before."""
 NUM_CHOICES = NUM_COLOURS + 2
 
 MAX_OUTPUT_TOKENS = MAX_SIDE * (MAX_SIDE + 1) + 1

@@ -10,6 +10,8 @@ uncaptured.
 Legend: R rows of a step, B prompts of a batch, T output tokens, D width, 12 choices.
 """
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from arctrm.data.task import Grid
 from arctrm.reader import grammar
-from arctrm.reader.grammar import END, NUM_CHOICES, GridState
+from arctrm.reader.grammar import END, NUM_CHOICES, UNWRITTEN, GridState
 from arctrm.reader.interface import Prompt
 from arctrm.reader.lean import Lean
 from arctrm.reader.places import Continued, Places, affordable_places, groups, offsets
@@ -35,7 +37,8 @@ class PackedDecoder:
     """Decodes batches of prompts; `temperature` is None for greedy decoding.
 
     `sizes` are the places that each prompt and its output may need; `batches` cuts them so that
-    keys and values fit into `max_places` (default: what the device can spare).
+    keys and values fit into `max_places` (default: what the device can spare). Rows that have not
+    ended at `deadline` (of `time.monotonic`) are given up.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class PackedDecoder:
         temperature: float | None,
         max_side: int,
         max_places: int | None = None,
+        deadline: float = math.inf,
     ):
         self.lean, self.sizes = Lean(reader), sizes
-        self.temperature, self.max_side = temperature, max_side
+        self.temperature, self.max_side, self.deadline = temperature, max_side, deadline
         most = affordable_places(reader) if max_places is None else max_places
         longest = max(sizes, default=0)
         self.places = Places(self.lean, max(longest, min(sum(sizes), most)))
@@ -67,10 +71,10 @@ class PackedDecoder:
         noise_TB12: Tensor | None,
         drafts: Sequence[Grid | None] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Choices int64 [B, T], END after the end, and the log-probability of each row [B]."""
+        """Choices int64 [B, T], UNWRITTEN behind the last, and each row's log-probability [B]."""
         rows = self._rows(prompts, bounds)
         num, longest = len(prompts), max(bounds)
-        choices_TB = torch.full((longest, num + 1), END, device=self.places.device)
+        choices_TB = torch.full((longest, num + 1), UNWRITTEN, device=self.places.device)
         log_p_B = torch.zeros(num + 1, dtype=torch.float64, device=self.places.device)
         if noise_TB12 is not None:
             noise_TB12 = F.pad(noise_TB12, (0, 0, 0, 1)).to(self.places.device)
@@ -83,7 +87,7 @@ class PackedDecoder:
             choices_TB[count].index_copy_(0, step.rows.prompt, step.choice)
             if (count + 1) % CHECK_EVERY == 0:
                 kept = step.rows.active.nonzero()[:, 0]
-                if len(kept) == 0:
+                if len(kept) == 0 or time.monotonic() >= self.deadline:
                     break
                 if 2 * _num_rows(len(kept)) <= step.num_rows:
                     log_p_B.index_copy_(0, step.rows.prompt, step.rows.log_p)

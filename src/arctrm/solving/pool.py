@@ -8,6 +8,7 @@ readers the first alone), the draft that TRM is shown; or it swaps what the read
 tasks.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,12 +74,13 @@ def proposals(
     told: Callable[[int], None] = lambda done: None,
     expected: Mapping[Key, Grid] | None = None,
     with_drafts: bool = True,
+    deadline: float = math.inf,
 ) -> list[list[list[Decoded]]]:
     """What each reader writes for each question, the likeliest first; see `propose`."""
     found: list[list[list[Decoded]]] = []
     readings, likely = _readings(asked), dict(expected or {})
     for reader in solver.readers:
-        own = propose(reader, readings, config.reader, told, likely, with_drafts)
+        own = propose(reader, readings, config.reader, told, likely, with_drafts, deadline)
         if follows_drafts(reader):  # of use to the next reader
             remember(likely, readings, [several[0] for several in own])
         found.append(own)

@@ -138,11 +138,13 @@ def propose(
     advance: Callable[[int], None] = lambda done: None,
     expected: Mapping[Key, Grid] | None = None,
     with_drafts: bool = True,
+    deadline: float = math.inf,
 ) -> list[list[Decoded]]:
     """The grids of each reading, as its view shows them: greedy, or all above a probability.
 
     What may come out (`expected` of a test input; else what its first view gives) makes greedy
-    decoding faster, on a CPU, and changes nothing else; unless `with_drafts` is False.
+    decoding faster, on a CPU, and changes nothing else; unless `with_drafts` is False. What is
+    written greedily and has not ended at `deadline` (of `time.monotonic`) gives no grid.
 
     Raises:
         ResourceError: out of memory; says which key to lower.
@@ -169,6 +171,7 @@ def propose(
             batch_size=size,
             max_output_tokens=[bounds[index] for index in part],
             drafts=[_draft(readings[index], known) for index in part] if drafted else None,
+            deadline=deadline,
             advance=advance,
         )
         found |= zip(part, decoded, strict=True)

@@ -4,6 +4,7 @@ Work is done in chunks that are expected to end in time. What each chunk costs i
 `Pace`, for reading, refining and judging apart.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from arctrm.config import SolveConfig
 from arctrm.data.task import Grid, Task
 from arctrm.hybrid import READER
 from arctrm.planner import PlannerResult
-from arctrm.reader.decoding import Decoded
+from arctrm.reader.decoding import Decoded, follows_drafts
 from arctrm.solving.candidates import Key, batch_of, by_key
 from arctrm.solving.costs import (
     JUDGE_SHARE,
@@ -160,12 +161,17 @@ def read_views(
     kept, step = judging_seconds(solver, task, config, pace), len(task.test)
     cost = lambda part: asking_seconds(solver, part, pace)
     while solver.reader is not None and views.unread:
-        seconds = pace.left() - (kept if views.drafts else 0.0)  # an answer comes before that
+        # The first view is read to its end: an answer comes before a judgement, and before that.
+        seconds, deadline = pace.left(), math.inf
+        if views.drafts:
+            seconds, deadline = seconds - kept, pace.end
         size = batch_size(solver.reader, config.reader)
+        if follows_drafts(solver.reader) and not views.drafts:
+            size = step  # which the others are likely to follow
         chunk = _next_chunk(views.unread, step, size, seconds, cost)
         if not chunk:
             break
-        views.drafts += _read(result, solver, chunk, config, pace)[0]
+        views.drafts += _read(result, solver, chunk, config, pace, deadline=deadline)[0]
         tell(f"answering, view {-(-len(views.drafts) // step)} of {config.inference.views}")
     return views
 
@@ -272,10 +278,18 @@ def _read(
     config: SolveConfig,
     pace: Pace,
     with_drafts: bool = True,
+    deadline: float = math.inf,
 ) -> list[list[list[Decoded]]]:
     """What the readers propose, also into `result`, and what it cost into `pace`."""
     begin, expected = time.monotonic(), result.read(config.seed)
-    drafts = proposals(solver, asked, config, expected=expected, with_drafts=with_drafts)
+    drafts = proposals(
+        solver,
+        asked,
+        config,
+        expected=expected,
+        with_drafts=with_drafts,
+        deadline=deadline,
+    )
     pace.record("read", reading_work(asked, solver), time.monotonic() - begin)
     result.add(readers_candidates(solver, asked, drafts))
     result.seconds = pace.elapsed()
