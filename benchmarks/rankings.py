@@ -5,9 +5,9 @@
 
 Prints task_fraction in percent: against the number of views that propose (the first of them),
 against the number of views under which the reader judges, and for rules in which the votes of TRM,
-or what the reader says of the inputs, weigh beside its judgement. The rules are for choosing on
-tasks that were held out of training (`data.held_out`, `evaluation.held_out`), not on those whose
-score is to be reported.
+what the reader says of the inputs, or what a grid breaks of what all demonstrations keep, weigh
+beside its judgement. The rules are for choosing on tasks that were held out of training
+(`data.held_out`, `evaluation.held_out`), not on those whose score is to be reported.
 With fewer proposing views, of the grids that were judged those count that are still proposed.
 """
 
@@ -19,12 +19,15 @@ from pathlib import Path
 
 from rich.table import Table
 
+from arctrm.config import JudgingConfig
 from arctrm.console import console
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid
+from arctrm.invariants.shared import weights
 from arctrm.solving import scoring
+from arctrm.solving.checked import LOOKED_AT
 from arctrm.solving.kept import KEPT, read_candidates
-from arctrm.solving.vote import Ranked, by_explanation
+from arctrm.solving.vote import Ranked, by_explanation, by_invariants
 from common import guarded
 
 Rule = Callable[[Sequence[Ranked]], list[Ranked]]
@@ -32,6 +35,9 @@ Rule = Callable[[Sequence[Ranked]], list[Ranked]]
 
 WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Nats of the reader's mean score that e times as many votes of TRM are worth."""
+
+INVARIANT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+"""Of what a grid breaks of what all demonstrations keep."""
 
 INVERSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 """Of the reader's mean log-probability of the input beside that of the grid."""
@@ -77,6 +83,8 @@ def rules(proposing: int, judging: int, inverse: bool = False) -> list[tuple[str
     if inverse:
         for w in INVERSE_WEIGHTS:
             found.append((f"reader, inputs x {w:g}", lambda own, w=w: with_inputs(own, w)))
+    for w in INVARIANT_WEIGHTS:
+        found.append((f"reader, invariants x {w:g}", lambda own, w=w: with_invariants(own, w)))
     for w in WEIGHTS:
         found.append((f"reader, TRM's votes x {w:g}", lambda own, w=w: with_trm(own, w)))
     return found
@@ -131,6 +139,13 @@ def with_inputs(own: Sequence[Ranked], weight: float) -> list[Ranked]:
     return by_explanation(asked, views, weight) + sorted(
         by_votes(rest), key=lambda one: -reader_score(one)
     )
+
+
+def with_invariants(own: Sequence[Ranked], weight: float) -> list[Ranked]:
+    """As `eval` ranks: by the reader, with the inputs as usual, then by what the first ones break."""
+    ranked = with_inputs(own, JudgingConfig().inverse_weight)
+    broken = [frozenset(one.broken) for one in ranked[:LOOKED_AT]]
+    return by_invariants(ranked, broken, weights(), weight)
 
 
 def reader_score(one: Ranked) -> float:

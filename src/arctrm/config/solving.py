@@ -25,6 +25,10 @@ class InferenceConfig(StrictModel):
     views: int = Field(64, ge=1)
     """Views of each test input that are answered and voted on."""
 
+    invariant_weight: float = Field(1.5, ge=0)
+    """How much it counts against a grid that it breaks what all demonstrations keep, such as the
+    number of cells of a colour, beside its place in the ranking; 0: it is not looked at."""
+
     steps: int | None = Field(None, ge=1)
     """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
 

@@ -1,7 +1,7 @@
 """Ask everything of a test set, over all processes: questions, candidates, rankings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -11,6 +11,7 @@ from arctrm.config import BaselineConfig, EvalConfig
 from arctrm.console import note, progress_console
 from arctrm.data.task import Task
 from arctrm.solving.candidates import Key, by_key
+from arctrm.solving.checked import Checker
 from arctrm.solving.inverse import (
     explained,
     inverse_readings,
@@ -35,6 +36,7 @@ class Workers:
     accelerator: Accelerator
     in_parts: bool = False
     """Whether they are asked many times over: finished bars would fill the screen, and go."""
+    checker: Checker = field(default_factory=Checker)
 
     def work(self, what: str, mine: list, work: Work, times: int = 1) -> list:
         """Results of this process's items, with a progress bar on the main one; `times`: how often
@@ -96,7 +98,21 @@ def rank_all(
     workers: Workers,
     ablation: str | None = None,
 ) -> dict[Key, list[Ranked]]:
-    """Each test input's grids, best first: by votes, or by the readers' log-probability."""
+    """Each test input's grids, best first: by votes, or by the readers' log-probability, and by
+    what they break of what all demonstrations keep.
+    """
+    ranked = _rank_all(solver, tasks, found, config, workers, ablation)
+    return workers.checker.checked(ranked, tasks, config.inference.invariant_weight)
+
+
+def _rank_all(
+    solver: Solver,
+    tasks: list[Task],
+    found: dict[Key, list[Candidate]],
+    config: EvalConfig,
+    workers: Workers,
+    ablation: str | None,
+) -> dict[Key, list[Ranked]]:
     ranked = rank(tasks, found, config.seed)
     readers, decoding = solver.readers, config.reader
     if not readers or decoding.rank == "votes" or ablation == "no-reader":

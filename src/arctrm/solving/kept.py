@@ -1,12 +1,13 @@
 """candidates.json.gz: all that `eval` ranked, so that rankings can be compared without a model.
 
     {task id: [for each test input: [{"grid": [[int]], "q": float, "views": {source: [int]},
-               "reader_scores": [float], "inverse_scores": [float]}, ...]]}
+               "reader_scores": [float], "inverse_scores": [float], "broken": [str]}, ...]]}
 
 Grids are in their order. `views` are the numbers of the views under which each source proposed the
 grid; `reader_scores` its log-probabilities (nats) by the reader, one for each scoring view (null:
 it cannot be written so), none where it was not judged; `inverse_scores` those of the input, given
-the grid (absent in older files). Answers are not in it.
+the grid; `broken` names what all demonstrations keep and it breaks (both absent in older files).
+Answers are not in it.
 """
 
 import gzip
@@ -66,6 +67,7 @@ def as_entry(one: Ranked) -> dict[str, Any]:
         "views": {source: list(views) for source, views in one.views_by.items()},
         "reader_scores": [s if math.isfinite(s) else None for s in one.reader_scores],
         "inverse_scores": [s if math.isfinite(s) else None for s in one.inverse_scores],
+        "broken": list(one.broken),
     }
 
 
@@ -82,6 +84,7 @@ def from_entry(one: dict[str, Any]) -> Ranked:
         views,
         votes,
         inverse_scores=_scores(one.get("inverse_scores", [])),
+        broken=tuple(one.get("broken", [])),
     )
 
 

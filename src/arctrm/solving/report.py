@@ -16,6 +16,8 @@ from arctrm.data.task import Grid, Task
 from arctrm.planner import PlannerResult
 from arctrm.solving.vote import Evidence
 
+MOST_NAMED = 3
+"""Of what all demonstrations keep and an attempt breaks, so many are named."""
 Verdicts = Sequence[bool | None]
 """Whether attempt_1 and attempt_2 are right; None where the answer is not known."""
 
@@ -100,6 +102,11 @@ def _evidence(evidence: Evidence) -> Text:
         lines.append(f"probe score {evidence.probe:.2f}")
     if evidence.leave_one_out is not None:
         lines.append(f"leave-one-out {evidence.leave_one_out:.0%}")
+    if evidence.broken:
+        lines.append("unlike all demonstrations in:")
+        lines += [f"  {name}" for name in evidence.broken[:MOST_NAMED]]
+        if len(evidence.broken) > MOST_NAMED:
+            lines.append(f"  and {len(evidence.broken) - MOST_NAMED} more")
     return Text("\n".join(lines), "dim")
 
 

@@ -15,6 +15,7 @@ from arctrm.hybrid import READER
 from arctrm.planner import PlannerResult
 from arctrm.reader.decoding import Decoded, follows_drafts
 from arctrm.solving.candidates import Key, batch_of, by_key
+from arctrm.solving.checked import Checker
 from arctrm.solving.costs import (
     JUDGE_SHARE,
     asking_seconds,
@@ -94,6 +95,13 @@ class Round:
         return {key: own[0].grid for key, own in ranked.items() if own}
 
     def rankings(self, task: Task, config: SolveConfig) -> dict[Key, list[Ranked]]:
+        """Each test input's grids, best first: as `judgement` has them, and by what they break of
+        what all demonstrations keep.
+        """
+        ranked, weight = self.judgement(task, config), config.inference.invariant_weight
+        return Checker().checked(ranked, [task], weight)
+
+    def judgement(self, task: Task, config: SolveConfig) -> dict[Key, list[Ranked]]:
         """Each test input's grids, best first: by the reader where it judged, else by votes."""
         keys = [(task.id, index) for index in range(len(task.test))]
         ranked = {key: vote(self.candidates.get(key, []), config.seed) for key in keys}
@@ -225,7 +233,7 @@ def judge_best(
     decoding = config.reader
     if not solver.readers or decoding.rank == "votes" or pace.left() == 0:
         return
-    grids = to_judge(result.rankings(task, config), decoding)
+    grids = to_judge(result.judgement(task, config), decoding)
     readings = task_readings(solver, task, views or decoding.scoring_views, config.seed)
     step = len(task.test)
     groups = [
@@ -254,7 +262,7 @@ def _ask_for_inputs(
     """Let the readers say how likely the inputs are, given the grids that they like best, view by
     view, while there is time.
     """
-    grids = to_explain(result.rankings(task, config), config.reader)
+    grids = to_explain(result.judgement(task, config), config.reader)
     readings = inverse_readings(solver, [task], config.reader)
     step = len(task.test)
     for begin in range(0, len(readings), step):

@@ -9,11 +9,15 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum
+from math import fsum, log1p
 
 import numpy as np
 
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
+
+PLACE_NATS = 2.1
+"""The grid in place n (from 0) is (n + 1) to this power times less likely to be right than the
+first (fitted on held-out training tasks)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +60,8 @@ class Ranked:
     inverse_scores: tuple[float, ...] = ()
     """The reader's log-probability of the input, given this grid (nats), under each view; none if
     not asked."""
+    broken: tuple[str, ...] = ()
+    """Names of what all demonstrations keep and this grid breaks (`arctrm.invariants`), sorted."""
 
     @property
     def reader_score(self) -> float | None:
@@ -86,6 +92,8 @@ class Evidence:
     """The reader's log-probability of it (nats), mean over views; None if not judged."""
     probe: float | None = None
     """Score (0..1) of the planner's attempt that gave it; None if none did."""
+    broken: tuple[str, ...] = ()
+    """Names of what all demonstrations keep and it breaks."""
 
 
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
@@ -130,6 +138,27 @@ def by_explanation(
     return sorted(asked, key=lambda entry: -value(entry)) + list(ranked[len(asked) :])
 
 
+def by_invariants(
+    ranked: Sequence[Ranked],
+    broken: Sequence[frozenset[str]],
+    nats: Mapping[str, float],
+    weight: float,
+) -> list[Ranked]:
+    """The first of `ranked` reordered by their places and what each of them breaks: `broken` has
+    the names of each, `nats` what each name is worth, and `weight` multiplies that.
+    """
+    looked_at = [
+        replace(entry, broken=tuple(sorted(names)))
+        for entry, names in zip(ranked, broken, strict=False)
+    ]
+    costs = [
+        PLACE_NATS * log1p(place) + weight * fsum(nats.get(name, 0.0) for name in entry.broken)
+        for place, entry in enumerate(looked_at)
+    ]
+    best_first = [looked_at[place] for place in sorted(range(len(costs)), key=costs.__getitem__)]
+    return best_first + list(ranked[len(looked_at) :])
+
+
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
     """attempt_1 and attempt_2: always two grids.
 
@@ -163,6 +192,7 @@ def evidence(
             entry.votes_by,
             entry.reader_score,
             entry.probe,
+            entry.broken,
         )
         for entry in (ranked[0], ranked[min(1, len(ranked) - 1)])
     )

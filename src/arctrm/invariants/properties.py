@@ -1,0 +1,258 @@
+"""Properties of an input and an output, by name, such as "same size" or "colours lost".
+
+A property is a value. What is True, or the same fact, of all demonstrations of a task is likely to
+be so of its test pair; how likely was counted (`invariants.shared`). False says nothing. A name may
+be there for several colours; it counts once.
+"""
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+
+from arctrm.data.task import NUM_COLOURS, Grid
+from arctrm.invariants.components import background, components, enclosed, shapes
+
+Key = tuple[str, int]
+"""Name of a property and the colour that it is about; -1 where it is about none."""
+Properties = dict[Key, Hashable]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A grid and what is counted of it, once."""
+
+    grid: Grid
+
+    @cached_property
+    def empty(self) -> int:
+        """The background."""
+        return background(self.grid)
+
+    @cached_property
+    def full(self) -> np.ndarray:
+        """bool [H, W]: not background."""
+        return self.grid != self.empty
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Cells of each colour."""
+        return np.bincount(self.grid.ravel(), minlength=NUM_COLOURS).tolist()
+
+    @cached_property
+    def colours(self) -> frozenset[int]:
+        """Those that occur."""
+        return frozenset(c for c, count in enumerate(self.counts) if count)
+
+    @cached_property
+    def objects(self) -> np.ndarray:
+        """Components of whatever colours, connected by corners, too."""
+        return components(self.grid, self.empty, corners=True, one_colour=False)
+
+    @cached_property
+    def pieces(self) -> np.ndarray:
+        """Components of one colour, connected by sides."""
+        return components(self.grid, self.empty, corners=False, one_colour=True)
+
+    @cached_property
+    def shapes(self) -> list[tuple[tuple[int, int], bytes, int]]:
+        """See `components.shapes`."""
+        return shapes(self.grid, self.empty)
+
+    @cached_property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Top, bottom, left and right of what is not background."""
+        if not self.full.any():
+            return None
+        ys, xs = np.nonzero(self.full)
+        return int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())
+
+
+def properties(given: Side, made: Side) -> Properties:
+    """All properties of an input and an output."""
+    found: Properties = {}
+    parts = [_size, _colours, _counts, _pattern, _objects]
+    if given.grid.shape == made.grid.shape:
+        parts += [_changes, _places]
+    for part in parts:
+        found |= {(name, -1): _plain(value) for name, value in part(given, made)}
+    found |= {key: _plain(value) for key, value in _of_colours(given, made)}
+    return found
+
+
+def _plain(value: Hashable) -> Hashable:
+    return bool(value) if isinstance(value, np.bool_) else value
+
+
+Named = Iterator[tuple[str, Hashable]]
+
+
+def _size(given: Side, made: Side) -> Named:
+    (big_h, big_w), (h, w) = given.grid.shape, made.grid.shape
+    yield "same size", (h, w) == (big_h, big_w)
+    yield "same height", h == big_h
+    yield "same width", w == big_w
+    yield "square", h == w
+    yield "not square", h != w
+    yield "smaller", h * w < big_h * big_w
+    yield "larger", h * w > big_h * big_w
+    yield "height by height", Fraction(h, big_h)
+    yield "width by width", Fraction(w, big_w)
+    yield "height", h
+    yield "width", w
+    if given.box is not None:
+        top, bottom, left, right = given.box
+        yield "size of what there is", (h, w) == (bottom - top + 1, right - left + 1)
+
+
+def _colours(given: Side, made: Side) -> Named:
+    before, after = given.colours, made.colours
+    yield "no new colour", after <= before
+    yield "no colour lost", before <= after
+    yield "same colours", before == after
+    yield "not the same colours", before != after
+    yield "colours of the output", after
+    yield "new colours", after - before
+    yield "lost colours", before - after
+    yield "number of colours", len(after)
+    yield "more or fewer colours", len(after) - len(before)
+    yield "more than one colour", len(after) > 1
+    yield "background", made.empty
+    yield "same background", made.empty == given.empty
+
+
+def _counts(given: Side, made: Side) -> Named:
+    before, after = int(given.full.sum()), int(made.full.sum())
+    yield "cells of each colour", given.counts == made.counts
+    yield "cells filled", before == after
+    yield "more cells filled", after > before
+    yield "fewer cells filled", after < before
+
+
+def _pattern(given: Side, made: Side) -> Named:
+    grid = made.grid
+    symmetric = {
+        "mirrored left to right": np.array_equal(grid, grid[:, ::-1]),
+        "mirrored top to bottom": np.array_equal(grid, grid[::-1]),
+        "turned by half": np.array_equal(grid, grid[::-1, ::-1]),
+        "mirrored diagonally": np.array_equal(grid, grid.T),
+        "rows alike": bool((grid == grid[:1]).all()),
+        "columns alike": bool((grid == grid[:, :1]).all()),
+        "periodic downwards": _period(grid) <= len(grid) // 2,
+        "periodic across": _period(grid.T) <= len(grid.T) // 2,
+    }
+    for name, value in symmetric.items():
+        yield name, value
+        yield f"not {name}", not value
+    if given.grid.shape != grid.shape:
+        yield "part of the input", _is_part(given.grid, grid)
+        yield "holds the input", _is_part(grid, given.grid)
+    if given.grid.shape[1] == grid.shape[1]:
+        yield "rows of the input", _rows(grid) <= _rows(given.grid)
+    if given.grid.shape[0] == grid.shape[0]:
+        yield "columns of the input", _rows(grid.T) <= _rows(given.grid.T)
+
+
+def _objects(given: Side, made: Side) -> Named:
+    objects, pieces = _sizes(made.objects), _sizes(made.pieces)
+    yield "objects", len(objects)
+    yield "as many objects", len(objects) == len(_sizes(given.objects))
+    yield "one object", len(objects) == 1
+    yield "not one object", len(objects) != 1
+    yield "objects of one size", len(set(objects)) == 1
+    yield "no lone cell", 1 not in objects
+    yield "a lone cell", 1 in objects
+    yield "pieces", len(pieces)
+    yield "as many pieces", len(pieces) == len(_sizes(given.pieces))
+    yield "pieces of one size", len(set(pieces)) == 1
+    yield "no lone piece", 1 not in pieces
+    before, after = given.shapes, made.shapes
+    forms_before, forms = sorted(s[:2] for s in before), sorted(s[:2] for s in after)
+    yield "forms of the input", set(forms) <= set(forms_before)
+    yield "the same forms", forms == forms_before
+    yield "forms and colours of the input", set(after) <= set(before)
+    yield "the same forms and colours", after == before
+    yield "one form", len(set(forms)) == 1
+    yield "rectangles", all(all(mask) for _, mask in forms)
+    yield "lines", all(min(size) == 1 for size, _ in forms)
+
+
+def _changes(given: Side, made: Side) -> Named:
+    before, after = given.grid, made.grid
+    changed = before != after
+    old, new = set(before[changed].tolist()), set(after[changed].tolist())
+    yield "something changes", bool(changed.any())
+    yield "colours that change", frozenset(old)
+    yield "colours they change to", frozenset(new)
+    yield "one colour changes", len(old) == 1
+    yield "one colour comes", len(new) == 1
+    yield "changes to colours of the input", new <= given.colours
+    yield "what is filled stays", np.array_equal(after[given.full], before[given.full])
+    yield "what is empty stays", bool((after[~given.full] == given.empty).all())
+    yield "filled where it was", np.array_equal(given.full, made.full)
+    yield "colour for colour", all(len(np.unique(after[before == c])) == 1 for c in given.colours)
+    yield "rows rearranged", np.array_equal(np.sort(before, 1), np.sort(after, 1))
+    yield "columns rearranged", np.array_equal(np.sort(before, 0), np.sort(after, 0))
+    edge = np.ones(before.shape, bool)
+    edge[1:-1, 1:-1] = False
+    yield "the edge stays", not changed[edge].any()
+
+
+def _places(given: Side, made: Side) -> Named:
+    changed, full = given.grid != made.grid, given.full
+    inside = enclosed(given.grid, given.empty)
+    yield "changes are enclosed", not (changed & ~inside).any()
+    yield "what is enclosed changes", bool(inside.any()) and not (inside & ~changed).any()
+    rows, columns = full.any(1, keepdims=True), full.any(0, keepdims=True)
+    yield "changes in rows of something", not (changed & ~rows).any()
+    yield "changes in columns of something", not (changed & ~columns).any()
+    yield "changes in line with something", not (changed & ~rows & ~columns).any()
+    around = np.pad(full, 1)
+    beside = full | around[:-2, 1:-1] | around[2:, 1:-1] | around[1:-1, :-2] | around[1:-1, 2:]
+    corner = around[:-2, :-2] | around[:-2, 2:] | around[2:, :-2] | around[2:, 2:]
+    yield "changes beside something", not (changed & ~beside).any()
+    yield "changes next to something", not (changed & ~beside & ~corner).any()
+    yield "the box around it", given.box is not None and given.box == made.box
+
+
+def _of_colours(given: Side, made: Side) -> Iterator[tuple[Key, Hashable]]:
+    """Of each colour: 0, which mostly means nothing, has names of its own."""
+    same = given.grid.shape == made.grid.shape
+    for colour in range(NUM_COLOURS):
+        what = "black" if colour == 0 else "a colour"
+        there, now = given.counts[colour], made.counts[colour]
+        yield (f"{what} is missing", colour), not now
+        yield (f"{what} is there", colour), bool(now)
+        yield (f"cells of {what}", colour), bool(there) and there == now
+        if same:
+            was, becomes = given.grid == colour, made.grid == colour
+            yield (f"{what} stays", colour), bool(there) and not (was & ~becomes).any()
+            yield (f"{what} goes", colour), bool(there) and not (was & becomes).any()
+            yield (f"{what} does not come", colour), not (becomes & ~was).any()
+
+
+def _sizes(numbers: np.ndarray) -> list[int]:
+    """Cells of each component."""
+    return np.bincount(numbers.ravel())[1:].tolist()
+
+
+def _rows(grid: Grid) -> set[bytes]:
+    return {row.tobytes() for row in np.ascontiguousarray(grid)}
+
+
+def _period(grid: Grid) -> int:
+    """The least number of rows after which they repeat; all of them where they do not."""
+    height = len(grid)
+    return next(
+        (p for p in range(1, height) if np.array_equal(grid[p:], grid[: height - p])), height
+    )
+
+
+def _is_part(whole: Grid, part: Grid) -> bool:
+    """Whether `part` stands somewhere in `whole`."""
+    if part.shape[0] > whole.shape[0] or part.shape[1] > whole.shape[1]:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)
+    return bool((windows == part).all((2, 3)).any())

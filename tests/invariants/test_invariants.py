@@ -1,0 +1,189 @@
+"""What demonstrations share is found, and a grid that breaks it is told from one that does not."""
+
+import numpy as np
+import pytest
+
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Pair
+from arctrm.invariants.components import components, enclosed, shapes
+from arctrm.invariants.properties import Side, properties
+from arctrm.invariants.shared import Invariants, weights
+
+
+def grid(*rows):
+    return np.array([[int(c) for c in row] for row in rows], dtype=np.uint8)
+
+
+RING = grid("33300", "30300", "33300", "00000", "00066")
+"""A ring of 3 around a cell, and a line of 6."""
+
+
+def test_cells_are_connected_by_sides_corners_and_colours():
+    slant = grid("100", "010", "022")
+    kinds = [(c, o) for c in (False, True) for o in (False, True)]
+    counts = [components(slant, 0, corners, one).max() for corners, one in kinds]
+    assert counts == [2, 3, 1, 2]
+    assert components(slant, 0, corners=True, one_colour=True).tolist() == [
+        [1, 0, 0],
+        [0, 1, 0],
+        [0, 2, 2],
+    ]
+    assert components(np.zeros((2, 3), np.uint8), 0, corners=True, one_colour=True).max() == 0
+
+
+def test_a_cell_is_enclosed_where_no_sides_lead_out():
+    assert np.argwhere(enclosed(RING, 0)).tolist() == [[1, 1]]
+    open_ring = RING.copy()
+    open_ring[0, 1] = 0
+    assert not enclosed(open_ring, 0).any()
+    leaking_by_a_corner = RING.copy()
+    leaking_by_a_corner[0, 0] = 0
+    assert enclosed(leaking_by_a_corner, 0)[1, 1]
+
+
+def test_forms_are_masks_and_colours():
+    (line_size, line, six), (ring_size, ring, three) = shapes(RING, 0)
+    assert (line_size, six, ring_size, three) == ((1, 2), 6, (3, 3), 3)
+    assert np.frombuffer(line, bool).tolist() == [True, True]
+    assert np.frombuffer(ring, bool).sum() == 8
+
+
+PAIRS = {
+    "same size": (RING, RING, True),
+    "square": (RING, grid("12"), False),
+    "smaller": (RING, grid("12"), True),
+    "height by height": (grid("12"), grid("12", "12"), 2),
+    "size of what there is": (grid("000", "030", "000"), grid("7"), True),
+    "no new colour": (RING, grid("4"), False),
+    "lost colours": (RING, grid("30"), frozenset({6})),
+    "number of colours": (RING, grid("30"), 2),
+    "cells filled": (RING, RING.T, True),
+    "cells of each colour": (RING, RING[::-1], True),
+    "more cells filled": (RING, grid("30"), False),
+    "mirrored left to right": (RING, grid("121"), True),
+    "not mirrored left to right": (RING, grid("122"), True),
+    "periodic across": (RING, grid("1212"), True),
+    "rows alike": (RING, grid("12", "12"), True),
+    "part of the input": (RING, grid("00", "66"), True),
+    "holds the input": (grid("12"), grid("00", "12"), True),
+    "rows of the input": (grid("12", "21"), grid("21"), True),
+    "objects": (RING, RING, 2),
+    "one object": (RING, grid("33300", "00000", "00000"), True),
+    "no lone cell": (RING, grid("300", "000"), False),
+    "the same forms": (grid("300", "000"), grid("000", "002"), True),
+    "the same forms and colours": (grid("300", "000"), grid("000", "002"), False),
+    "lines": (RING, grid("330", "000", "004"), True),
+    "rectangles": (RING, RING, False),
+    "something changes": (RING, RING, False),
+    "colours that change": (grid("123"), grid("143"), frozenset({2})),
+    "colours they change to": (grid("123"), grid("143"), frozenset({4})),
+    "what is filled stays": (grid("030"), grid("434"), True),
+    "what is empty stays": (grid("030"), grid("434"), False),
+    "colour for colour": (grid("112"), grid("334"), True),
+    "rows rearranged": (grid("012", "100"), grid("210", "001"), True),
+    "the edge stays": (grid("000", "010", "000"), grid("000", "020", "000"), True),
+    "changes beside something": (grid("0300"), grid("0340"), True),
+    "changes next to something": (grid("0300"), grid("0304"), False),
+    "changes in rows of something": (grid("0300", "0000"), grid("0304", "0000"), True),
+    "changes in columns of something": (grid("0300", "0000"), grid("0304", "0000"), False),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_property_has_its_value(name):
+    before, after, value = PAIRS[name]
+    assert properties(Side(before), Side(after))[name, -1] == value
+
+
+def test_properties_of_a_change_are_not_there_where_the_size_changes():
+    names = {name for name, _ in properties(Side(RING), Side(grid("3")))}
+    assert "something changes" not in names
+    assert ("a colour stays", 3) not in properties(Side(RING), Side(grid("3")))
+
+
+def test_what_is_enclosed_changes():
+    filled = RING.copy()
+    filled[1, 1] = 4
+    found = properties(Side(RING), Side(filled))
+    assert found["changes are enclosed", -1] is True
+    assert found["what is enclosed changes", -1] is True
+    filled[4, 0] = 4
+    assert properties(Side(RING), Side(filled))["changes are enclosed", -1] is False
+
+
+def test_a_property_of_a_colour_is_one_of_that_colour():
+    found = properties(Side(grid("1122")), Side(grid("1130")))
+    assert found["cells of a colour", 1] is True
+    assert found["cells of a colour", 2] is False
+    assert found["a colour goes", 2] is True
+    assert found["black is there", 0] is True
+
+
+RECOLOURED = (
+    Pair(grid("020", "002"), grid("030", "003")),
+    Pair(grid("200", "000", "020"), grid("300", "000", "030")),
+)
+"""2 becomes 3."""
+
+
+def test_a_right_answer_breaks_nothing_and_a_wrong_one_what_all_demonstrations_keep():
+    own, given = Invariants(RECOLOURED), grid("0022")
+    assert own.broken(given, grid("0033")) <= {"the place", "height by height"} | own.names
+    assert "colours they change to" not in own.broken(given, grid("0033"))
+    other_colour = own.broken(given, grid("0044"))
+    assert {"colours they change to", "new colours"} <= other_colour
+    stray = own.broken(given, grid("3033"))
+    assert {"cells filled", "colours that change", "the four cells around"} & stray
+    assert "same size" in own.broken(given, grid("003"))
+
+
+def test_what_one_demonstration_does_not_keep_is_no_invariant():
+    own = Invariants((*RECOLOURED, Pair(grid("020"), grid("04"))))
+    assert "same size" not in own.names
+    assert "colours they change to" not in own.names
+    assert "smaller" not in own.names
+
+
+def test_a_cell_rule_is_contradicted_where_it_was_seen_and_nowhere_else():
+    own = Invariants((Pair(grid("0102"), grid("0304")),))
+    assert "the eight cells around" in own.names
+    assert "the eight cells around" in own.broken(grid("0102"), grid("0305"))
+    assert "the eight cells around" not in own.broken(grid("7878"), grid("1111"))
+
+
+def test_without_demonstrations_nothing_is_broken():
+    own = Invariants(())
+    assert own.names == frozenset()
+    assert own.broken(RING, grid("5")) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "pair", [(grid("0"), grid("0")), (grid("5"), grid("5")), (RING, grid("0"))]
+)
+def test_grids_of_one_colour_have_properties_too(pair):
+    own = Invariants((Pair(*pair),))
+    assert own.names
+    assert own.broken(*pair) == frozenset()
+
+
+def test_right_answers_of_training_tasks_break_little():
+    """Where wrong ones, here the right one with one cell changed, break something mostly."""
+    tasks = load_tasks("training")[:60]
+    nats, right, wrong = weights(), [], []
+    for task in tasks:
+        own = Invariants(task.demonstrations)
+        for pair in task.test:
+            changed = pair.output.copy()
+            changed[0, 0] = (changed[0, 0] + 5) % 10
+            for made, found in ((pair.output, right), (changed, wrong)):
+                found.append(sum(nats.get(name, 0.0) for name in own.broken(pair.input, made)))
+    assert np.mean(np.array(right) > 2) < 0.2
+    assert np.mean(np.array(wrong) > 2) > 0.7
+
+
+def test_weights_name_invariants_and_are_positive():
+    known = {name for name, _ in properties(Side(RING), Side(RING))}
+    known |= {name for name, _ in properties(Side(RING), Side(grid("0")))}
+    known |= Invariants((Pair(RING, RING),)).names
+    assert set(weights()) <= known
+    assert all(nats > 0 for nats in weights().values())
