@@ -142,7 +142,7 @@ def with_inputs(own: Sequence[Ranked], weight: float) -> list[Ranked]:
 
 
 def with_invariants(own: Sequence[Ranked], weight: float) -> list[Ranked]:
-    """As `eval` ranks: by the reader, with the inputs as usual, then by what the first ones break."""
+    """By the reader, with the inputs as usual, then by what the first ones break: as `eval`."""
     ranked = with_inputs(own, JudgingConfig().inverse_weight)
     broken = [frozenset(one.broken) for one in ranked[:LOOKED_AT]]
     return by_invariants(ranked, broken, weights(), weight)

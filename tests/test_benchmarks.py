@@ -12,6 +12,7 @@ import torch
 from arctrm.data.sources import load_tasks
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+RECIPE = str(FOLDER.parent / "configs" / "arc1_1h.toml")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
         ("grid_decoding", ["--checkpoint", "NOWHERE"]),
         ("held_out_loss", ["NOWHERE"]),
         ("rankings", ["NOWHERE"]),
+        ("invariant_weights", ["--tasks", "training", "--scores", "NOWHERE", "--recipe", RECIPE]),
     ],
 )
 def test_a_missing_checkpoint_is_one_line_and_exit_code_2(

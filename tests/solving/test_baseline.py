@@ -73,11 +73,12 @@ def test_the_submission_answers_every_test_input(done, trained):
     ids=["greedy", "threshold", "experts"],
 )
 def test_the_tiny_reader_answers_as_in_eval(trained, tiny_reader, tmp_path, reader):
+    """But for the invariants, which are no work of the model."""
     answered(config(trained.folder, checkpoint=tiny_reader, reader=reader), tmp_path / "a.json")
     settings = {
         "checkpoint": tiny_reader,
         "evaluation": {"test_set": str(trained.folder)},
-        "inference": {"views": 3},
+        "inference": {"views": 3, "invariant_weight": 0.0},
         "reader": {"rank": "votes", **reader},
     }
     evaluate.run(EvalConfig.model_validate(settings), tmp_path / "eval")

@@ -4,12 +4,20 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 
+from arctrm.config import EvalConfig, SolveConfig
 from arctrm.data.task import Pair, Task
 from arctrm.invariants.shared import weights
 from arctrm.solving import checked as checked_module
+from arctrm.solving.anytime import solve_task
 from arctrm.solving.checked import LOOKED_AT, Checker
+from arctrm.solving.evaluate import run
+from arctrm.solving.kept import KEPT, read_candidates
+from arctrm.solving.report import solution_report
 from arctrm.solving.vote import PLACE_NATS, Candidate, by_invariants, evidence, vote
+from arctrm.solving.weights import load_solver
 
 
 def grid(*rows):
@@ -91,3 +99,53 @@ def test_a_test_input_without_candidates_stays_without():
 
 def test_the_weights_are_there():
     assert len(weights()) > 50
+
+
+INFERENCE = {"views": 8, "dtype": "float32"}
+
+
+def test_eval_ranks_by_what_grids_break(trained, tiny_reader, tmp_path):
+    found = {}
+    for weight in (0.0, 1.5):
+        settings = {
+            "checkpoint": tiny_reader,
+            "evaluation": {"test_set": str(trained.folder), "keep_candidates": True},
+            "inference": {**INFERENCE, "invariant_weight": weight},
+            "reader": {"scoring_views": 2},
+        }
+        run(EvalConfig.model_validate(settings), tmp_path / f"{weight}")
+        found[weight] = read_candidates(tmp_path / f"{weight}" / KEPT)
+    moved = 0
+    for task, inputs in found[0.0].items():
+        for before, after in zip(inputs, found[1.5][task], strict=True):
+            assert all(one.broken == () for one in before)
+            broken = {one.grid.tobytes(): frozenset(one.broken) for one in after}
+            looked_at = [broken[one.grid.tobytes()] for one in before[:LOOKED_AT]]
+            expected = by_invariants(before, looked_at, weights(), 1.5)
+            assert [one.grid.tolist() for one in after] == [one.grid.tolist() for one in expected]
+            orders = ([one.grid.tolist() for one in own] for own in (before, after))
+            moved += len({str(order) for order in orders}) == 2
+    assert moved
+
+
+def test_solve_ranks_by_what_grids_break_and_says_so(trained, tiny_reader):
+    task = trained.known[1].without_answers()
+    found = {}
+    for weight in (0.0, 1.5):
+        settings = {
+            "budget": 30.0,
+            "inference": {**INFERENCE, "invariant_weight": weight},
+            "adaptation": {"max_steps": 1},
+            "reader": {"scoring_views": 2},
+        }
+        config = SolveConfig.model_validate(settings)
+        solver = load_solver(tiny_reader, config.inference, torch.device("cpu"))
+        found[weight] = solve_task(solver, task, config)
+    for before, after in zip(found[0.0], found[1.5], strict=True):
+        assert all(one.broken == () for one in before.evidence)
+        assert any(one.broken for one in after.evidence)
+        nats = [sum(weights().get(n, 0.0) for n in one.broken) for one in after.evidence]
+        assert nats[0] <= nats[1] + PLACE_NATS * math.log(LOOKED_AT)
+        with (console := Console(width=200)).capture() as capture:
+            console.print(solution_report(task, found[1.5]))
+        assert "unlike all demonstrations in:" in capture.get()

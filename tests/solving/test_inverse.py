@@ -147,7 +147,7 @@ def evaluation(checkpoint, folder, **reader):
         {
             "checkpoint": checkpoint,
             "evaluation": {"test_set": str(folder), "keep_candidates": True},
-            "inference": {"views": 6, "dtype": "float32"},
+            "inference": {"views": 6, "dtype": "float32", "invariant_weight": 0.0},
             "reader": {"scoring_views": 2, **reader},
         }
     )
