@@ -13,7 +13,7 @@ With fewer proposing views, of the grids that were judged those count that are s
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from rich.table import Table
 from arctrm.config import JudgingConfig
 from arctrm.console import console
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Grid
-from arctrm.invariants.shared import weights
+from arctrm.data.task import Grid, Task
+from arctrm.invariants.shared import Invariants, weights
 from arctrm.solving import scoring
 from arctrm.solving.checked import LOOKED_AT
 from arctrm.solving.kept import KEPT, read_candidates
@@ -46,8 +46,11 @@ INVERSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 def main() -> None:
     args = arguments()
     kept = read_candidates(args.scores / KEPT)
-    known = scoring.answers(load_tasks(args.test_set))
+    tasks = load_tasks(args.test_set)
+    known = scoring.answers(tasks)
     known = {task: known[task] for task in kept}
+    if not any(one.broken for inputs in kept.values() for own in inputs for one in own):
+        kept = looked_at(kept, tasks)  # an older file, or it was not asked for
     everything = [one for inputs in kept.values() for own in inputs for one in own]
     views = [v for one in everything for own in one.views_by.values() for v in own]
     judging = max((len(one.reader_scores) for one in everything), default=0)
@@ -65,6 +68,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("scores", type=Path, help="output folder of arctrm eval")
     parser.add_argument("--test-set", default="evaluation")
     return parser.parse_args()
+
+
+def looked_at(
+    kept: Mapping[str, Sequence[Sequence[Ranked]]], tasks: Iterable[Task]
+) -> dict[str, list[list[Ranked]]]:
+    """The same, in their order, and what the first grids of each test input break."""
+    found = {}
+    for task in tasks:
+        own = Invariants(task.demonstrations)
+        found[task.id] = [
+            by_invariants(
+                ranked,
+                [own.broken(pair.input, one.grid) for one in ranked[:LOOKED_AT]],
+                nats={},
+                weight=0.0,
+            )
+            for ranked, pair in zip(kept.get(task.id, []), task.test, strict=False)
+        ]
+    return {task: found[task] for task in kept}
 
 
 def rules(proposing: int, judging: int, inverse: bool = False) -> list[tuple[str, Rule]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from arctrm.data.sources import load_tasks
+from arctrm.invariants.shared import weights
+from arctrm.solving.kept import KEPT, write_candidates
+from arctrm.solving.vote import Candidate, vote
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RECIPE = str(FOLDER.parent / "configs" / "arc1_1h.toml")
@@ -246,3 +250,32 @@ def refusal(script, words, monkeypatch, capsys):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_invariants_are_weighed_by_what_right_and_wrong_grids_break(tmp_path, monkeypatch, capsys):
+    tasks = load_tasks("training")[:40]
+    ranked = {}
+    for task in tasks:
+        for index, pair in enumerate(task.test):
+            wrong = pair.output.copy()
+            wrong[0, 0] = (wrong[0, 0] + 5) % 10
+            own = [Candidate(wrong, 0.0), Candidate(wrong, 0.0), Candidate(pair.output, 0.0)]
+            ranked[task.id, index] = vote(own, seed=0)
+    (tmp_path / "scores").mkdir()
+    write_candidates(tmp_path / "scores" / KEPT, tasks, ranked)
+    words = ["--tasks", "training", "--scores", str(tmp_path / "scores"), "--recipe", RECIPE]
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["invariant_weights.py", *words, "--folds", "2"])
+    before = weights()
+    runpy.run_path(str(FOLDER / "invariant_weights.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [re.findall(r"[\d.]+", line.split("│")[2] + line.split("│")[3]) for line in lines[4:10]]
+    first = {float(weight): float(score) for weight, score in rows}
+    assert first[0.0] == 0.0
+    assert first[1.5] > 50.0  # with weights from the other fold
+    nats = [float(line.split()[0]) for line in lines[12:]]
+    assert len(nats) > 20
+    assert nats == sorted(nats, reverse=True)
+    assert min(nats) > 0.3
+    weights.cache_clear()
+    assert weights() == before  # nothing is written

@@ -99,10 +99,28 @@ def test_files_from_before_inputs_were_asked_for_are_read(tmp_path):
     write_candidates(tmp_path / "kept", [Task("a", (), (Pair(RED),))], {("a", 0): ranked()})
     content = json.loads(gzip.decompress((tmp_path / "kept").read_bytes()))
     for one in content["a"][0]:
-        del one["inverse_scores"]
+        del one["inverse_scores"], one["broken"]
     (tmp_path / "old").write_bytes(gzip.compress(json.dumps(content).encode()))
     (back,) = read_candidates(tmp_path / "old")["a"]
     assert [one.inverse_scores for one in back] == [(), (), ()]
+    assert [one.broken for one in back] == [(), (), ()]
+
+
+def test_what_a_grid_breaks_is_kept_or_looked_up_and_changes_the_order(tmp_path, rankings):
+    task = Task("a", (Pair(RED, RED), Pair(BLUE, BLUE)), (Pair(RED),))
+    wrong, right = np.array([[3]], np.uint8), RED
+    own = vote([Candidate(wrong, 0.0, "reader", view=v) for v in (0, 1)], seed=0)
+    own += vote([Candidate(right, 0.0, "reader", view=2)], seed=0)
+    found = rankings["looked_at"]({"a": [own]}, [task])
+    assert list(found) == ["a"]
+    assert [one.grid.tolist() for one in found["a"][0]] == [wrong.tolist(), right.tolist()]
+    assert "same colours" in found["a"][0][0].broken
+    assert found["a"][0][1].broken == ()
+    write_candidates(tmp_path / "kept", [task], {("a", 0): found["a"][0]})
+    (back,) = read_candidates(tmp_path / "kept")["a"]
+    assert [one.broken for one in back] == [one.broken for one in found["a"][0]]
+    first = {w: rankings["with_invariants"](back, w)[0].grid[0, 0] for w in (0.0, 1.5)}
+    assert first == {0.0: 3, 1.5: RED[0, 0]}
 
 
 def test_a_say_of_trm_changes_the_order(rankings):
