@@ -1,5 +1,6 @@
 """The rendering of a solved task, read as the text a user sees."""
 
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -8,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from arctrm.data.task import Grid, Pair, Task
+from arctrm.invariants.shared import weights
 from arctrm.solving.report import Solution, solution_report
 from arctrm.solving.vote import Evidence
 
@@ -90,3 +92,18 @@ def test_an_attempt_without_votes_is_shown_as_such():
     text = shown(task, [unproposed])
     assert "0 of 64 views" in text
     assert "mean q" not in text
+
+
+def test_what_an_attempt_breaks_is_named_the_heaviest_first_on_80_columns():
+    task, (solution,) = solved(3, 3)
+    known = sorted(weights(), key=lambda name: len(name))[-5:]
+    first = replace(solution.evidence[0], broken=(*known, "of no weight"))
+    second = replace(solution.evidence[1], broken=("of no weight",))
+    text = shown(task, [replace(solution, evidence=(first, second))])
+    assert text.count("unlike all demonstrations in:") == 1
+    assert all(name in text for name in known[:3])
+    assert not any(name in text for name in (*known[3:], "of no weight"))
+    assert "and 2 more" in text
+    both = replace(solution, evidence=(first, first))
+    lines = shown(task, [both]).splitlines()
+    assert sum(line.count(known[0]) == 2 for line in lines) == 1

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
 from arctrm.data.task import Grid, Task
+from arctrm.invariants.shared import weights
 from arctrm.planner import PlannerResult
 from arctrm.solving.vote import Evidence
 
 MOST_NAMED = 3
-"""Of what all demonstrations keep and an attempt breaks, so many are named."""
+"""Of what all demonstrations keep and an attempt breaks, so many are named, the heaviest."""
 Verdicts = Sequence[bool | None]
 """Whether attempt_1 and attempt_2 are right; None where the answer is not known."""
 
@@ -102,11 +103,12 @@ def _evidence(evidence: Evidence) -> Text:
         lines.append(f"probe score {evidence.probe:.2f}")
     if evidence.leave_one_out is not None:
         lines.append(f"leave-one-out {evidence.leave_one_out:.0%}")
-    if evidence.broken:
+    broken = [name for name in evidence.broken if name in weights()]
+    if broken:
         lines.append("unlike all demonstrations in:")
-        lines += [f"  {name}" for name in evidence.broken[:MOST_NAMED]]
-        if len(evidence.broken) > MOST_NAMED:
-            lines.append(f"  and {len(evidence.broken) - MOST_NAMED} more")
+        lines += [f"  {name}" for name in broken[:MOST_NAMED]]
+        if len(broken) > MOST_NAMED:
+            lines.append(f"  and {len(broken) - MOST_NAMED} more")
     return Text("\n".join(lines), "dim")
 
 

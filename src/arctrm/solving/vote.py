@@ -61,7 +61,8 @@ class Ranked:
     """The reader's log-probability of the input, given this grid (nats), under each view; none if
     not asked."""
     broken: tuple[str, ...] = ()
-    """Names of what all demonstrations keep and this grid breaks (`arctrm.invariants`), sorted."""
+    """Names of what all demonstrations keep and it breaks (`arctrm.invariants`), the heaviest
+    first; some weigh nothing."""
 
     @property
     def reader_score(self) -> float | None:
@@ -93,7 +94,7 @@ class Evidence:
     probe: float | None = None
     """Score (0..1) of the planner's attempt that gave it; None if none did."""
     broken: tuple[str, ...] = ()
-    """Names of what all demonstrations keep and it breaks."""
+    """Names of what all demonstrations keep and it breaks, the heaviest first."""
 
 
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
@@ -148,7 +149,7 @@ def by_invariants(
     the names of each, `nats` what each name is worth, and `weight` multiplies that.
     """
     looked_at = [
-        replace(entry, broken=tuple(sorted(names)))
+        replace(entry, broken=tuple(sorted(names, key=lambda name: (-nats.get(name, 0.0), name))))
         for entry, names in zip(ranked, broken, strict=False)
     ]
     costs = [
