@@ -1,1 +1,0 @@
-"""Solving: candidates, vote, scoring, submission, adaptation."""

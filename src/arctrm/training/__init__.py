@@ -1,1 +1,0 @@
-"""Training: loop, losses, optimisers, schedule, checkpoints, tracking."""
