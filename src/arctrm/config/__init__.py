@@ -1,43 +1,37 @@
 """Configuration: pydantic models, TOML files, overrides."""
 
-from arctrm.config.baseline import BaselineConfig
-from arctrm.config.commands import BuildConfig, EvalConfig, PretrainConfig, ShowConfig, SolveConfig
-from arctrm.config.data import DataConfig
-from arctrm.config.decoding import DecodingConfig, JudgingConfig
-from arctrm.config.joint import CouplingConfig, JointConfig, JointModelConfig
-from arctrm.config.reader import ReaderConfig
+from arctrm.config.base import Seconds, StrictModel, differences, parse_duration
+from arctrm.config.commands import (
+    COMMANDS,
+    BaselineConfig,
+    DataBuildConfig,
+    DataShowConfig,
+    EvalConfig,
+    JointConfig,
+    JointModelConfig,
+    PretrainConfig,
+    SolveConfig,
+)
+from arctrm.config.data import DataConfig, ScalingConfig
+from arctrm.config.model import (
+    PAIR_TOKENS,
+    TINY,
+    CouplingConfig,
+    HubConfig,
+    ReaderConfig,
+    TRMConfig,
+    TrunkConfig,
+)
 from arctrm.config.solving import (
     AdaptationConfig,
     EvaluationConfig,
     InferenceConfig,
-    LearningConfig,
+    JudgeConfig,
     TaskChoiceConfig,
 )
-from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig
-from arctrm.config.trm import TRMConfig
-
-__all__ = [
-    "AdaptationConfig",
-    "BaselineConfig",
-    "BuildConfig",
-    "CouplingConfig",
-    "DataConfig",
-    "DecodingConfig",
-    "EvalConfig",
-    "EvaluationConfig",
-    "InferenceConfig",
-    "JointConfig",
-    "JointModelConfig",
-    "JudgingConfig",
-    "LearningConfig",
-    "OptimiserConfig",
-    "PretrainConfig",
-    "ReaderConfig",
-    "ScheduleConfig",
-    "ShowConfig",
-    "SolveConfig",
-    "TRMConfig",
-    "TaskChoiceConfig",
-    "TrackingConfig",
-    "TrainingConfig",
-]
+from arctrm.config.training import (
+    OptimiserConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainingConfig,
+)

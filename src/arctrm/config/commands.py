@@ -1,114 +1,315 @@
 """The whole configuration of each command."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from arctrm.config.answering import AnsweringConfig
-from arctrm.config.base import StrictModel
-from arctrm.config.baseline import BaselineConfig
+from arctrm.config.base import FREE, Count, Seconds, Seed, StrictModel
 from arctrm.config.data import DataConfig
-from arctrm.config.decoding import JudgingConfig
-from arctrm.config.joint import JointConfig
-from arctrm.config.reader import ReaderConfig
-from arctrm.config.solving import AdaptationConfig, InferenceConfig
-from arctrm.config.training import Seconds, TrackingConfig, TrainingConfig
-from arctrm.config.trm import TRMConfig
-from arctrm.data.task import MAX_SIDE
+from arctrm.config.model import (
+    PAIR_TOKENS,
+    TINY,
+    CouplingConfig,
+    HubConfig,
+    ReaderConfig,
+    TRMConfig,
+    TrunkConfig,
+)
+from arctrm.config.solving import (
+    AdaptationConfig,
+    EvaluationConfig,
+    InferenceConfig,
+    JudgeConfig,
+    TaskChoiceConfig,
+    Views,
+)
+from arctrm.config.training import TrackingConfig, TrainingConfig
 
 
-class BuildConfig(StrictModel):
+class DataBuildConfig(StrictModel):
     """`arctrm data build`."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: Seed = 0
     """Seed of everything random."""
     out: Path | None = None
     """Folder to write."""
     data: DataConfig = DataConfig()
 
 
-class ShowConfig(StrictModel):
+class DataShowConfig(StrictModel):
     """`arctrm data show`."""
 
-    seed: int | None = Field(None, ge=0)
+    seed: Seed | None = None
     """Draw the shown tasks at random with this seed; by default the first by id are shown."""
     out: Path | None = None
     """Text file to write instead of the terminal."""
-    limit: int = Field(5, ge=1)
+    limit: Count = 5
     """Tasks to show at most."""
     statistics: bool = False
-    """Print sizes, canvas histogram and overlaps instead of tasks."""
+    """Print sizes and overlaps instead of tasks."""
 
 
-class PretrainConfig(StrictModel):
+class _RunConfig(StrictModel):
+    """What both training commands have."""
+
+    seed: Seed = 0
+    """Seed of everything random."""
+    out: Path | None = Field(None, json_schema_extra=FREE)
+    """Run folder."""
+    data: DataConfig = DataConfig()
+    trunk: TrunkConfig = TrunkConfig()
+    reader: ReaderConfig = ReaderConfig()
+    trm: TRMConfig = TRMConfig()
+    training: TrainingConfig = TrainingConfig()
+    tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=FREE)
+
+    def _both_voices_fit(self) -> None:
+        """Raise where one voice's part of a batch holds not even the largest pair."""
+        tokens, share = self.training.tokens_per_batch, self.trm.share
+        least = min(share, 1 - share)
+        if int(tokens * least) < PAIR_TOKENS:
+            raise ValueError(
+                f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice "
+                f"{int(tokens * least)} tokens, and the largest pair has {PAIR_TOKENS}; use "
+                f"{int(PAIR_TOKENS / least) + 1} or more"
+            )
+
+
+class PretrainConfig(_RunConfig):
     """`arctrm pretrain`."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random."""
-    out: Path | None = None
-    """Run folder."""
-    model: Literal["trm", "reader"] = "trm"
-    """What is trained: TRM, or the tiny reader."""
-    data: DataConfig = DataConfig()
-    trm: TRMConfig = TRMConfig()
-    reader: ReaderConfig = ReaderConfig()
-    training: TrainingConfig = TrainingConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    voice: Literal["reader", "trm", "both"] = "both"
+    """Which voices of the trunk are trained: the reader, TRM, or both in every optimiser step."""
+    checkpoint: Path | None = Field(None, json_schema_extra=FREE)
+    """Checkpoint, run or bundle folder that the trunk starts from; untrained when absent."""
 
     @model_validator(mode="after")
-    def _a_row_fits(self) -> "PretrainConfig":
-        if self.model == "reader":
-            return self._a_sequence_fits()
-        longest = self.trm.num_prefix_slots + MAX_SIDE * MAX_SIDE
-        if self.training.tokens_per_batch < longest:
+    def _voices_fit(self) -> "PretrainConfig":
+        if self.voice == "both":
+            self._both_voices_fit()
+        elif self.trm.draft_share:
             raise ValueError(
-                f"training.tokens_per_batch = {self.training.tokens_per_batch} holds no full "
-                f"canvas with trm.num_prefix_slots = {self.trm.num_prefix_slots}; use {longest} "
-                "or more"
-            )
-        return self
-
-    def _a_sequence_fits(self) -> "PretrainConfig":
-        longest, form = self.reader.longest_sequence, self.reader.sequence
-        if self.training.tokens_per_batch < longest:
-            what, cure = "the largest pair", ""
-            if form == "task":
-                what, cure = "a sequence of reader.max_tokens", ", or lower reader.max_tokens"
-            raise ValueError(
-                f"training.tokens_per_batch = {self.training.tokens_per_batch} is less than {what} "
-                f"(reader.sequence = {form!r}: {longest} tokens); use {longest} or more{cure}"
+                f"trm.draft_share = {self.trm.draft_share} with voice = {self.voice!r}: drafts are "
+                "written by a reader and refined by TRM; set voice = 'both' or trm.draft_share = 0"
             )
         return self
 
 
-class EvalConfig(AnsweringConfig):
+KNOWN_KEYS = {
+    "llama_model": ("hub", "name"),
+    "trm_hidden_size": ("trunk", "hidden_size"),
+    "trm_halt_max_steps": ("trm", "halt_max_steps"),
+    "lr": ("training", "optimiser", "adamw_lr"),
+}
+"""Key of the older pipeline -> path of the key that means the same."""
+
+
+class JointConfig(_RunConfig):
+    """`arctrm joint`: a reader and TRM trained together.
+
+    The first ten keys are those of the older pipeline's file; each is read.
+    """
+
+    alternatives: ClassVar = (
+        *((known, ".".join(path)) for known, path in KNOWN_KEYS.items()),
+        ("llama_frozen", "hub.mode"),
+        ("epochs", "training.schedule.budget"),
+        ("epochs", "training.schedule.max_steps"),
+    )
+    voice: ClassVar[Literal["both"]] = "both"
+
+    data_path: str | None = Field(None, json_schema_extra=FREE)
+    """Tasks to train on, instead of data.subsets: a bundled name, a file or folder of tasks, or the
+    folder of a built data set. None is evaluated unless data.test_set is the same."""
+    llama_model: str = Field(TINY, min_length=1)
+    """"tiny": the reader's voice of the trunk; or a causal language model: an id on the Hugging
+    Face hub or a local folder."""
+    llama_frozen: bool = False
+    """Of a hub model: train the adapters and TRM only. A model that is not frozen gets LoRA, or is
+    trained as a whole with hub.mode = "full"."""
+    trm_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
+    """Checkpoint, run or bundle folder that the trunk (TRM, and with it the tiny reader) starts
+    from, and with it the adapters where it has any; untrained when absent."""
+    trm_hidden_size: int | None = Field(None, json_schema_extra=FREE)
+    """The same as trunk.hidden_size."""
+    trm_halt_max_steps: int | None = Field(None, json_schema_extra=FREE)
+    """The same as trm.halt_max_steps."""
+    batch_size: Count | None = None
+    """Bound on the sequences of a batch; by default as many as the token budgets hold."""
+    max_attempts: int = Field(2, ge=1, le=16)
+    """Of a hub model: rounds of reader and TRM in a training step; the second carries TRM's latents
+    back where coupling.back is on."""
+    epochs: Count | None = Field(None, json_schema_extra=FREE)
+    """Length of the run in passes over the pairs: replaces training.schedule.budget and .max_steps
+    by as many optimiser steps as ask for so many outputs."""
+    lr: float | None = Field(None, json_schema_extra=FREE)
+    """The same as training.optimiser.adamw_lr."""
+
+    reader_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
+    """Of a hub model: checkpoint folder whose LoRA matrices, or whole weights, the reader starts
+    from."""
+    hub: HubConfig = HubConfig()
+    coupling: CouplingConfig = CouplingConfig()
+    tracking: TrackingConfig = Field(
+        TrackingConfig(project="arc-hybrid-joint"), json_schema_extra=FREE
+    )
+    evaluate: bool = Field(False, json_schema_extra=FREE)
+    """Score the last checkpoint when training ends, by the three tables below (those of `arctrm
+    eval`)."""
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), json_schema_extra=FREE)
+    inference: InferenceConfig = Field(InferenceConfig(), json_schema_extra=FREE)
+    judge: JudgeConfig = Field(JudgeConfig(), json_schema_extra=FREE)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the trunk starts, as in `PretrainConfig`."""
+        return self.trm_checkpoint
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether the reader is a voice of the trunk."""
+        return self.llama_model == TINY
+
+    def eval_config(self, checkpoint: Path, out: Path | None) -> "EvalConfig":
+        """The configuration that scores the run's checkpoint."""
+        return EvalConfig(
+            seed=self.seed,
+            out=out,
+            checkpoint=checkpoint,
+            evaluation=self.evaluation,
+            inference=self.inference,
+            judge=self.judge,
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_known_keys(cls, given: Any) -> Any:
+        """Write the older pipeline's keys into the tables that mean the same."""
+        if not isinstance(given, Mapping):
+            return given
+        config = {key: _copied(value) for key, value in given.items()}
+        is_hub = config.get("llama_model", TINY) != TINY
+        for name, path in KNOWN_KEYS.items():
+            if config.get(name) is not None and (is_hub or name != "llama_model"):
+                _spread(config, path, config[name], name)
+        hub = config.get("hub", {})
+        if is_hub and isinstance(hub, dict):
+            frozen = config.setdefault("llama_frozen", hub.get("mode") == "frozen")
+            mode = hub.setdefault("mode", "frozen" if frozen is True else "lora")
+            if isinstance(frozen, bool) and frozen != (mode == "frozen"):
+                raise ValueError(
+                    f"llama_frozen = {str(frozen).lower()} contradicts hub.mode = {mode!r}; leave "
+                    "one of them out"
+                )
+        return config
+
+    @model_validator(mode="after")
+    def _reader_is_one_kind(self) -> "JointConfig":
+        if not self.is_tiny:
+            if self.reader != ReaderConfig():
+                raise ValueError(
+                    f"llama_model = {self.llama_model!r} contradicts the table reader, which "
+                    "trains the tiny reader; leave reader out"
+                )
+            return self
+        self._both_voices_fit()
+        for key, given in (
+            ("llama_frozen = true", self.llama_frozen),
+            (f"reader_checkpoint = {str(self.reader_checkpoint)!r}", self.reader_checkpoint),
+            (f"hub.name = {self.hub.name!r} and the table hub", self.hub != HubConfig()),
+        ):
+            if given:
+                raise ValueError(
+                    f"llama_model = 'tiny' contradicts {key}: the tiny reader is a voice of TRM's "
+                    "trunk, which trm_checkpoint starts; leave it out, or set llama_model to the "
+                    "name of a hub model"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> "JointConfig":
+        width, heads = self.trunk.hidden_size, self.coupling.adapter_heads
+        if self.is_tiny:
+            return self
+        if width % heads:
+            raise ValueError(
+                f"coupling.adapter_heads = {heads} does not divide trunk.hidden_size = {width}; "
+                f"use {next(n for n in range(heads, 0, -1) if width % n == 0)}"
+            )
+        one = self.hub.training_tokens + self.coupling.num_back_vectors * self.coupling.back
+        if self.coupling.reader_tokens_per_batch < one:
+            raise ValueError(
+                f"coupling.reader_tokens_per_batch = {self.coupling.reader_tokens_per_batch} holds "
+                f"no sequence of hub.max_tokens ({one} tokens); use {one} or more, or lower "
+                "hub.max_tokens"
+            )
+        return self
+
+
+def _copied(value: Any) -> Any:
+    """Tables as dictionaries that may be changed; a model as the keys that it was given."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(part) for key, part in value.items()}
+    return value
+
+
+def _spread(config: dict[str, Any], path: tuple[str, ...], value: Any, name: str) -> None:
+    """Write `value` at `path`; another value there is a contradiction."""
+    table = config
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            return  # the field's own error says what is wrong
+    if table.setdefault(path[-1], value) != value:
+        raise ValueError(
+            f"{name} = {value} contradicts {'.'.join(path)} = {table[path[-1]]}; leave one of them "
+            "out"
+        )
+
+
+JointModelConfig = JointConfig
+"""The name in the older pipeline."""
+
+
+class EvalConfig(StrictModel):
     """`arctrm eval`."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    alternatives: ClassVar = (("checkpoint", "bundled"),)
+
+    seed: Seed = 0
     """Seed of everything random."""
-    out: Path | None = None
+    out: Path | None = Field(None, json_schema_extra=FREE)
     """Folder for scores.json and submission.json."""
-    checkpoint: Path | None = None
+    checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder or file; the bundled weights when absent."""
+    bundled: bool = Field(False, json_schema_extra=FREE)
+    """Use the bundled weights; excludes checkpoint."""
     submission: Path | None = None
     """Score this submission.json (or the one in this folder) instead of answering; no weights are
     loaded."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
+    judge: JudgeConfig = JudgeConfig()
 
     @model_validator(mode="after")
-    def _answers_are_there_already(self) -> "EvalConfig":
-        asked = {
-            "checkpoint": self.checkpoint is not None,
-            "evaluation.ablate": bool(self.evaluation.ablate),
-            "evaluation.adapt_steps": self.evaluation.adapt_steps > 0,
-            "evaluation.adapt_budget": self.evaluation.adapt_budget is not None,
-            "evaluation.keep_candidates": self.evaluation.keep_candidates,
+    def _one_source_of_answers(self) -> "EvalConfig":
+        given = {
+            f"submission = {str(self.submission)!r}": self.submission is not None,
+            f"checkpoint = {str(self.checkpoint)!r}": self.checkpoint is not None,
+            "bundled = true": self.bundled,
+            "evaluation.ablate": bool(self.evaluation.ablate) and self.submission is not None,
+            "evaluation.keep_candidates": self.evaluation.keep_candidates
+            and self.submission is not None,
         }
-        given = [key for key, is_given in asked.items() if is_given]
-        if self.submission is not None and given:
+        keys = [key for key, is_given in given.items() if is_given]
+        if len(keys) > 1:
             raise ValueError(
-                f"submission = {str(self.submission)!r} is scored as it is, but {given[0]} is set; "
-                "leave one of the two out"
+                f"{keys[0]} contradicts {keys[1]}: answers come from one set of weights, or from a "
+                "submission as it is; leave one of the two out"
             )
         return self
 
@@ -116,26 +317,70 @@ class EvalConfig(AnsweringConfig):
 class SolveConfig(StrictModel):
     """`arctrm solve`."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: Seed = 0
     """Seed of everything random."""
-    out: Path | None = None
+    out: Path | None = Field(None, json_schema_extra=FREE)
     """Folder for submission.json."""
-    checkpoint: Path | None = None
+    checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder or file; the bundled weights when absent."""
     budget: Seconds = 60.0
     """Wall-clock time per task."""
     keep_going: bool = False
     """In a folder, report a bad task and go on."""
-    attempts: int = Field(2, ge=1, le=16)
-    """Rounds of reader and TRM that the planner makes, where adapters join the two."""
+    max_attempts: int = Field(2, ge=1, le=16)
+    """Rounds of reader and TRM that the planner makes; more than one where TRM's latents go back to
+    the reader."""
     inference: InferenceConfig = InferenceConfig(views=32, compile="off")
-    reader: JudgingConfig = JudgingConfig()
+    judge: JudgeConfig = JudgeConfig()
     adaptation: AdaptationConfig = AdaptationConfig()
 
 
+class BaselineHubConfig(HubConfig):
+    """`[hub]` of baseline: the same keys, and no model unless one is named."""
+
+    name: str | None = None  # type: ignore[assignment]
+    """Id on the Hugging Face hub, such as Qwen/Qwen2.5-0.5B, or a local folder; when absent, the
+    tiny reader of a checkpoint answers."""
+
+
+class BaselineConfig(StrictModel):
+    """`arctrm baseline`: a language model alone, its answers ranked by votes."""
+
+    seed: Seed = 0
+    """Seed of everything random."""
+    out: Path | None = Field(None, json_schema_extra=FREE)
+    """results.json, or a folder for it; submission.json is written beside it."""
+    checkpoint: Path | None = None
+    """Checkpoint folder of a tiny reader; the bundled weights when absent."""
+    views: Views = 8
+    """Views of each test input that are answered and voted on."""
+    attempts: Views = 2
+    """Grids kept of each test input, the best by votes; the first two are submitted."""
+    max_new_tokens: Count = 2048
+    """Bound on the tokens of an answer in plain language (hub.prompt = "chat")."""
+    batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
+    """Prompts answered side by side, at most; by default as many as `judge.batch_size` of eval."""
+    hub: BaselineHubConfig = BaselineHubConfig()
+    evaluation: TaskChoiceConfig = TaskChoiceConfig()
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "BaselineConfig":
+        if self.checkpoint is not None and self.hub.name:
+            raise ValueError(
+                f"checkpoint = '{self.checkpoint}' contradicts hub.name = {self.hub.name!r}: one "
+                "model answers; leave one of them out"
+            )
+        if self.hub.prompt == "chat" and not self.hub.name:
+            raise ValueError(
+                "hub.prompt = 'chat' needs a chat model, and the tiny reader is none; set hub.name "
+                "or hub.prompt = 'grid'"
+            )
+        return self
+
+
 COMMANDS: dict[str, type[StrictModel]] = {
-    "data build": BuildConfig,
-    "data show": ShowConfig,
+    "data build": DataBuildConfig,
+    "data show": DataShowConfig,
     "pretrain": PretrainConfig,
     "joint": JointConfig,
     "eval": EvalConfig,

@@ -1,73 +1,96 @@
 """`[data]`: which tasks are trained on, which are evaluated, and how views are drawn."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from arctrm.config.base import StrictModel
+from arctrm.config.base import FREE, Count, Names, Number, Part, Share, StrictModel, Weight
 
 KNOWN_LEAKS = ("40853293", "8719f442")
 """Training task 40853293 holds the test pair of ARC-AGI-1 evaluation task 070dd51e; 8719f442 (an
 evaluation task that is also in ARC-AGI-2 training) the test input of evaluation task 6ea4a07e."""
 
+Factor = Annotated[int, Field(ge=1, le=6)]
+"""Rows or columns that one of a small grid becomes."""
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Block = Annotated[tuple[Factor, Factor], Field(strict=False)]
+ShapeName = Literal["pad", "lines", "tile", "stretch"]
+
+
+class ScalingConfig(StrictModel):
+    """Scale augmentation (VARC): training pairs whose grids are both shown larger.
+
+    A learned vector tells the model by which block, or in which shape.
+    """
+
+    share: Part = 0.0
+    """Share of the drawn pairs that are shown larger, if they are small enough; 0 = none."""
+    factors: Annotated[tuple[Block, ...], Field(strict=False)] = ((1, 2), (2, 1), (2, 2))
+    """Blocks [rows, columns] that a cell may become, each equally likely."""
+    shapes: Annotated[tuple[ShapeName, ...], Field(strict=False)] = ()
+    """Other ways of showing both grids larger, each as likely as one of the blocks. pad: up to two
+    rows and columns of one colour on each side; lines: a line of one colour between all rows and
+    columns; tile: twice beside or below itself, as it is or mirrored; stretch: a quarter of the
+    rows and columns twice. pad and stretch where input and output have one size."""
+    sides: int = Field(24, ge=1, le=30)
+    """Bound on the sides of a grid that is shown larger; what would exceed it stays as it is."""
+
+    @property
+    def num_ways(self) -> int:
+        """Ways of showing a grid larger: blocks, then shapes."""
+        return len(self.factors) + len(self.shapes)
+
+    @model_validator(mode="after")
+    def _every_way_is_one(self) -> "ScalingConfig":
+        if (1, 1) in self.factors or not self.factors:
+            raise ValueError(
+                f"data.scaling.factors = {[list(pair) for pair in self.factors]}: none, or one "
+                "that changes nothing; give pairs [rows, columns] such as [[2, 2], [1, 2]]"
+            )
+        if len(set(self.shapes)) < len(self.shapes):
+            raise ValueError(
+                f"data.scaling.shapes = {list(self.shapes)} names a shape twice; name each once"
+            )
+        return self
 
 
 class DataConfig(StrictModel):
     """Sources, split, overlap guard and view drawing."""
 
-    subsets: tuple[str, ...] = ("training", "evaluation")
+    subsets: Names = ("training", "evaluation")
     """Bundled names (training, evaluation: ARC-AGI-1; training2, evaluation2: ARC-AGI-2) or paths
     to a task file, a folder of task files, a Kaggle challenges file or a `.json.gz` map."""
-
     test_set: str | None = "evaluation"
     """The subset that is evaluated: only the demonstrations of its tasks are trained on."""
-
-    path: Path | None = None
+    path: Path | None = Field(None, json_schema_extra=FREE)
     """Folder of the built data set; built there first when it does not exist."""
-
-    num_aug: int = Field(1000, ge=0)
+    num_aug: Number = 1000
     """Bound on the distinct views of each task that training draws; 0 = unbounded."""
-
-    exclude: tuple[str, ...] = KNOWN_LEAKS
+    exclude: Names = KNOWN_LEAKS
     """Task ids left out of training (their content, not their name, is the reason); the test set
     itself stays whole."""
-
-    allow_overlap: tuple[str, ...] = ()
+    allow_overlap: Names = ()
     """Task ids that may be trained on although they share test content with the test set."""
-
     drop_overlap: bool = False
     """Leave out every task the overlap guard finds, instead of refusing to build."""
-
-    max_tasks: int | None = Field(None, ge=1)
+    max_tasks: Count | None = None
     """Use only the first tasks (by id) of each subset: for smoke runs."""
-
-    held_out: int = Field(0, ge=0)
+    held_out: Number = 0
     """Tasks of each subset but the test set, chosen by a hash of their ids, whose test pairs are
     not trained on: a validation set for choosing settings (`evaluation.held_out`)."""
-
     weights: dict[str, Weight] = Field(default_factory=dict)
     """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
     a label is the bundled name or the file's stem."""
-
     test_pair_weight: Weight = 1.0
     """Relative weight of a test pair, of the tasks whose test pairs are trained on; 0 = only
     demonstrations are drawn."""
-
-    area_power: float = Field(0.0, ge=0, le=1)
-    """Pairs are drawn with weight (cells of the canvas) ^ -area_power: above 0, small pairs, which
-    cost less and are learned first, come more often."""
-
-    identity_colours: float = Field(0.2, ge=0, le=1)
-    """Probability that a view keeps its colours (TRM is told so by a flag)."""
-
-    enlarge_canvas: float = Field(0.25, ge=0, le=1)
-    """Probability that the canvas is larger than the pair needs (compact layout)."""
-
-    translate: float = Field(0.0, ge=0, le=1)
-    """Probability that the pair is shifted on the 30x30 canvas (reference layout)."""
+    area_power: Share = 0.0
+    """Pairs are drawn with weight (cells of the larger grid) ^ -area_power: above 0, small pairs,
+    which cost less and are learned first, come more often."""
+    identity_colours: Share = 0.2
+    """Probability that a view keeps its colours (the model is told so by a flag)."""
+    scaling: ScalingConfig = ScalingConfig()
 
     @model_validator(mode="after")
     def _test_set_is_loaded(self) -> "DataConfig":

@@ -1,108 +1,78 @@
-"""`[evaluation]` and `[solving]`: inference, vote, adaptation, budget."""
+"""`[inference]`, `[judge]`, `[adaptation]`, `[evaluation]`: how tasks are answered and scored."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from arctrm.config.base import StrictModel
-from arctrm.config.training import Seconds
+from arctrm.config.base import FREE, Count, Names, Number, Rate, Share, StrictModel, Weight
 
-Ablation = Literal[
-    "no-reader",
-    "no-trm",
-    "no-coupling",
-    "no-ensemble",
-    "swap-context",
-    "no-draft",
-    "no-adaptation",
-]
+Ablation = Literal["no-reader", "no-trm", "no-coupling"]
 """What `eval` can leave out."""
+
+Views = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class InferenceConfig(StrictModel):
     """How candidates are produced from a checkpoint."""
 
-    views: int = Field(64, ge=1)
+    views: Views = 64
     """Views of each test input that are answered and voted on."""
-
-    invariant_weight: float = Field(1.5, ge=0)
+    invariant_weight: Weight = 1.5
     """How much it counts against a grid that it breaks what all demonstrations keep, such as the
-    number of cells of a colour, beside its place in the ranking; 0: it is not looked at."""
-
-    steps: int | None = Field(None, ge=1)
-    """Supervision steps per view; by default trm.halt_max_steps of the checkpoint."""
-
-    halt: bool = False
-    """Answer with the first step whose halting logit is positive, not with the last: fewer steps,
-    other answers."""
-
-    tokens_per_batch: int | None = Field(None, ge=1024)
-    """Tokens in one packed batch; by default 131072 on a GPU (8192 with a hub reader) and 1024 on a
-    CPU."""
-
+    number of cells of a colour, beside its place in the ranking; 0: invariants are not used."""
+    steps: int | None = Field(None, ge=1, le=4096)
+    """Supervision steps of TRM per view, at most; by default trm.halt_max_steps of the checkpoint.
+    """
+    tokens_per_batch: int | None = Field(None, ge=1024, le=2**24, json_schema_extra=FREE)
+    """Tokens of TRM in one packed batch; by default 131072 on a GPU (8192 with a hub reader) and
+    1024 on a CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the blocks; auto: bfloat16 on a GPU and on a CPU that is faster in it, else
+    """Arithmetic of the layers; auto: bfloat16 on a GPU and on a CPU that is faster in it, else
     float32. A hub reader on a CPU keeps hub.dtype where this is auto."""
-
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks; auto: on a GPU only."""
-
+    compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
+    """torch.compile of the layers; auto: on a GPU only."""
     llama_model: str | None = Field(None, min_length=1)
-    """Where the hub reader of a hybrid is now: an id on the Hugging Face hub or a local folder; by
-    default where the checkpoint was trained with it."""
-
+    """Where the hub reader of a checkpoint is now: an id on the Hugging Face hub or a local folder;
+    by default where the checkpoint was trained with it."""
     trust_remote_code: bool = False
     """Run Python code that comes with that model."""
 
-    blank_task_embedding: bool = False
-    """Ablation: answer with a blank task embedding."""
+
+class JudgeConfig(StrictModel):
+    """How the reader writes grids side by side, and how it judges the candidates of all voices."""
+
+    batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
+    """Prompts decoded side by side, at most; by default 4096 on a GPU (fewer where memory has no
+    room, 512 in float32) and 16 on a CPU, 8 by a hub model."""
+    scored_candidates: Views = 8
+    """Grids of each test input, the best by votes, that the reader scores."""
+    scoring_views: Views = 8
+    """Views under which a candidate is scored."""
+    inverse_weight: Weight = 0.2
+    """Weight of the log-probability of the input, given a candidate, of a reader that was trained
+    on inverse tasks, too (`reader.inverse_share`); 0: the reader is not asked for it."""
+    inverse_candidates: Views = 5
+    """Grids of each test input, the best by the reader, whose input is asked for."""
 
 
-class LearningConfig(StrictModel):
-    """Rates and batch of test-time training on the demonstrations of tasks."""
-
-    parts: Literal["all", "reader"] = "all"
-    """What learns: everything that answers, or of a reader and a TRM the reader only."""
-
-    kind: Literal["muon", "adamw"] = "muon"
-    """muon: Muon on block matrices + AdamW; adamw: AdamW on all."""
-
-    muon_lr: float = Field(1e-3, gt=0)
-    """Learning rate of Muon on the block matrices."""
-
-    adamw_lr: float = Field(1e-3, gt=0)
-    """Learning rate of AdamW on everything else, or on all."""
-
-    tokens_per_batch: int | None = Field(None, ge=256)
-    """Tokens in one packed batch; by default on a GPU 1024 for each task and at most 16384 for
-    several (8192 with a hub reader), on a CPU 256 for each and at most 1024."""
-
-    halt_max_steps: int = Field(3, ge=1)
-    """Supervision steps before a row is replaced."""
-
-
-class AdaptationConfig(LearningConfig):
-    """Test-time training on a task's own demonstrations: many short steps (LOG.md)."""
-
-    parts: Literal["all", "reader"] = "reader"
-    """As above; a step of both takes four times as long."""
-
-    kind: Literal["muon", "adamw"] = "adamw"
-    """As above; Newton-Schulz alone takes a CPU twice as long as such a step of AdamW."""
-
-    adamw_lr: float = Field(1e-4, gt=0)
-    """As above."""
+class AdaptationConfig(StrictModel):
+    """Test-time training of the reader on a task's own demonstrations: many short steps."""
 
     enabled: bool = True
     """Adapt before answering."""
-
-    max_steps: int = Field(2000, ge=1)
+    kind: Literal["muon", "adamw"] = "adamw"
+    """muon: Muon on the matrices of the layers + AdamW; adamw: AdamW on all, in half the time."""
+    muon_lr: Rate = 1e-3
+    """Learning rate of Muon."""
+    adamw_lr: Rate = 1e-4
+    """Learning rate of AdamW."""
+    tokens_per_batch: int | None = Field(None, ge=256, le=2**24)
+    """Tokens in one packed batch; by default 1024 on a GPU and 256 on a CPU."""
+    max_steps: Count = 2000
     """Bound on optimiser steps before and after the probe each, whatever the budget."""
-
-    share: float = Field(0.6, ge=0, le=1)
+    share: Share = 0.6
     """Share of the time after the first answer that goes into adaptation; the rest answers."""
-
-    known_share: float = Field(0.0, ge=0, le=1)
+    known_share: Share = 0.0
     """The same for a task whose demonstrations the model was trained on."""
 
 
@@ -111,66 +81,22 @@ class TaskChoiceConfig(StrictModel):
 
     test_set: str = "evaluation"
     """Bundled name or path of the tasks to answer."""
-
-    tasks: tuple[str, ...] = ()
+    tasks: Names = Field((), json_schema_extra=FREE)
     """Only these task ids; empty = all."""
-
-    max_tasks: int | None = Field(None, ge=1)
+    max_tasks: Count | None = Field(None, json_schema_extra=FREE)
     """Only the first tasks by id."""
-
-    held_out: int = Field(0, ge=0)
+    held_out: Number = 0
     """Only the tasks that `data.held_out` of the same number kept the test pairs of; 0 = all."""
-
-    solutions: str | None = None
+    solutions: str | None = Field(None, json_schema_extra=FREE)
     """Kaggle solutions file, when the tasks come without answers."""
 
 
 class EvaluationConfig(TaskChoiceConfig):
-    """Which tasks `eval` answers and scores, adapted to or not, with what left out."""
+    """Which tasks `eval` answers and scores, and what is left out in further rows."""
 
-    alternatives: ClassVar = (("adapt_steps", "adapt_budget"),)
-
-    adapt_steps: int = Field(0, ge=0)
-    """Optimiser steps on the demonstrations of all evaluated tasks, side by side in one job, before
-    they are answered; 0 = none."""
-
-    adapt_budget: Seconds | None = None
-    """Wall-clock time of that job, such as "60s", instead of its steps."""
-
-    ablate: tuple[Ablation, ...] = ()
-    """Score again with one thing left out, each in turn: of a hybrid, or of an evaluation that
-    adapts."""
-
-    keep_candidates: bool = False
-    """Write candidates.json.gz, too: every grid that was proposed, by whom, under which views, and
-    what the reader finds of it."""
-
-    @property
-    def adapts(self) -> bool:
-        """Whether the tasks are adapted to before they are answered."""
-        return self.adapt_steps > 0 or self.adapt_budget is not None
-
-    @property
-    def adapted_for(self) -> str:
-        """The key that says for how long, with its value."""
-        if self.adapt_budget is not None:
-            return f"adapt_budget = {self.adapt_budget}"
-        return f"adapt_steps = {self.adapt_steps}"
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "EvaluationConfig":
-        if self.adapt_steps and self.adapt_budget is not None:
-            raise ValueError(
-                f"evaluation.adapt_steps = {self.adapt_steps} and evaluation.adapt_budget = "
-                f"{self.adapt_budget} contradict each other; give one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_leave_out(self) -> "EvaluationConfig":
-        if "no-adaptation" in self.ablate and not self.adapts:
-            raise ValueError(
-                "evaluation.ablate names 'no-adaptation', but nothing is adapted to; set "
-                "evaluation.adapt_steps or evaluation.adapt_budget, or leave that row out"
-            )
-        return self
+    ablate: Annotated[tuple[Ablation, ...], Field(strict=False)] = Field((), json_schema_extra=FREE)
+    """Score again with one thing left out, each in turn: no-reader (TRM answers alone), no-trm (the
+    reader answers alone), no-coupling (both answer, and TRM begins without drafts)."""
+    keep_candidates: bool = Field(False, json_schema_extra=FREE)
+    """Write candidates.json.gz, too: every proposed grid, by which voice, under which views, and
+    its scores."""

@@ -1,0 +1,193 @@
+"""The models: `[trunk]` with its two voices `[reader]` and `[trm]`, `[hub]`, `[coupling]`."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from arctrm.config.base import FREE, Count, Names, Part, Share, StrictModel, Weight
+
+TINY = "tiny"
+"""`llama_model` of a reader on the trunk of this package."""
+PAIR_TOKENS = 2 * 30 * 31 + 3
+"""Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
+HUB_TOKENS = 4096
+"""Default bound on the tokens of a hub reader's training sequence."""
+POSITIONS = 32
+"""Bound on the vectors of a soft prefix."""
+
+
+class TrunkConfig(StrictModel):
+    """Size of the looped LLaMA that reader and TRM share."""
+
+    hidden_size: int = Field(512, ge=16, le=16384)
+    """Width D."""
+    num_layers: int = Field(4, ge=1, le=256)
+    """Decoder layers with weights of their own."""
+    loops: int = Field(3, ge=1, le=256)
+    """Times that a token goes through all layers (a looped transformer): the arithmetic of
+    num_layers x loops layers, the weights of num_layers."""
+    injection: bool = True
+    """Add what a token came with (cell, task, view) to its vector again before every pass through a
+    layer, each time by another matrix of width x width."""
+    num_heads: int = Field(8, ge=1, le=1024)
+    """Attention heads; hidden_size / num_heads must be a multiple of 8."""
+    expansion: float = Field(8 / 3, gt=0, le=64)
+    """Inner size of the MLP = expansion x hidden_size, rounded up to a multiple of 64."""
+    rope_base: float = Field(100.0, gt=1, le=1e9)
+    """Base of the 3-D rotary positions (column, row, part of the sequence)."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
+    """Keep the input of each layer instead of all activations in training: less memory, a third
+    more time."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "TrunkConfig":
+        step = 8 * self.num_heads
+        if self.hidden_size % step:
+            low, high = self.hidden_size // step * step, -(-self.hidden_size // step) * step
+            raise ValueError(
+                f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x trunk.num_heads "
+                f"= {step}; use {f'{low} or ' if low else ''}{high}"
+            )
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token goes through."""
+        return self.num_layers * self.loops
+
+    @property
+    def inner_size(self) -> int:
+        """Inner width of the MLP."""
+        return -(-round(self.expansion * self.hidden_size) // 64) * 64
+
+
+class ReaderConfig(StrictModel):
+    """How the reader's voice of the trunk is trained."""
+
+    output_noise: Part = 0.0
+    """Share of the output cells that are shown in a random colour, in every other training
+    sequence: the next cell must not hang on the cells written before. Labels stay true."""
+    inverse_share: Part = 0.0
+    """Share of the sequences that ask for the input of a pair, given its output. The reader then
+    judges candidates by how well they explain the input, too (`judge.inverse_weight` of eval and
+    solve); every task has a second vector for it."""
+
+
+class TRMConfig(StrictModel):
+    """How TRM's voice of the trunk is trained, and for how many supervision steps it answers."""
+
+    share: float = Field(0.5, gt=0, lt=1)
+    """Share of training.tokens_per_batch for TRM where both voices are trained; with a hub reader
+    TRM has all of it."""
+    begin: Part = 0.0
+    """Fraction of the run after which TRM is trained where both voices are; the reader has whole
+    batches before."""
+    supervision_steps: int = Field(1, ge=1, le=64)
+    """Supervision steps of a training step, with a loss after each and no gradient between them."""
+    halt_max_steps: int = Field(8, ge=1, le=4096)
+    """Supervision steps in answering, at most; halting ends them earlier."""
+    hidden_whole: Share = 0.25
+    """Share of the training rows whose answer is hidden as a whole; of the others a random share of
+    the cells is."""
+    noise: Part = 0.1
+    """Share of the shown answer cells that are wrong, in every other training row."""
+    draft_share: Share = 0.0
+    """Share of the training rows that begin with a draft of the reader instead of the true answer
+    with cells hidden; needs both voices."""
+    aligned: bool = True
+    """Begin a row with a draft from the reader's states of the drafted cells."""
+    draft_every: Count = 300
+    """Optimiser steps between two rounds of drafting."""
+    drafted_pairs: Count = 2048
+    """Pairs that the reader drafts anew in a round."""
+    draft_temperature: float = Field(0.5, ge=0, le=100)
+    """Temperature at which drafts are sampled; 0 = greedy."""
+
+
+class HubConfig(StrictModel):
+    """Which causal language model reads, how it is loaded, and what of it is trained."""
+
+    name: str = Field("meta-llama/Llama-3.2-1B", min_length=1)
+    """Id on the Hugging Face hub, such as Qwen/Qwen2.5-0.5B, or a local folder; joint:
+    llama_model says the same."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub id."""
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    """What is trained: nothing, LoRA matrices (needs the extra arctrm[peft]), or every weight."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU and where all are trained."""
+    device: str | None = Field(None, json_schema_extra=FREE)
+    """Where the weights go, such as "cuda:0" or "cpu"; by default where the command computes."""
+    device_map: str | None = Field(None, json_schema_extra=FREE)
+    """"auto" spreads a model that is too large for one GPU over all; excludes device."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
+    """Keep the input of each layer instead of all activations: less memory, a third more time."""
+    lora_rank: int = Field(16, ge=1, le=4096)
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = Field(32.0, gt=0, le=1e6)
+    """LoRA's contribution is scaled by lora_alpha / lora_rank."""
+    lora_dropout: Part = 0.0
+    """Dropout before the LoRA matrices."""
+    lora_targets: Names = ()
+    """Names of the linear layers that get LoRA, such as q_proj; empty: all but the head."""
+    cells: Literal["auto", "restricted", "separated"] = "auto"
+    """Token of a cell: the bare digit, the digit with the space before it, or what there is."""
+    prompt: Literal["grid", "chat"] = "grid"
+    """grid: tokens spelt cell by cell; chat: plain language through the chat template."""
+    max_pairs: int = Field(6, ge=1, le=64)
+    """Pairs of a training sequence, the asked one included."""
+    max_tokens: int | None = Field(None, ge=1, le=10**7)
+    """Bound on the tokens of a sequence, demonstrations are left out above it; by default 4096 in
+    training and what the model holds in answering."""
+
+    @model_validator(mode="after")
+    def _can_be_loaded(self) -> "HubConfig":
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(
+                f"hub.device = {self.device!r} contradicts hub.device_map = {self.device_map!r}; "
+                "leave one of them out"
+            )
+        if self.mode == "full" and self.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"hub.dtype = {self.dtype!r} with hub.mode = 'full': trained weights are float32; "
+                "set hub.dtype = 'float32' or hub.mode = 'lora'"
+            )
+        if self.mode != "frozen" and self.device_map is not None:
+            raise ValueError(
+                f"hub.device_map = {self.device_map!r} with hub.mode = {self.mode!r}: a trained "
+                "model must be on one device; leave hub.device_map out or set llama_frozen = true"
+            )
+        return self
+
+    @property
+    def training_tokens(self) -> int:
+        """Bound on the tokens of a training sequence."""
+        return self.max_tokens or HUB_TOKENS
+
+
+class CouplingConfig(StrictModel):
+    """The paths between a hub reader and TRM, and the losses that train them.
+
+    The tiny reader and TRM share one trunk and need none of this.
+    """
+
+    context: bool = True
+    """Reader's hidden states -> TRM's first z_H and z_L, and its context slots."""
+    aligned: bool = True
+    """Reader's hidden state of each drafted cell -> that cell of TRM."""
+    back: bool = False
+    """TRM's latents -> soft prefix of the reader for the next attempt."""
+    num_context_slots: int = Field(16, ge=1, le=1024)
+    """Slots that TRM attends to beside the cells, filled by the reader."""
+    num_back_vectors: int = Field(4, ge=1, le=POSITIONS)
+    """Vectors of the soft prefix."""
+    adapter_heads: int = Field(8, ge=1, le=1024)
+    """Heads of the adapters' cross-attention; divides trunk.hidden_size."""
+    trm_weight: Weight = 1.0
+    """Weight of TRM's loss."""
+    reader_weight: Weight = 1.0
+    """Weight of the reader's own loss on output tokens."""
+    reader_tokens_per_batch: int = Field(16384, ge=64, le=2**24)
+    """Tokens of the hub reader in one packed batch (training.tokens_per_batch: those of TRM)."""
