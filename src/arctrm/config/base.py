@@ -31,8 +31,9 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-# A list of a file is a tuple here, also where a model reads its table before the fields do.
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+LISTED = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+"""Of a tuple: a file gives it as a list, which the strict mode refuses behind a validator."""
+Names = Annotated[tuple[str, ...], LISTED]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

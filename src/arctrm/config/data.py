@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from arctrm.config.base import FREE, Count, Names, Number, Part, Share, StrictModel, Weight
+from arctrm.config.base import FREE, LISTED, Count, Names, Number, Part, Share, StrictModel, Weight
 
 KNOWN_LEAKS = ("40853293", "8719f442")
 """Training task 40853293 holds the test pair of ARC-AGI-1 evaluation task 070dd51e; 8719f442 (an
@@ -14,7 +14,7 @@ evaluation task that is also in ARC-AGI-2 training) the test input of evaluation
 Factor = Annotated[int, Field(ge=1, le=6)]
 """Rows or columns that one of a small grid becomes."""
 
-Block = Annotated[tuple[Factor, Factor], Field(strict=False)]
+Block = Annotated[tuple[Factor, Factor], LISTED]
 ShapeName = Literal["pad", "lines", "tile", "stretch"]
 
 
@@ -26,9 +26,9 @@ class ScalingConfig(StrictModel):
 
     share: Part = 0.0
     """Share of the drawn pairs that are shown larger, if they are small enough; 0 = none."""
-    factors: Annotated[tuple[Block, ...], Field(strict=False)] = ((1, 2), (2, 1), (2, 2))
+    factors: Annotated[tuple[Block, ...], LISTED] = ((1, 2), (2, 1), (2, 2))
     """Blocks [rows, columns] that a cell may become, each equally likely."""
-    shapes: Annotated[tuple[ShapeName, ...], Field(strict=False)] = ()
+    shapes: Annotated[tuple[ShapeName, ...], LISTED] = ()
     """Other ways of showing both grids larger, each as likely as one of the blocks. pad: up to two
     rows and columns of one colour on each side; lines: a line of one colour between all rows and
     columns; tile: twice beside or below itself, as it is or mirrored; stretch: a quarter of the

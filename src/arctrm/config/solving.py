@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from arctrm.config.base import FREE, Count, Names, Number, Rate, Share, StrictModel, Weight
+from arctrm.config.base import FREE, LISTED, Count, Names, Number, Rate, Share, StrictModel, Weight
 
 Ablation = Literal["no-reader", "no-trm", "no-coupling"]
 """What `eval` can leave out."""
@@ -94,7 +94,7 @@ class TaskChoiceConfig(StrictModel):
 class EvaluationConfig(TaskChoiceConfig):
     """Which tasks `eval` answers and scores, and what is left out in further rows."""
 
-    ablate: Annotated[tuple[Ablation, ...], Field(strict=False)] = Field((), json_schema_extra=FREE)
+    ablate: Annotated[tuple[Ablation, ...], LISTED] = Field((), json_schema_extra=FREE)
     """Score again with one thing left out, each in turn: no-reader (TRM answers alone), no-trm (the
     reader answers alone), no-coupling (both answer, and TRM begins without drafts)."""
     keep_candidates: bool = Field(False, json_schema_extra=FREE)

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from arctrm.config.base import FREE, Count, Number, Part, Rate, Seconds, Share, StrictModel
+from arctrm.config.base import FREE, LISTED, Count, Number, Part, Rate, Seconds, Share, StrictModel
 from arctrm.config.model import PAIR_TOKENS
 
 
@@ -19,7 +19,7 @@ class OptimiserConfig(StrictModel):
     """Peak learning rate of AdamW."""
     momentum: Part = 0.95
     """Momentum of Muon."""
-    betas: Annotated[tuple[Part, Part], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Part, Part], LISTED] = (0.9, 0.95)
     """Betas of AdamW."""
     weight_decay: float = Field(0.0, ge=0, le=100)
     """Decoupled weight decay of both."""
