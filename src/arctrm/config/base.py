@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class StrictModel(BaseModel):
@@ -52,9 +53,12 @@ Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0, le=MANY)
 """A duration: seconds, or text such as "90s", "10m", "1h"."""
 
 
-def leaves(
-    table: Mapping[str, Any], prefix: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any]]:
+Key = tuple[str, ...]
+"""Path of a key: ("training", "schedule", "budget")."""
+Fields = dict[Key, FieldInfo]
+
+
+def leaves(table: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
     """(path, value) of every key that is no table."""
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -63,26 +67,34 @@ def leaves(
             yield (*prefix, key), value
 
 
+def table_of(field: FieldInfo) -> type[StrictModel] | None:
+    """The model of a field that is a table."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, StrictModel) else None
+
+
+def all_fields(model: type[BaseModel], prefix: Key = ()) -> Fields:
+    """Path -> field, of every key and table of a model."""
+    found: Fields = {}
+    for name, field in model.model_fields.items():
+        found[*prefix, name] = field
+        if table := table_of(field):
+            found |= all_fields(table, (*prefix, name))
+    return found
+
+
 def differences(old: Mapping[str, Any], new: StrictModel) -> list[str]:
     """What keeps a run with the configuration `old` from being resumed with `new`.
 
     `old` is the stored `model_dump(mode="json")`; a key that it lacks had the default. Each item is
     `KEY = OLD then, NEW now`. Keys marked `FREE` are not compared.
     """
-    return list(_differences(old, new.model_dump(mode="json"), type(new), ""))
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], model: type[BaseModel], prefix: str
-) -> Iterator[str]:
-    default = model().model_dump(mode="json")
-    for key in dict.fromkeys((*new, *old)):
-        field = model.model_fields.get(key)
-        if field is not None and field.json_schema_extra == FREE:
-            continue
-        then, now = old.get(key, default.get(key)), new.get(key)
-        kind = field.annotation if field else None
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(then, Mapping):
-            yield from _differences(then, now or {}, kind, f"{prefix}{key}.")
-        elif then != now:
-            yield f"{prefix}{key} = {then} then, {now} now"
+    free = {path for path, field in all_fields(type(new)).items() if field.json_schema_extra}
+    now = dict(leaves(new.model_dump(mode="json")))
+    then = dict(leaves(type(new)().model_dump(mode="json"))) | dict(leaves(old))
+    return [
+        f"{'.'.join(path)} = {then.get(path)} then, {now.get(path)} now"
+        for path in dict.fromkeys((*now, *then))
+        if then.get(path) != now.get(path)
+        and not any(path[:n] in free for n in range(len(path) + 1))
+    ]

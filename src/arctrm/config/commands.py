@@ -115,8 +115,6 @@ class JointConfig(_RunConfig):
     alternatives: ClassVar = (
         *((known, ".".join(path)) for known, path in KNOWN_KEYS.items()),
         ("llama_frozen", "hub.mode"),
-        ("epochs", "training.schedule.budget"),
-        ("epochs", "training.schedule.max_steps"),
     )
     voice: ClassVar[Literal["both"]] = "both"
 

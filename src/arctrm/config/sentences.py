@@ -5,15 +5,15 @@ puts the origin before it.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
-from arctrm.config.commands import commands_with
+from arctrm.config.base import Key, all_fields, table_of
+from arctrm.config.commands import KNOWN_KEYS, commands_with
 from arctrm.errors import ConfigError
 
 
@@ -25,26 +25,26 @@ class Setting:
     origin: str
 
 
-Settings = dict[tuple[str, ...], Setting]
+Settings = dict[Key, Setting]
 """Path of a key -> its setting."""
 
+_NUMBER = {"greater_than": "above {gt}", "greater_than_equal": "of at least {ge}"}
+_NUMBER |= {"less_than": "below {lt}", "less_than_equal": "of at most {le}"}
 ALLOWED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "a text in quotes",
     "path_type": "a path in quotes",
     "tuple_type": 'a list such as ["a", "b"]',
     "dict_type": "a table",
     "model_type": "a table",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "a number of at least {ge}",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "a number of at most {le}",
     "literal_error": "{expected}",
     "missing": "one more item",
     "too_long": "at most {max_length} items",
+    **{kind: f"a number {words}" for kind, words in _NUMBER.items()},
 }
 """What is allowed, by pydantic's name of the error."""
 
@@ -53,8 +53,13 @@ def config_error(
     error: ValidationError, settings: Settings, model_class: type[BaseModel]
 ) -> ConfigError:
     """The first problem as a sentence, and how many more there are."""
-    # Unknown keys first: a misspelt key is the usual cause of what is then found missing.
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+
+    def place(problem: ErrorDetails) -> tuple[bool, bool]:
+        # Unknown keys first: a misspelt key is the usual cause of another that is missing. Keys
+        # that were given before those that an older key fills in.
+        return problem["type"] != "extra_forbidden", problem["loc"] not in settings
+
+    problems = sorted(error.errors(), key=place)
     sentence = _sentence(problems[0], settings, model_class)
     more = len(problems) - 1
     return ConfigError(f"{sentence} ({more} more error{'s'[: more > 1]})" if more else sentence)
@@ -64,7 +69,8 @@ def _sentence(problem: ErrorDetails, settings: Settings, model_class: type[BaseM
     # A missing item is located where it should be; what was got is the list before it.
     location = problem["loc"][:-1] if problem["type"] == "missing" else problem["loc"]
     path = tuple(str(part) for part in location)
-    key, got = _dotted(location), _shown(problem["input"])
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    key, got = "".join(parts).removeprefix("."), _shown(problem["input"])
     if problem["type"] == "extra_forbidden":
         return f"{_origin(path, settings)}: unknown key {key}; {_advice(path, model_class)}"
     if problem["type"] == "value_error":
@@ -74,61 +80,47 @@ def _sentence(problem: ErrorDetails, settings: Settings, model_class: type[BaseM
             return f"{origin}: {message}"
         return f"{origin}: {key} = {message if message.startswith(got) else f'{got}: {message}'}"
     allowed = ALLOWED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
-    advice = _default_advice(path, model_class)
+    field = all_fields(model_class).get(path)
+    advice = "change it or leave it out"
+    if field and table_of(field):
+        advice = f"write it as [{key}]"
+    elif field and (default := field.get_default(call_default_factory=True)) is not None:
+        advice = f"the default is {_shown(default)}"
     return f"{_origin(path, settings)}: {key} = {got}, allowed is {allowed}; {advice}"
 
 
-def _origin(path: tuple[str, ...], settings: Settings, message: str = "") -> str:
+def _origin(path: Key, settings: Settings, message: str = "") -> str:
     """Where the value at `path` came from; for a table, where the keys in `message` came from."""
     for known, setting in settings.items():
         if path[: len(known)] == known:
             return setting.origin
     below = {k: s.origin for k, s in settings.items() if k[: len(path)] == path}
+    # A key of the older pipeline stands for one of a table.
+    below |= {
+        new: f"{settings[old,].origin} {old}"
+        for old, new in KNOWN_KEYS.items()
+        if (old,) in settings and new[: len(path)] == path
+    }
     named = [origin for known, origin in below.items() if ".".join(known) in message]
     origins = dict.fromkeys(o for o in named or below.values() if o != "default")
     return " and ".join(origins) or "defaults"
 
 
-def _advice(path: tuple[str, ...], model_class: type[BaseModel]) -> str:
+def _advice(path: Key, model_class: type[BaseModel]) -> str:
     """The nearest valid key, else the keys that are valid in that table."""
-    keys = list(_all_keys(model_class))
-    key = ".".join(path)
-    table = key.rpartition(".")[0]
-    siblings = {known.split(".")[-1]: known for known in keys if known.rpartition(".")[0] == table}
+    keys = list(all_fields(model_class))
+    siblings = {key[-1]: ".".join(key) for key in keys if key[:-1] == path[:-1]}
     everywhere: dict[str, str] = {}
-    for known in keys:  # a name may be in several tables
-        name = known.split(".")[-1]
-        everywhere[name] = f"{everywhere[name]} or {known}" if name in everywhere else known
+    for key in keys:  # a name may be in several tables
+        before = everywhere.get(key[-1])
+        everywhere[key[-1]] = f"{before} or {'.'.join(key)}" if before else ".".join(key)
     for names, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
         if nearest := get_close_matches(path[-1], names, n=1, cutoff=cutoff):
             return f"did you mean {names[nearest[0]]}?"
+    table = ".".join(path[:-1])
     owners = " and ".join(f"arctrm {name}" for name in commands_with(path[0]))
     belongs = f"{path[0]} belongs to {owners}, " if owners and not table else ""
     return f"{belongs}allowed {'in ' + table if table else 'here'}: {', '.join(siblings)}"
-
-
-def _all_keys(model_class: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model_class.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _default_advice(path: tuple[str, ...], model_class: type[BaseModel]) -> str:
-    value: Any = model_class()
-    for part in path:
-        value = getattr(value, part, PydanticUndefined)
-    if isinstance(value, BaseModel):
-        return f"write it as [{'.'.join(path)}]"
-    if value is None or value is PydanticUndefined:
-        return "change it or leave it out"
-    shown = _shown(list(value) if isinstance(value, tuple) else value)
-    return f"the default is {shown}"
-
-
-def _dotted(location: tuple[int | str, ...]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
-    return "".join(parts).removeprefix(".")
 
 
 def _shown(value: object) -> str:
