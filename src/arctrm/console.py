@@ -1,8 +1,10 @@
 """The one rich console: progress and prose go to stderr, results to stdout."""
 
+import unicodedata
 from functools import cache
 
 from rich.console import Console
+from rich.markup import escape
 
 ARC_PALETTE = (
     "#000000",
@@ -34,3 +36,24 @@ def progress_console() -> Console:
 def note(message: str) -> None:
     """Print one line of prose to stderr, markup allowed."""
     progress_console().print(message)
+
+
+def printable(text: object, limit: int | None = None) -> str:
+    """`text` for any terminal: control, format and surrogate characters as escapes (\\x1b), line
+    ends kept, and cut after `limit` characters.
+    """
+    shown = str(text)
+    if limit is not None and len(shown) > limit:
+        shown = shown[: max(limit - 1, 0)] + "…"
+    return "".join(c if c == "\n" or _is_harmless(c) else ascii(c)[1:-1] for c in shown)
+
+
+def _is_harmless(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def plain(text: object, limit: int | None = None) -> str:
+    """`text` from outside (names, paths, a model's words) for a rich console: `printable`, and its
+    square brackets are no markup.
+    """
+    return escape(printable(text, limit))
