@@ -1,0 +1,172 @@
+"""The machine: files written as a whole, where a run came from, devices and their arithmetic.
+
+Nothing here loads torch before it is called.
+"""
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from safetensors import SafetensorError
+
+from arctrm import __version__
+from arctrm.errors import CheckpointError, ResourceError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from pydantic import BaseModel
+
+TEMPORARY = ".tmp-"
+"""What is being written is called .tmp-<process>-<name> until it is whole."""
+PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: whenever the process dies, the old or the new file is there."""
+    aside = temporary(path)
+    with disk_errors(path.parent):
+        try:
+            aside.write_bytes(data)
+            flush_to_disk(aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        flush_to_disk(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """Where this process writes what `path` will name."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what processes that are dead have left half-written in `folder`."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        process, _, _ = path.name.removeprefix(TEMPORARY).partition("-")
+        if not (process.isdecimal() and is_alive(int(process))):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    return psutil.pid_exists(process)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while writing in `folder` into one sentence.
+
+    Raises:
+        ResourceError: the disk (or the quota) is full; names the folder and the free space.
+        CheckpointError: any other refusal, such as a read-only folder.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors tells the system's errors as text
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        if number not in _FULL and not any(f"(os error {code})" in str(error) for code in _FULL):
+            problem = f"{folder}: cannot be written ({reason or error}); choose another --out"
+            raise CheckpointError(problem) from error
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        raise ResourceError(
+            f"{folder}: the disk is full ({shutil.disk_usage(there).free / 2**20:.1f} MiB free); "
+            "free some space, lower training.keep_last or choose another --out"
+        ) from error
+
+
+def git_revision() -> str:
+    """Commit of the checkout that this package runs from, "+dirty" when tracked files differ;
+    "unknown" when it is installed elsewhere, even inside someone else's repository.
+    """
+    here = ("git", "-C", str(Path(__file__).parent))
+    revision = _output(*here, "rev-parse", "HEAD")
+    if (
+        revision is None
+        or _output(*here, "ls-files", "--error-unmatch", Path(__file__).name) is None
+    ):
+        return "unknown"
+    dirty = _output(*here, "status", "--porcelain", "--untracked-files=no", ":/")
+    return revision + ("+dirty" if dirty else "")
+
+
+def processor() -> str:
+    """The processor's name."""
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    found = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write_run_record(
+    folder: Path, config: "BaseModel", *, data_fingerprint: str | None = None
+) -> None:
+    """Write `config.json`: the resolved configuration, revision, versions, command, hardware."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader") or ""
+    machine = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    own = {"arctrm": __version__, "python": platform.python_version()}
+    record = {
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "git_revision": git_revision(),
+        "versions": own | {name: version(name) for name in PACKAGES},
+        "command": sys.argv,
+        "hardware": "; ".join([machine, *gpus.splitlines()]),
+    }
+    write_bytes_atomically(folder / "config.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def new_accelerator() -> "Accelerator":
+    """The processes and the device of this command: CUDA if there is any, else the CPU (other
+    accelerators lack float64 and packed attention).
+    """
+    import torch
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> "torch.dtype":
+    """The arithmetic that `dtype` in a configuration names; auto: bfloat16 on a GPU of compute
+    capability 8 or more, else float32; without a gradient also float16 on an older GPU, and
+    bfloat16 on a CPU that is faster in it.
+    """
+    import torch
+
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if is_new else torch.float32 if trains else torch.float16
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    # With AMX it is faster; with AVX-512 alone on AMD (nearly twice), not on Intel (both measured).
+    faster = can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in processor())
+    return torch.bfloat16 if faster and not trains else torch.float32
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints, or None where it is absent or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
