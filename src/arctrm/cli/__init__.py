@@ -14,15 +14,19 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import NoReturn
 
-from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, Interrupted
-from arctrm.errors import ArctrmError
+from arctrm.errors import ArctrmError, Interrupted
 
+DEBUG_FLAG = "--debug"
+DEBUG_VARIABLE = "ARCTRM_DEBUG"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; `arguments` are those of the process unless given."""
-    _escape_unprintable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal or file of another encoding than UTF-8 shows \u2580 instead of failing.
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Taken out before Typer parses, so that the flag works before and after the command's name.
     debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
@@ -35,29 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exc()
         sentence, code = describe_error(error)
         print(sentence, file=sys.stderr)
-        raise SystemExit(code) from None
     raise SystemExit(code)
-
-
-def _escape_unprintable() -> None:
-    """Let a terminal or file of another encoding than UTF-8 show \\u2580 instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """The line for stderr and the exit code."""
-    text = " ".join(str(error).split())
+    from arctrm.console import printable
+
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return text or "interrupted", Interrupted.exit_code
     if isinstance(error, ArctrmError):
         return f"error: {text}", error.exit_code
+    name = printable(error.filename) if isinstance(error, OSError) and error.filename else ""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        where = f" for {error.filename}" if error.filename else ""
+        where = f" for {name}" if name else ""
         return f"error: no space left on the disk{where}; free some or give another --out", 2
-    if isinstance(error, OSError) and error.filename and error.strerror:
+    if isinstance(error, OSError) and name and error.strerror:
         reason = error.strerror.lower()
-        return f"error: {error.filename}: {reason}; check the path and its permissions", 2
+        return f"error: {name}: {reason}; check the path and its permissions", 2
     kind = type(error).__name__
     return f"internal error: {kind}{f': {text}' if text else ''}; run again with --debug", 1

@@ -1,25 +1,33 @@
-"""The Typer app: which commands exist, what `arctrm --help` says, and its usage errors in one line.
+"""The commands, their flags, and what `arctrm --help` says.
 
+A command is a list of flags and one call. A flag with a key sets that key of the configuration; a
+flag without one is an argument of the call. torch and pydantic are imported when a command runs.
 Typer's own way out (a box of several lines, `sys.exit`) is switched off: `run_app` raises.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from arctrm.cli.baseline import baseline
-from arctrm.cli.data import build, show
-from arctrm.cli.evaluate import evaluate
-from arctrm.cli.exits import DEBUG_FLAG, DEBUG_VARIABLE, CommandLineError, Interrupted
-from arctrm.cli.joint import joint
-from arctrm.cli.pretrain import pretrain
-from arctrm.cli.solve import solve
+from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE
+from arctrm.cli.threads import wait_politely
+from arctrm.errors import CommandLineError, ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from arctrm import config as tables
 
 # Typer has its own copy of click since 0.26 and imports the installed one before: the class is
 # found through the name that both export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+# --- The app
 
 
 class _Group(TyperGroup):
@@ -42,7 +50,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as error:
             raise Interrupted(str(error)) from error
         except _UsageError as error:
-            if _help_was_printed(error):
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: help
                 raise
             # Typer leaves out where it was when the value of an option is missing.
             command = f"{ctx.command_path} {ctx.invoked_subcommand}"
@@ -59,17 +67,12 @@ def run_app(words: Sequence[str]) -> int:
     try:
         code = app(list(words), prog_name="arctrm", standalone_mode=False) or 0
     except _UsageError as error:
-        if _help_was_printed(error):
+        if type(error).__name__ == "NoArgsIsHelpError":
             return CommandLineError.exit_code
         raise CommandLineError(_usage_sentence(error, "arctrm")) from error
     if code == Interrupted.exit_code:
         raise Interrupted
     return int(code)
-
-
-def _help_was_printed(error: Exception) -> bool:
-    """Whether the error only says that a group was called without a command."""
-    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def _usage_sentence(error: Any, command: str) -> str:
@@ -91,6 +94,7 @@ def _usage_sentence(error: Any, command: str) -> str:
 
 def _new_typer(**options: Any) -> typer.Typer:
     return typer.Typer(
+        cls=_Group,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -99,12 +103,24 @@ def _new_typer(**options: Any) -> typer.Typer:
     )
 
 
-app = _new_typer(cls=_Group, epilog="Example: [bold]arctrm solve arc1:00d62c1b --check[/]")
+def _example(*lines: str) -> str:
+    return "Example: " + "\n\n".join(f"[bold]{line}[/]" for line in lines)
+
+
+app = _new_typer(epilog=_example("arctrm solve arc1:00d62c1b --check"))
 data_app = _new_typer(
-    cls=_Group,
     help="Build and look at training data.",
-    epilog="Example: [bold]arctrm data show training --limit 3[/]",
+    epilog=_example("arctrm data show training --limit 3"),
 )
+app.add_typer(data_app, name="data")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from arctrm import __version__
+
+        print(f"arctrm {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -116,56 +132,301 @@ def root(
             help=f"Show the traceback of an error; may follow the command ({DEBUG_VARIABLE}=1).",
         ),
     ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
-    """Solve ARC-AGI tasks with a Tiny Recursive Model (TRM): build data, pretrain, evaluate, solve.
+    """Solve ARC-AGI tasks with a reader and a Tiny Recursive Model (TRM): build data, train,
+    evaluate, solve.
 
     Exit codes: 0 done, 1 failure, 2 something to change on your side, 130 interrupted.
     """
 
 
-def _example(text: str) -> str:
-    return "Example: " + "\n\n".join(f"[bold]{line}[/]" for line in text.splitlines())
+# --- From flags to a configuration
 
 
-app.add_typer(data_app, name="data")
-data_app.command(
-    "build",
-    epilog=_example(
-        "arctrm data build --subsets training --subsets evaluation "
-        "--test-set evaluation --out data/arc1"
+@dataclass(frozen=True)
+class Flag:
+    """An option, or an argument where the name has no dashes."""
+
+    name: str
+    kind: Any
+    help: str
+    key: str | None = None
+    """The key of the configuration that it sets; None: it is given to the command's function."""
+    metavar: str | None = None
+
+    @property
+    def variable(self) -> str:
+        """The name of its value."""
+        return self.name.strip("-").replace("-", "_")
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """As Typer reads it from a function's signature."""
+        metavar = self.metavar or METAVARS.get(self.kind)
+        if self.name.startswith("-"):
+            info: Any = typer.Option(self.name, help=self.help, metavar=metavar)
+        else:
+            info = typer.Argument(help=self.help, metavar=self.metavar)
+        default = {bool: False, str: inspect.Parameter.empty}.get(self.kind)
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[self.kind, info]
+        return inspect.Parameter(self.variable, kind, default=default, annotation=annotation)
+
+
+TEXT, NUMBER, PATH, LIST = str | None, int | None, Path | None, list[str] | None
+METAVARS = {TEXT: "NAME", PATH: "PATH", LIST: "NAME"}
+LAYERS = (
+    Flag(
+        "--config",
+        list[Path] | None,
+        "TOML file, or name of a shipped one; repeatable.",
+        None,
+        "FILE",
     ),
-)(build)
-data_app.command(
-    "show",
-    epilog=_example("arctrm data show training 00d62c1b\narctrm data show my_tasks/ --statistics"),
-)(show)
-app.command(
-    "pretrain",
-    epilog=_example(
-        "arctrm pretrain --config configs/pretrain.toml --out runs/first "
-        "--set training.schedule.budget=20m\n"
-        "arctrm pretrain --config configs/pretrain.toml --out runs/first --resume"
-    ),
-)(pretrain)
-app.command(
-    "joint",
-    epilog=_example(
-        "arctrm joint --config configs/joint.toml --out runs/joint\n"
-        "arctrm joint --config configs/joint.toml --out runs/joint --resume"
-    ),
-)(joint)
-app.command(
-    "eval",
-    epilog=_example("arctrm eval --config configs/eval.toml --checkpoint runs/first --out scores"),
-)(evaluate)
-app.command(
-    "baseline",
-    epilog=_example(
-        "arctrm baseline --checkpoint runs/reader --subset evaluation --out baseline/results.json\n"
-        "arctrm baseline --model Qwen/Qwen2.5-0.5B --views 2 --out qwen --resume"
-    ),
-)(baseline)
-app.command(
-    "solve",
-    epilog=_example("arctrm solve my_task.json --budget 60s\narctrm solve arc1:00d62c1b --check"),
-)(solve)
+    Flag("--set", LIST, "Set one key of the configuration; repeatable.", None, "KEY=VALUE"),
+)
+OUT = Flag("--out", PATH, "Run folder; runs/<command>-<time> unless given.", "out")
+SEED = Flag("--seed", NUMBER, "Seed of everything random.", "seed")
+RESUME = Flag("--resume", bool, "Go on where the run in --out stopped.")
+DRY_RUN = Flag("--dry-run", bool, "Print what would run, then stop; writes nothing.")
+CHECKPOINT = Flag(
+    "--checkpoint", PATH, "Checkpoint; the bundled weights unless given.", "checkpoint"
+)
+TEST_SET = Flag("--test-set", TEXT, "Bundled set or path of the tasks.", "evaluation.test_set")
+MAX_TASKS = Flag("--max-tasks", NUMBER, "Only the first tasks by id.", "evaluation.max_tasks")
+VIEWS = Flag("--views", NUMBER, "Views of each test input that are voted on.", "inference.views")
+
+
+def _command(
+    group: typer.Typer, name: str, model: str, flags: Sequence[Flag], *examples: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command: `model` of arctrm.config is filled from all layers and given to the function,
+    with the values of the flags that have no key.
+    """
+    flags = (*LAYERS, *flags, DRY_RUN)
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        def command(**given: Any) -> None:
+            keys: dict[str, tuple[str, Any]] = {}
+            for flag in flags:
+                if flag.key is not None:
+                    value = given.pop(flag.variable)
+                    # A switch or list that is not given is false or empty.
+                    keys[flag.name] = (flag.key, None if value is False or value == [] else value)
+            files, overrides = given.pop("config") or (), given.pop("set") or ()
+            settings = _settings(model, files, overrides, keys, given.get("resume", False))
+            if RESUME in flags and settings.out is None:
+                folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+                settings = settings.model_copy(update={"out": folder})
+            wait_politely()
+            run(settings, **given)
+
+        parameters = [flag.parameter for flag in flags]
+        setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        command.__doc__ = run.__doc__
+        group.command(name, epilog=_example(*examples))(command)
+        return run
+
+    return decorate
+
+
+def _settings(
+    model: str,
+    files: Sequence[Path],
+    overrides: Sequence[str],
+    keys: dict[str, tuple[str, Any]],
+    resume: bool,
+) -> Any:
+    """The configuration; of a resumed run without a file the one that its folder holds."""
+    from arctrm import config
+    from arctrm.config.load import load_config
+
+    out: Path | None = keys["--out"][1]
+    record = None
+    if resume and out is not None and not files:
+        candidates = [out] if out.is_file() else [out / "config.json", out / "results.json"]
+        # Where there is nothing to resume, the run says so.
+        record = next((path for path in candidates if path.is_file()), None)
+    settings = load_config(getattr(config, model), files, overrides, keys, None, record)
+    if resume and settings.out is None:
+        raise ConfigError("--resume: no run folder was given; name it with --out runs/<name>")
+    return settings
+
+
+# --- Data
+
+
+_BUILD = (
+    Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
+    Flag("--test-set", TEXT, "Of these, only the demonstrations; '' for none.", "data.test_set"),
+    Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
+    replace(OUT, help="Folder to write; data/<subsets> unless given."),
+    SEED,
+)
+_EXAMPLE = "arctrm data build --subsets training --subsets evaluation --test-set evaluation"
+
+
+@_command(data_app, "build", "DataBuildConfig", _BUILD, _EXAMPLE)
+def build(settings: "tables.DataBuildConfig", dry_run: bool) -> None:
+    """Collect tasks into one small, memory-mapped training set; refuses leaks of the test set."""
+    from arctrm.console import console
+    from arctrm.data import base_set
+    from arctrm.data.sources import subset_label
+
+    labels = "-".join(subset_label(name).replace(":", "-") for name in settings.data.subsets)
+    folder = settings.out or settings.data.path or Path("data") / labels
+    console().print(base_set.build(settings.data, None if dry_run else folder)[1])
+
+
+_SETS = "training, evaluation, training2, evaluation2"
+_PATHS = "a task file, a folder, a Kaggle challenges file"
+_SHOW = (
+    Flag("source", str, f"{_SETS}, arc1:<id>, arc2:<id>, {_PATHS} or a .json.gz map."),
+    Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
+    Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
+    Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
+    replace(OUT, help="Text file to write instead of the terminal."),
+    replace(SEED, help="Draw the tasks at random, instead of the first by id."),
+)
+_EXAMPLES = ("arctrm data show training 00d62c1b", "arctrm data show my_tasks --statistics")
+
+
+@_command(data_app, "show", "DataShowConfig", _SHOW, *_EXAMPLES)
+def show(
+    settings: "tables.DataShowConfig", source: str, task_ids: list[str] | None, dry_run: bool
+) -> None:
+    """Show tasks in the terminal, in the ARC colours."""
+    from random import Random
+
+    from rich.text import Text
+
+    from arctrm.console import console, plain
+    from arctrm.data import render
+    from arctrm.data.sources import load_tasks
+    from arctrm.system import write_bytes_atomically
+
+    ids = list(task_ids or ())
+    if not ids and (dry_run or settings.seed is not None):
+        ids = [task.id for task in load_tasks(source)]
+        if settings.seed is not None:
+            ids = sorted(Random(settings.seed).sample(ids, min(settings.limit, len(ids))))
+        ids = ids[: settings.limit]
+    if dry_run:
+        console().print(plain(f"{source}: would show {', '.join(ids)}"))
+        return
+    if settings.out is None:
+        render.show(source, ids, settings.statistics, settings.limit)
+        return
+    with console().capture() as captured:
+        render.show(source, ids, settings.statistics, settings.limit)
+    text = f"{Text.from_ansi(captured.get()).plain}\n".encode()
+    if settings.out.exists() and not settings.out.is_file():
+        settings.out.write_bytes(text)  # renaming would destroy a device or pipe
+    else:
+        write_bytes_atomically(settings.out.resolve(), text)  # a link stays a link
+
+
+# --- Training
+
+
+_PRETRAIN = (
+    "arctrm pretrain --config pretrain --out runs/first --set training.schedule.budget=20m",
+    "arctrm pretrain --out runs/first --resume",
+)
+_JOINT = ("arctrm joint --config arc1_1h --out runs/arc1", "arctrm joint --out runs/arc1 --resume")
+
+
+@_command(app, "pretrain", "PretrainConfig", (OUT, RESUME, SEED), *_PRETRAIN)
+def pretrain(settings: "tables.PretrainConfig", resume: bool, dry_run: bool) -> None:
+    """Train the reader, TRM or both on the demonstrations of many tasks; Ctrl-C saves."""
+    from arctrm.train import run
+
+    run.pretrain(settings, resume=resume, dry_run=dry_run)
+
+
+@_command(app, "joint", "JointConfig", (OUT, RESUME, SEED), *_JOINT)
+def joint(settings: "tables.JointConfig", resume: bool, dry_run: bool) -> None:
+    """Train a reader and TRM together, and score them where evaluate = true; Ctrl-C saves."""
+    from arctrm.train import run
+
+    run.joint(settings, resume=resume, dry_run=dry_run)
+
+
+# --- Answering
+
+
+_EVAL = (
+    CHECKPOINT,
+    Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
+    Flag("--submission", PATH, "Score this submission.json; no weights are loaded.", "submission"),
+    TEST_SET,
+    MAX_TASKS,
+    VIEWS,
+    Flag("--ablate", LIST, "no-reader, no-trm or no-coupling; repeatable.", "evaluation.ablate"),
+    OUT,
+    RESUME,
+    SEED,
+)
+_BASELINE = (
+    CHECKPOINT,
+    Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
+    TEST_SET,
+    MAX_TASKS,
+    replace(VIEWS, key="views"),
+    Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
+    replace(OUT, help="File (*.json) or folder; runs/baseline-<time> unless given."),
+    RESUME,
+    SEED,
+)
+_SOLVE = (
+    Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}, arc1:<id> or arc2:<id>."),
+    CHECKPOINT,
+    Flag("--budget", TEXT, "Time per task: 60s, 5m.", "budget", "DURATION"),
+    VIEWS,
+    Flag("--attempts", NUMBER, "Rounds of reader and TRM of the planner.", "max_attempts"),
+    Flag("--trace", bool, "Show the planner's attempts: text, score, feedback."),
+    Flag("--check", bool, "Say at the end whether the answers are right, if known."),
+    Flag("--keep-going", bool, "In a folder, report a bad task and go on.", "keep_going"),
+    replace(OUT, help="Folder to write submission.json to."),
+    SEED,
+)
+_BASELINES = (
+    "arctrm baseline --checkpoint runs/reader --test-set evaluation --out baseline",
+    "arctrm baseline --model Qwen/Qwen2.5-0.5B --views 2 --out qwen",
+)
+_SOLVES = ("arctrm solve my_task.json --budget 60s", "arctrm solve arc1:00d62c1b --check")
+
+
+@_command(app, "eval", "EvalConfig", _EVAL, "arctrm eval --checkpoint runs/first --out scores")
+def evaluate(settings: "tables.EvalConfig", resume: bool, dry_run: bool) -> None:
+    """Answer a test set with one checkpoint and score it: scores.json, submission.json, a table."""
+    if resume and settings.submission is not None:
+        raise ConfigError(
+            f"--resume contradicts submission = {str(settings.submission)!r}, which is scored at "
+            "once; leave one of the two out"
+        )
+    from arctrm.solve import evaluate as answering
+
+    answering.evaluate(settings, resume=resume, dry_run=dry_run)
+
+
+@_command(app, "baseline", "BaselineConfig", _BASELINE, *_BASELINES)
+def baseline(settings: "tables.BaselineConfig", resume: bool, dry_run: bool) -> None:
+    """Answer tasks with a language model alone: results.json, submission.json, a score table."""
+    from arctrm.solve import baseline as answering
+
+    answering.baseline(settings, resume=resume, dry_run=dry_run)
+
+
+@_command(app, "solve", "SolveConfig", _SOLVE, *_SOLVES)
+def solve(
+    settings: "tables.SolveConfig", target: str, check: bool, trace: bool, dry_run: bool
+) -> None:
+    """Adapt to a task on its own demonstrations and answer it with two grids, within a budget."""
+    from arctrm.solve import solve as answering
+
+    answering.solve(settings, target, check=check, trace=trace, dry_run=dry_run)

@@ -47,7 +47,7 @@ def load_config(
     """Merge the layers and validate them as `model_class`.
 
     `files` are paths, or names of shipped configurations such as `arc1_1h`; `overrides` the texts
-    after `--set`; `flags` maps a dotted key to a flag's name and value (None: not given);
+    after `--set`; `flags` maps a flag's name to its dotted key and value (None: not given);
     `environ` is the process environment unless given; `record` the `config.json` of an earlier run.
 
     Raises:
@@ -55,7 +55,7 @@ def load_config(
     """
     fields = all_fields(model_class)
     groups = _groups(model_class)
-    given = {tuple(key.split(".")): Setting(v, name) for key, (name, v) in (flags or {}).items()}
+    given = {tuple(key.split(".")): Setting(v, name) for name, (key, v) in (flags or {}).items()}
     settings: Settings = {}
     for layer in (
         _default_layer(model_class),
