@@ -1,0 +1,117 @@
+"""What TRM starts from in training: first answers that are partly hidden, partly wrong, or drafts.
+
+Of every row a random share of the answer's cells is hidden (of some rows all); of the cells that
+are shown some are wrong, in every other row. A row with a draft shows what the reader wrote instead
+of the true answer. The label of every answer cell is its own true colour. So no row is asked to
+copy a true answer: what is shown is hidden in part, wrong in part, or the reader's own.
+
+Legend: T tokens, R rows (pairs).
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from arctrm.config import TRMConfig
+from arctrm.data.task import NUM_COLOURS
+from arctrm.model.layout import HIDDEN, OUTPUT_PART, part_of
+from arctrm.model.trm import Rows, State, first_state, reader_states
+from arctrm.model.trunk import Trunk
+from arctrm.train.losses import IGNORE
+from arctrm.train.sequences import PAIR, Batch, Sequences
+from arctrm.train.source import OUTPUT, PairSource
+
+RIGHT_DRAFTS = 0.25
+"""Share of the drafts that are right which are shown. Of pairs that are trained on most drafts are
+right, and all of them would teach TRM to copy; none, that every draft is wrong."""
+
+
+class Drafts(Protocol):
+    """Drafts of the pairs of a source; that of pair p is the output of row `num_pairs + p` of its
+    table.
+    """
+
+    num_pairs: int
+    there: Tensor
+    """bool [pairs]: there is a draft."""
+    right: Tensor
+    """bool [pairs]: it is the answer."""
+
+
+class Questions(NamedTuple):
+    """Training rows of TRM: the question, a first answer, and what the answer should be."""
+
+    rows: Rows
+    labels: Tensor
+    """int64 [T]: colour of each answer cell, else IGNORE."""
+    prompts: Tensor
+    """int64: tokens of each sequence (dummies included) before its answer."""
+    drafted: Tensor
+    """bool [R]: the first answer is the reader's draft."""
+
+
+def questions(
+    batch: Batch, sequences: Sequences, config: TRMConfig, drafts: Drafts | None = None
+) -> Questions:
+    """First answers for a packed batch of one pair a sequence, at random as `config` says."""
+    num_rows, device = len(batch.rows), batch.tokens.device
+    cells = answer_cells(batch)
+    drafted = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    shown = batch.tokens
+    if drafts is not None and config.draft_share:
+        drafted = draw_drafted(batch.rows, sequences.source, drafts, config.draft_share)
+        rows = batch.rows.clone()
+        rows[:, PAIR] += drafts.num_pairs * drafted
+        shown = torch.where(cells, sequences.tokens_of(batch, rows), shown)
+    of_draft = drafted[batch.own_row]
+    hidden = cells & ~of_draft & draw_hidden(batch.own_row, num_rows, config.hidden_whole)
+    shown = with_wrong_colours(shown, cells & ~of_draft, batch.row, config.noise)
+    shown = torch.where(hidden, HIDDEN, shown)
+    rows_of = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
+    labels = torch.where(cells, batch.tokens, IGNORE)
+    return Questions(rows_of, labels, batch.prompts, drafted)
+
+
+@torch.no_grad()
+def start(trunk: Trunk, asked: Questions, *, aligned: bool) -> State:
+    """The state before the first supervision step; where `aligned`, the first z of drafted rows is
+    the reader's states of the draft (one more pass, over all rows: shapes are static).
+    """
+    if not aligned:
+        return first_state(trunk, asked.rows)
+    states = reader_states(trunk, asked.rows, asked.prompts)
+    own_row = asked.rows.row.clamp(max=len(asked.drafted) - 1)
+    return first_state(trunk, asked.rows, states * asked.drafted[own_row, None])
+
+
+def answer_cells(batch: Batch) -> Tensor:
+    """bool [T]: the cells of the outputs."""
+    is_output = part_of(batch.positions) == OUTPUT_PART
+    return is_output & (batch.tokens < NUM_COLOURS) & (batch.row < len(batch.rows))
+
+
+def draw_hidden(row: Tensor, num_rows: int, whole: float) -> Tensor:
+    """bool [T]: cells to hide, of each row a share uniform in 0..1, or all of a share `whole`."""
+    share, chance = torch.rand(2, num_rows, device=row.device)
+    share = torch.where(chance < whole, 1.0, share)
+    return torch.rand(row.shape, device=row.device) < share[row]
+
+
+def with_wrong_colours(tokens: Tensor, cells: Tensor, row: Tensor, share: float) -> Tensor:
+    """Tokens [T] with a share of `cells` (bool [T]) in random colours, in every other row."""
+    if not share:
+        return tokens
+    changed = cells & (row % 2 == 0) & (torch.rand(tokens.shape, device=tokens.device) < share)
+    return torch.where(changed, torch.randint_like(tokens, NUM_COLOURS), tokens)
+
+
+def draw_drafted(rows: Tensor, source: PairSource, drafts: Drafts, share: float) -> Tensor:
+    """bool [R]: rows that begin with a draft: a share of those whose draft has the answer's size
+    (the size is given to TRM), and of right drafts `RIGHT_DRAFTS`.
+    """
+    pair = rows[:, PAIR]
+    size, own = (source.pairs[p, OUTPUT][:, 1:] for p in (pair, pair + drafts.num_pairs))
+    chance = torch.rand(2, len(pair), device=pair.device)
+    trusted = ~drafts.right[pair] | (chance[1] < RIGHT_DRAFTS)
+    return drafts.there[pair] & (size == own).all(1) & trusted & (chance[0] < share)

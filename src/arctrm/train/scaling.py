@@ -1,0 +1,170 @@
+"""How the grids of a training row are shown larger: scale augmentation, on the device.
+
+A row shows its pair as it is (scale 0), each cell as a block (scale k > 0: the k-th of the
+configured factors) or, numbered behind those, in one of the configured shapes. A shape treats rows
+and columns alike and apart, by a pattern of bits for each of the two. Without a host sync, so that
+a captured CUDA graph can replay it.
+
+Legend: n drawn rows, or tokens of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arctrm.config.data import ScalingConfig, ShapeName
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS
+
+# Columns of what is drawn for a row: its scale, the patterns of rows and of columns, and the colour
+# of places that are no cell of the grid.
+NUM_COLUMNS = 4
+SCALE, DOWN, ACROSS, FILL = range(NUM_COLUMNS)
+
+MOST_PADDING = 2
+"""Rows or columns that "pad" adds on a side, at most."""
+
+
+class Shape(NamedTuple):
+    """A way of showing grids larger, along one axis; patterns are int64 [n]."""
+
+    side: Callable[[Tensor, Tensor], Tensor]
+    """(side [n], pattern) -> the side as it is shown."""
+    cell: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(place [n] where it is shown, side of the grid itself, pattern) -> place in the grid itself,
+    whether there is none (bool)."""
+    aligned: bool
+    """It keeps a rule only where cells of input and output correspond, so sizes must be equal."""
+
+
+def _padding(pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """How much comes before and after."""
+    count = MOST_PADDING + 1
+    return pattern % count, torch.div(pattern, count, rounding_mode="floor") % count
+
+
+def _padded_side(side: Tensor, pattern: Tensor) -> Tensor:
+    before, after = _padding(pattern)
+    return side + before + after
+
+
+def _padded_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    own = place - _padding(pattern)[0]
+    return own, (own < 0) | (own >= side)
+
+
+def _tiled_side(side: Tensor, pattern: Tensor) -> Tensor:
+    """Bit 0 of the pattern: twice along this axis."""
+    return side * (1 + pattern % 2)
+
+
+def _tiled_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    """Bit 1 of the pattern: the second is a mirror image."""
+    own = place % side.clamp(min=1)
+    mirrored = (pattern // 2 % 2 == 1) & (place >= side)
+    return torch.where(mirrored, side - 1 - own, own), torch.zeros_like(mirrored)
+
+
+def _stretched_side(side: Tensor, pattern: Tensor) -> Tensor:
+    """Bit i of the pattern: row or column i is there twice."""
+    twice = _bits(pattern) * (torch.arange(MAX_SIDE, device=side.device) < side[:, None])
+    return side + twice.sum(1)
+
+
+def _stretched_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
+    twice = _bits(pattern)
+    ends = (1 + twice).cumsum(1)
+    return (ends <= place[:, None]).sum(1), torch.zeros_like(place, dtype=torch.bool)
+
+
+def _bits(pattern: Tensor) -> Tensor:
+    """int64 [n, MAX_SIDE]: 0 or 1."""
+    return pattern[:, None] >> torch.arange(MAX_SIDE, device=pattern.device) & 1
+
+
+SHAPES: dict[ShapeName, Shape] = {
+    "pad": Shape(_padded_side, _padded_cell, aligned=True),
+    "lines": Shape(
+        lambda side, _: 2 * side - 1, lambda place, _, __: (place // 2, place % 2 == 1), False
+    ),
+    "tile": Shape(_tiled_side, _tiled_cell, aligned=False),
+    "stretch": Shape(_stretched_side, _stretched_cell, aligned=True),
+}
+
+
+class Scales:
+    """The factors and shapes of `config` on `device`, and how rows come by one."""
+
+    def __init__(self, config: ScalingConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.enabled = config.share > 0
+        factors = [(1, 1), *config.factors, *[(1, 1) for _ in config.shapes]]
+        self.factors = torch.tensor(factors, device=device)
+        self.number = {name: 1 + len(config.factors) + i for i, name in enumerate(config.shapes)}
+        aligned = [SHAPES[name].aligned for name in config.shapes]
+        self.aligned = torch.tensor([False] * (1 + len(config.factors)) + aligned, device=device)
+
+    def draw(self, height: Tensor, width: Tensor, same: Tensor, background: Tensor) -> Tensor:
+        """int64 [n, NUM_COLUMNS], if enabled, of rows whose largest sides are `height`, `width`
+        [n]; `same` (bool [n]): input and output have one size; `background`: colours [n] of which
+        half of the fillings are.
+        """
+        count = height.shape[0]
+        scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
+        is_larger = torch.rand(count, device=self.device) < self.config.share
+        shown = torch.zeros(count, NUM_COLUMNS, dtype=torch.long, device=self.device)
+        shown[:, SCALE] = scale
+        if self.number:
+            self._draw_patterns(shown, background)
+        sides = torch.maximum(*self.larger(height, width, shown))
+        suits = is_larger & (sides <= self.config.sides) & (same | ~self.aligned[scale])
+        return torch.where(suits[:, None], shown, 0)
+
+    def _draw_patterns(self, shown: Tensor, background: Tensor) -> None:
+        """Fill in the columns that only shapes have."""
+        count, scale = shown.shape[0], shown[:, SCALE]
+        bits = torch.randint(2**MAX_SIDE, (4, count), device=self.device)
+        patterns = bits[:2]
+        if "stretch" in self.number:  # every fourth row or column is there twice
+            patterns = torch.where(scale == self.number["stretch"], patterns & bits[2:], patterns)
+        down, across = patterns
+        if "tile" in self.number:  # along one axis
+            other = across - across % 2 + 1 - down % 2
+            across = torch.where(scale == self.number["tile"], other, across)
+        colour = torch.randint(2 * NUM_COLOURS, (count,), device=self.device)
+        shown[:, DOWN], shown[:, ACROSS] = down, across
+        shown[:, FILL] = torch.where(colour < NUM_COLOURS, colour, background)
+
+    def larger(self, height: Tensor, width: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+        """Height and width [n] as they are shown."""
+        if not self.enabled:
+            return height, width
+        scale = shown[:, SCALE]
+        rows, columns = self.factors[scale].unbind(1)
+        seen = [height * rows, width * columns]
+        for name, number in self.number.items():
+            for axis, side in enumerate((height, width)):
+                larger = SHAPES[name].side(side, shown[:, DOWN + axis])
+                seen[axis] = torch.where(scale == number, larger, seen[axis])
+        return seen[0], seen[1]
+
+    def cells(
+        self, y: Tensor, x: Tensor, height: Tensor, width: Tensor, shown: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The cells of grids of `height` and `width` [n] that stand at (y, x) [n] where they are
+        shown, and whether there is none but a filling (bool).
+        """
+        nowhere = torch.zeros_like(y, dtype=torch.bool)
+        if not self.enabled:
+            return y, x, nowhere
+        scale = shown[:, SCALE]
+        rows, columns = self.factors[scale].unbind(1)
+        own = [y // rows, x // columns]
+        for name, number in self.number.items():
+            here = scale == number
+            for axis, (place, side) in enumerate(((y, height), (x, width))):
+                cell, none = SHAPES[name].cell(place, side, shown[:, DOWN + axis])
+                own[axis] = torch.where(here, cell, own[axis])
+                nowhere = nowhere | (here & none)
+        return own[0], own[1], nowhere

@@ -1,0 +1,300 @@
+"""Packed training sequences: drawn, spelt and laid side by side on the device, without a host sync.
+
+A sequence is one pair, or (hub readers) other pairs of the same task before it, all under one view.
+What sees what is a parameter: in the TRM voice a sequence is seen whole; in the reader voice its
+prompt is, and every later token sees the sequence up to itself. Sequences wait in a queue that
+keeps its order, so that a long one which does not fit now comes first next time. Shapes are static:
+a captured CUDA graph can replay the whole thing.
+
+Tokens are codes: those of the trunk, whose ids they are, and from `FIRST_MARK` on the tokens of a
+hub model's marks around the grids.
+
+Legend: T tokens, N sequences, K pairs in a sequence, R = N x K rows (pairs), n any rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arctrm.data.task import NUM_COLOURS
+from arctrm.model import layout
+from arctrm.model.attention import Spans, block_spans, spans
+from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, PAIR_TOKENS, SCALE, TASK, Marks
+from arctrm.train import scaling
+from arctrm.train.losses import IGNORE
+from arctrm.train.source import INPUT, OUTPUT, PairSource, same_colours
+
+# Columns of a row. The first are its condition (`layout.Condition`), whose last is the first of the
+# columns of `Scales`. Then: which pair, its place in the sequence, its tokens (0: no pair), the
+# vectors of a soft prefix before its output, and the colours of its view.
+SHOWN = slice(SCALE, SCALE + scaling.NUM_COLUMNS)
+PAIR, INDEX, LENGTH, SOFT = range(SHOWN.stop, SHOWN.stop + 4)
+COLOURS = slice(SOFT + 1, SOFT + 1 + NUM_COLOURS)
+NUM_COLUMNS = COLOURS.stop
+
+CONTEXT_WINDOW = 16
+"""Pairs of a task, at least, among which those that come first are drawn."""
+DUMMY = 256
+"""Tokens of the first dummy sequences: attention costs their square, so they are short."""
+
+
+class Batch(NamedTuple):
+    """Packed sequences; the end of the axis may hold dummies, which belong to no row."""
+
+    rows: Tensor
+    """int64 [R, columns]."""
+    tokens: Tensor
+    """int64 [T]: codes."""
+    positions: Tensor
+    """int64 [T]: packed positions."""
+    labels: Tensor
+    """int64 [T]: the next token where it belongs to an output, else IGNORE."""
+    row: Tensor
+    """int64 [T]: row of the token; R or more: no row."""
+    slot: Tensor
+    """int64 [T]: place of the token in its row."""
+    prompts: Tensor
+    """int64: tokens of each sequence (dummies included) before the output of its first pair."""
+    seen: Spans
+    num_sequences: int
+
+    @property
+    def condition(self) -> Tensor:
+        """int64 [R, 5]: see `layout.Condition`."""
+        return self.rows[:, : layout.NUM_CONDITIONS]
+
+    @property
+    def own_row(self) -> Tensor:
+        """int64 [T]: `row`, and the last row for tokens of none."""
+        return self.row.clamp(max=self.rows.shape[0] - 1)
+
+
+class Sequences:
+    """Packs sequences of `source`'s pairs; `dtype` is the arithmetic of the layers."""
+
+    def __init__(
+        self,
+        source: PairSource,
+        dtype: torch.dtype,
+        *,
+        whole: bool = False,
+        inverse_share: float = 0.0,
+        by_blocks: bool = False,
+        num_pairs: int = 1,
+        longest: int = PAIR_TOKENS,
+        marks: Marks = Marks(),
+    ):
+        """`whole`: sequences are seen whole (TRM voice). `inverse_share` of them ask for the input
+        of an output. `by_blocks`: attention goes by blocks, for compiled code on a GPU. For hub
+        readers: up to `num_pairs` pairs and `longest` tokens a sequence, `marks` around grids.
+        """
+        self.source, self.dtype, self.device = source, dtype, source.device
+        self.whole, self.inverse_share, self.by_blocks = whole, inverse_share, by_blocks
+        self.num_pairs, self.longest, self.marks = num_pairs, longest, marks
+        order = source.pairs[:, TASK].argsort(stable=True)
+        self.by_task = order[source.drawable[order]]
+        counts = torch.bincount(source.pairs[self.by_task, TASK], minlength=len(source.fixed))
+        self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
+        self.scales = scaling.Scales(source.data.scaling, self.device)
+        self.head_codes = torch.tensor(marks.start + marks.before_input, device=self.device)
+        self.output_codes = torch.tensor(marks.before_output, device=self.device)
+
+    def draw(self, count: int) -> Tensor:
+        """`count` fresh sequences, int64 [count, K, columns]; the pair drawn by weight is last."""
+        uniform = torch.rand(count, 3, device=self.device, dtype=torch.float64)
+        last = self.source.draw_pairs(uniform[:, 0])
+        task = self.source.pairs[last, TASK]
+        share = torch.rand(count, device=self.device)
+        inverse = share < self.inverse_share if self.inverse_share else None
+        dihedral, colours = self.source.draw_views(task, uniform[:, 1], inverse)
+        pairs = last[:, None]
+        if self.num_pairs > 1:
+            others = self.others(last, uniform[:, 2])[:, : self.num_pairs - 1]
+            pairs = torch.cat((others, pairs), dim=1)
+        larger = self.scales.enabled
+        shown = self.draw_scales(pairs, dihedral, colours[:, 0]) if larger else None
+        return self.sequences(pairs, dihedral, colours, shown, inverse)
+
+    def others(self, last: Tensor, uniform: Tensor) -> Tensor:
+        """Distinct other pairs of each pair's task in random order, int64 [n, window]; -1 behind.
+
+        Of a task with many pairs they come from a random window; none has the weight zero.
+        """
+        task = self.source.pairs[last, TASK]
+        count, begin = self.task_count[task][:, None], self.task_begin[task][:, None]
+        window = torch.arange(max(CONTEXT_WINDOW, 2 * self.num_pairs), device=self.device)
+        place = (window + (uniform[:, None] * count).long()) % count
+        pairs = self.by_task[begin + place]
+        absent = (window >= count) | (pairs == last[:, None])
+        keys = torch.rand(pairs.shape, device=self.device) + 2 * absent
+        keys, order = keys.sort(1)
+        return torch.where(keys < 2, pairs.gather(1, order), -1)
+
+    def draw_scales(self, pairs: Tensor, dihedral: Tensor, background: Tensor) -> Tensor:
+        """Columns of `Scales` [n, 4] of sequences of pairs [n, K], all of which are shown alike."""
+        there = pairs >= 0
+        rows = self.source.pairs[pairs.clamp(min=0)].flatten(0, 1)
+        turns = dihedral.repeat_interleave(pairs.shape[1])
+        sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
+        largest = (torch.maximum(*both) for both in zip(*sizes, strict=True))
+        height, width = ((side.view_as(pairs) * there).amax(1) for side in largest)
+        same = (self.source.same_sizes(rows).view_as(pairs) | ~there).all(1)
+        return self.scales.draw(height, width, same, background)
+
+    def sequences(
+        self,
+        pairs: Tensor,
+        dihedral: Tensor,
+        colours: Tensor,
+        shown: Tensor | None = None,
+        inverse: Tensor | None = None,
+    ) -> Tensor:
+        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence, as the
+        columns of `Scales` say; with input and output exchanged where `inverse`, bool [n].
+        """
+        rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
+        rows[..., PAIR] = pairs.clamp(min=0)
+        rows[..., TASK] = self.source.pairs[pairs[:, -1], TASK][:, None]
+        rows[..., DIHEDRAL] = dihedral[:, None]
+        rows[..., KEEPS_COLOURS] = same_colours(colours)[:, None]
+        rows[..., COLOURS] = colours[:, None]
+        if inverse is not None:
+            rows[..., INVERSE] = inverse[:, None]
+        if shown is not None:
+            rows[..., SHOWN] = shown[:, None]
+        rows[..., INDEX] = 1
+        lengths = self.lengths(rows.flatten(0, 1))[0].view_as(pairs) * (pairs >= 0)
+        # Pairs that would make the sequence too long are left out, the first ones before others.
+        from_end = lengths.flip(1).cumsum(1).flip(1)
+        there = (from_end <= self.longest - len(self.marks.start)) & (lengths > 0)
+        rows[..., INDEX] = there.cumsum(1) - 1
+        rows[..., LENGTH] = self.lengths(rows.flatten(0, 1))[0].view_as(pairs) * there
+        return rows
+
+    def lengths(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n] of complete pairs, and those before the output."""
+        given, asked = (height * (width + 1) for height, width in self._sizes(rows))
+        asked_at = self._heads(rows) + given + len(self.marks.before_output) + rows[:, SOFT]
+        return asked_at + asked + 1, asked_at
+
+    def next_batch(self, queue_NKC: Tensor, num_tokens: int) -> Batch:
+        """Take as many sequences as fit from the queue, in order, and refill it in place."""
+        num_sequences = queue_NKC.shape[0]
+        fits = queue_NKC[..., LENGTH].sum(1).cumsum(0) <= num_tokens
+        rows = torch.where(fits[:, None, None], queue_NKC, 0).flatten(0, 1)
+        waiting = torch.cat((queue_NKC, self.draw(num_sequences)))
+        index = torch.arange(num_sequences, device=self.device) + fits.sum()
+        queue_NKC.copy_(waiting[index])
+        return self.pack(rows, num_sequences, num_tokens)
+
+    def pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> Batch:
+        """Lay rows [R, columns] of `num_sequences` sequences on an axis of `num_tokens`; a row of
+        fewer tokens than its pair ends early.
+        """
+        longest, lengths = self.longest, rows[:, LENGTH]
+        part = longest if self.whole or self.num_pairs > 1 else PAIR_TOKENS // 2 + 1
+        unused = dummy_lengths(num_tokens, num_tokens - lengths.sum(), part)
+        ends = torch.cat((lengths, unused)).cumsum(0)
+        begins = torch.cat((ends.new_zeros(1), ends))
+        token = torch.arange(num_tokens, device=ends.device)
+        row = torch.searchsorted(ends, token, right=True)
+        real, slot = row < rows.shape[0], token - begins[row]
+        tokens, positions, outputs = self._tokens(rows[row * real], slot)
+        labels = torch.where(real & outputs, tokens.roll(-1), IGNORE)
+        firsts = begins[: rows.shape[0]].view(num_sequences, -1)[:, 0]
+        offsets = torch.cat((firsts, begins[rows.shape[0] :])).to(torch.int32)
+        first = rows.view(num_sequences, -1, rows.shape[1])[:, 0]
+        prompts = self.lengths(first)[1].minimum(first[:, LENGTH])
+        prompts = torch.cat((prompts, torch.zeros_like(unused)))
+        seen_first = None if self.whole else prompts
+        if self.by_blocks:
+            seen = block_spans(offsets, num_tokens, longest, seen_first)
+        else:
+            seen = spans(offsets, longest, self.dtype, seen_first, part)
+        tokens, positions = torch.where(real, tokens, layout.PAD), torch.where(real, positions, 0)
+        return Batch(rows, tokens, positions, labels, row, slot, prompts, seen, num_sequences)
+
+    def tokens_of(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Tokens [T] of a batch with other `rows` of the same sizes in its rows' places."""
+        tokens, _, _ = self._tokens(rows[batch.own_row], batch.slot)
+        return torch.where(batch.row < len(rows), tokens, layout.PAD)
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Tokens [n] before each row's input."""
+        first = rows[:, INDEX] == 0
+        return len(self.marks.before_input) + first * len(self.marks.start)
+
+    def _grids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The grids (offset, height, width) [n, 3] that are given and asked for in each row."""
+        pair = self.source.pairs[rows[:, PAIR]]
+        given, asked = pair[:, INPUT], pair[:, OUTPUT]
+        if not self.inverse_share:
+            return given, asked
+        inverse = rows[:, INVERSE, None].bool()
+        return torch.where(inverse, asked, given), torch.where(inverse, given, asked)
+
+    def _sizes(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Sizes of what is given and of what is asked for, as rows show them."""
+        turns, shown = rows[:, DIHEDRAL], rows[:, SHOWN]
+        own = (self.source.seen_size(grid, turns) for grid in self._grids(rows))
+        return [self.scales.larger(*size, shown) for size in own]
+
+    def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
+        token's row [T, columns].
+        """
+        (in_height, in_width), (out_height, out_width) = self._sizes(row)
+        head = self._heads(row)
+        separator = head + in_height * (in_width + 1)
+        soft = separator + len(self.marks.before_output)
+        body = soft + row[:, SOFT]
+        end = body + out_height * (out_width + 1)
+        after = slot >= separator
+        width = torch.where(after, out_width, in_width)
+        place = (slot - torch.where(after, body, head)).clamp(min=0)
+        y = torch.div(place, width + 1, rounding_mode="floor")
+        x = place % (width + 1)
+        # Marks stand at (0, 0) of parts of their own, END below the last row.
+        opening, between = slot < head, after & (slot < body)
+        y, x = (torch.where(opening | between, 0, value) for value in (y, x))
+        inside = ~opening & ~between & (x < width) & (slot < end)
+        tokens = torch.where(inside, self._colours(row, after, y, x, inside), layout.ROW_END)
+        part = torch.where(after, layout.OUTPUT_PART, layout.INPUT_PART)
+        heads, marks = self.head_codes, self.output_codes
+        from_end = len(heads) - head  # later pairs have no start
+        for at, token, mark_part in (
+            (opening, heads[(slot + from_end).clamp(0, len(heads) - 1)], layout.START_PART),
+            (between, marks[(slot - separator).clamp(0, len(marks) - 1)], layout.SEPARATOR_PART),
+            (between & (slot >= soft), layout.PREFIX, layout.SEPARATOR_PART),
+            (slot == end, layout.END, layout.OUTPUT_PART),
+        ):
+            tokens, part = torch.where(at, token, tokens), torch.where(at, mark_part, part)
+        part = part + row[:, INDEX] * layout.PARTS_PER_PAIR
+        is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH])
+        return tokens, (part * layout.SIDE + y) * layout.SIDE + x, is_output
+
+    def _colours(self, row: Tensor, after: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
+        """Colours int64 [T] at (y, x) of what is asked for, where `after`, or given in each token's
+        row; meaningless where not `inside`.
+        """
+        given, asked = self._grids(row)
+        turns, shown = row[:, DIHEDRAL], row[:, SHOWN]
+        grid = torch.where(after[:, None], asked, given)
+        y, x, filled = self.scales.cells(y, x, *self.source.seen_size(grid, turns), shown)
+        inside = inside & ~filled
+        colour = self.source.colour_at(grid, turns, row[:, COLOURS], y, x, inside)
+        return torch.where(filled, shown[:, scaling.FILL], colour)
+
+
+def dummy_lengths(num_tokens: int, unused: Tensor, longest: int) -> Tensor:
+    """Lengths of as many dummy sequences as an axis of `num_tokens` may need, for `unused` ones.
+
+    Short ones hold what a row that did not fit leaves over; there is more only where rows run out.
+    """
+    short = min(DUMMY, longest)
+    num_short = -(-min(longest, num_tokens) // short)
+    num_long = -(-max(num_tokens - num_short * short, 0) // longest)
+    number = torch.arange(num_short + num_long, device=unused.device)
+    sizes = torch.where(number < num_short, short, longest)
+    return (unused - sizes.cumsum(0) + sizes).clamp(min=0).minimum(sizes)

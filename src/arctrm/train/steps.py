@@ -1,0 +1,306 @@
+"""Training steps: each adds the gradient of one packed batch, in one voice of the trunk.
+
+`ReaderStep` reads pairs and predicts the next token of outputs. `TrmStep` shows pairs with parts of
+their answers hidden or wrong, or with the reader's drafts, and predicts every answer cell, for some
+supervision steps: a loss after each, and only values pass from one to the next.
+
+What a step touches has a fixed address and shape, so that a captured CUDA graph can replay it; what
+cannot be captured is in `prepare`. `voice_steps` says which steps a run has, and when.
+
+Legend: T tokens, R rows (pairs), D width.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from arctrm.config import JointConfig, PretrainConfig, TRMConfig
+from arctrm.data.base_set import BaseSet
+from arctrm.data.task import NUM_COLOURS
+from arctrm.model.trm import supervision_steps
+from arctrm.model.trunk import Trunk
+from arctrm.train.losses import HALT_WEIGHT, RowCounts, halting_loss, halting_mean, row_counts
+from arctrm.train.refining import answer_cells, questions, start, with_wrong_colours
+from arctrm.train.sequences import LENGTH, Batch, Sequences
+from arctrm.train.source import PairSource
+
+if TYPE_CHECKING:
+    from arctrm.train.drafts import DraftPool
+
+VOICES = ("reader", "trm")
+READER, TRM = range(len(VOICES))
+COUNTS = (
+    "rows",
+    "cell_loss",
+    "halt_loss",
+    "exact",
+    "shape",
+    "cell_accuracy",
+    "attempts",
+    "trm_steps",
+    "drafted",
+    "draft_tokens",
+    "tokens",
+)
+"""What `Step.counts` sums up for each voice, in this order: rows, sums over rows, and tokens."""
+OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
+"""The reader's metrics that are logged beside TRM's."""
+
+FEW_ROWS, TOKENS_PER_ROW, TOKENS_PER_ROW_OF_MANY = 32, 64, 280
+"""Room for sequences in a batch: one for 64 tokens up to 32; beyond, one for 280 tokens of the mix
+that is usual (attention launches blocks for every one, used or not)."""
+SAMPLED, SPARE = 4096, 1.1
+"""Sequences drawn to see how long they are; there is room for 1.1 times as many as that fills."""
+
+
+class Step(Protocol):
+    """Something that adds one batch's gradient to the parameters."""
+
+    counts: Tensor
+    """float64 [VOICES, COUNTS]: sums since they were last set to zero."""
+    begin: float
+    """Part of the run (0..1) after which the step is made."""
+    end: float
+    """Part of the run before which it is made; 1: to the end."""
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+
+    def prepare(self) -> None:
+        """What comes before every call and cannot be captured in a CUDA graph."""
+
+    def __call__(self) -> None:
+        """Add the gradient."""
+
+
+class _PackedStep:
+    """What both voices' steps keep: sequences that wait, sums, and when the step is made."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        sequences: Sequences,
+        num_tokens: int,
+        num_sequences: int,
+        *,
+        scale: float = 1.0,
+        begin: float = 0.0,
+        end: float = 1.0,
+    ):
+        """Batches of `num_tokens` with room for `num_sequences`; `scale` of the gradient."""
+        self.trunk, self.sequences = trunk, sequences
+        self.num_tokens, self.scale, self.begin, self.end = num_tokens, scale, begin, end
+        self.queue = sequences.draw(num_sequences)
+        self.counts = new_counts(sequences.device)
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+        return {"queue": self.queue, "counts": self.counts}
+
+    def prepare(self) -> None:
+        """There is nothing to prepare."""
+
+    @torch.no_grad()
+    def next_batch(self) -> Batch:
+        """The next of the waiting sequences."""
+        return self.sequences.next_batch(self.queue, self.num_tokens)
+
+
+class ReaderStep(_PackedStep):
+    """The reader voice: the next token of every output."""
+
+    def __init__(self, *args: Any, noise: float = 0.0, **when: float):
+        """A share `noise` of the output cells has random colours, in every other row."""
+        super().__init__(*args, **when)
+        self.noise = noise
+
+    def __call__(self) -> None:
+        """Add the gradient of one packed batch."""
+        batch = self.next_batch()
+        with torch.no_grad():
+            cells = answer_cells(batch)
+            tokens = with_wrong_colours(batch.tokens, cells, batch.row, self.noise)
+        logits = self.trunk.logits(read(self.trunk, batch._replace(tokens=tokens)))
+        losses = row_counts(logits, batch.labels, batch.row, len(batch.rows))
+        (losses.mean * self.scale).backward()
+        count(self.counts[READER], losses, batch)
+
+
+class TrmStep(_PackedStep):
+    """The TRM voice: the colour of every answer cell, after each supervision step.
+
+    Where the step begins later than the run, the first one made gives the own-cell head a start:
+    the rows of the reader's head for the ten colours, which by then tell colours apart.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        sequences: Sequences,
+        num_tokens: int,
+        num_sequences: int,
+        config: TRMConfig,
+        drafts: "DraftPool | None" = None,
+        **when: float,
+    ):
+        """One of the steps that share `drafts` has to be their `keeper`."""
+        super().__init__(trunk, sequences, num_tokens, num_sequences, **when)
+        self.config, self.drafts, self.keeper = config, drafts, drafts is not None
+        self.has_begun = torch.zeros((), dtype=torch.long)
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+        drafts = self.drafts.carry() if self.drafts and self.keeper else {}
+        return super().carry() | {"has_begun": self.has_begun} | drafts
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Give the own-cell head its start, once; draft now and then."""
+        if self.begin and not self.has_begun:
+            self.trunk.own_head.weight.copy_(self.trunk.head.weight[:NUM_COLOURS])
+        self.has_begun.fill_(1)
+        if self.drafts and self.keeper:
+            self.drafts.prepare()
+
+    def __call__(self) -> None:
+        """Add the gradient of one packed batch: all supervision steps, each on its own."""
+        batch = self.next_batch()
+        with torch.no_grad():
+            asked = questions(batch, self.sequences, self.config, self.drafts)
+            aligned = self.config.aligned and self.drafts is not None
+            state = start(self.trunk, asked, aligned=aligned)
+        num_steps, num_rows = self.config.supervision_steps, len(batch.rows)
+        taken = torch.zeros(num_rows, device=batch.row.device)
+        going = torch.ones_like(taken)
+        for prediction in supervision_steps(self.trunk, asked.rows, state, num_steps):
+            losses = row_counts(prediction.logits, asked.labels, batch.row, num_rows)
+            loss = losses.mean + halting_mean(prediction.q_halt, losses)
+            (loss * self.scale / num_steps).backward()
+            q_halt = prediction.q_halt.detach()
+            taken, going = taken + going * losses.real, going * (q_halt <= 0)
+        drafted = asked.drafted & losses.real
+        more = {
+            "halt_loss": halting_loss(q_halt, losses),
+            "trm_steps": taken,
+            "drafted": drafted,
+            "draft_tokens": drafted * (batch.rows[:, LENGTH] - batch.prompts[:num_rows]),
+        }
+        count(self.counts[TRM], losses, batch, more)
+
+
+def read(trunk: Trunk, batch: Batch) -> Tensor:
+    """The reader's hidden states [T, D] of a packed batch."""
+    condition = trunk.condition(batch.condition).index_select(0, batch.own_row)
+    return trunk.hidden(trunk.embed(batch.tokens, condition), batch.positions, batch.seen)
+
+
+def new_counts(device: torch.device) -> Tensor:
+    """float64 [VOICES, COUNTS] of zeros."""
+    return torch.zeros(len(VOICES), len(COUNTS), device=device, dtype=torch.float64)
+
+
+@torch.no_grad()
+def count(sums: Tensor, losses: RowCounts, batch: Batch, more: Mapping[str, Tensor] = {}) -> None:
+    """Add a batch to the sums of its voice; `more`: further counts of rows, [R] each."""
+    of_rows = {
+        **more,
+        "rows": losses.real,
+        "cell_loss": losses.loss,
+        "exact": losses.exact,
+        "shape": losses.shape,
+        "cell_accuracy": losses.cell_accuracy,
+        "attempts": losses.real,
+        "tokens": batch.row < len(batch.rows),
+    }
+    found = {name: values.sum().double() for name, values in of_rows.items()}
+    zero = torch.zeros_like(sums[0])
+    sums += torch.stack([found.get(name, zero) for name in COUNTS])
+
+
+def metrics_of(counts: Tensor) -> dict[str, float]:
+    """What is logged of `Step.counts`, summed over steps (waits for the device).
+
+    The seven of the older pipeline first. Where both voices have rows, they are TRM's, and the
+    reader's come with the prefix `reader_`.
+    """
+    sums = [dict(zip(COUNTS, row, strict=True)) for row in counts.tolist()]
+    trained = [voice for voice in (TRM, READER) if sums[voice]["rows"]]
+    named = [_means(sums[voice]) for voice in trained or [TRM]]
+    of_reader = named[1] if len(named) > 1 else {}
+    return {
+        **named[0],
+        "examples": sum(own["rows"] for own in sums),
+        "tokens": sum(own["tokens"] for own in sums),
+        **{f"reader_{name}": of_reader[name] for name in OF_ANSWERS if of_reader},
+    }
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    rows = max(sums["rows"], 1.0)
+    return {
+        "loss": (sums["cell_loss"] + HALT_WEIGHT * sums["halt_loss"]) / rows,
+        "exact_match": sums["exact"] / rows,
+        "shape_match": sums["shape"] / rows,
+        "cell_accuracy": sums["cell_accuracy"] / rows,
+        "avg_attempts": sums["attempts"] / rows,
+        "avg_trm_steps": sums["trm_steps"] / rows,
+        "avg_reasoning_length": sums["draft_tokens"] / max(sums["drafted"], 1.0),
+        "cell_loss": sums["cell_loss"] / rows,
+        "halt_loss": sums["halt_loss"] / rows,
+        "drafted_share": sums["drafted"] / rows,
+    }
+
+
+def voice_steps(
+    config: PretrainConfig | JointConfig, trunk: Trunk, base: BaseSet, *, by_blocks: bool = False
+) -> list[Step]:
+    """The steps of a run that trains the trunk in the voices of `config`, on the trunk's device.
+
+    `by_blocks`: attention goes by blocks (a compiled trunk on a GPU). With both voices every
+    optimiser step has a batch of each from `trm.begin` on, and whole batches of the reader before.
+    """
+    # 1. Where the sequences of each voice come from.
+    training, trm, reader = config.training, config.trm, config.reader
+    source, dtype = PairSource(base, config.data, config.seed, trunk.device), trunk.dtype
+    reading = Sequences(source, dtype, inverse_share=reader.inverse_share, by_blocks=by_blocks)
+    refined = Sequences(source, dtype, whole=True, by_blocks=by_blocks)
+    drafts = None
+    if trm.draft_share:
+        from arctrm.reader.tiny import TinyReader
+        from arctrm.train.drafts import DraftPool
+
+        drafts = DraftPool(reading, trm, lambda: TinyReader(trunk.cast(trunk.dtype)))
+    # 2. Which part of the batch each voice has, and when.
+    parts = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
+    after, rest = trm.begin, 1 - trm.share
+    both = [(READER, 1.0, 0.0, after), (READER, rest, after, 1.0), (TRM, trm.share, after, 1.0)]
+    own = parts.get(config.voice, [part for part in both if part[2] < part[3]])
+    # 3. A step for each.
+    steps: list[Step] = []
+    bound = config.batch_size if isinstance(config, JointConfig) else None
+    for number in range(training.grad_accum):
+        for voice, share, begin, end in own:
+            tokens = int(training.tokens_per_batch * share)
+            when = {"scale": share / training.grad_accum, "begin": begin, "end": end}
+            room = room_for(reading if voice == READER else refined, tokens, bound)
+            if voice == READER:
+                noise = reader.output_noise
+                steps.append(ReaderStep(trunk, reading, tokens, room, noise=noise, **when))
+            else:
+                step = TrmStep(trunk, refined, tokens, room, trm, drafts, **when)
+                step.keeper = number == 0
+                steps.append(step)
+    return steps
+
+
+def room_for(sequences: Sequences, num_tokens: int, bound: int | None = None) -> int:
+    """Sequences that a batch of `num_tokens` has room for, `bound` at most; the same every time."""
+    devices = [sequences.device] if sequences.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        mean = float(sequences.draw(SAMPLED)[..., LENGTH].sum(1).double().mean())
+    few = min(num_tokens // TOKENS_PER_ROW, FEW_ROWS)
+    room = max(few, num_tokens // TOKENS_PER_ROW_OF_MANY, round(SPARE * num_tokens / mean), 1)
+    return room if bound is None else min(room, bound)
