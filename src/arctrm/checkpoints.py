@@ -79,6 +79,11 @@ class Trained(StrictModel):
     hub: HubConfig = HubConfig()
     coupling: CouplingConfig = CouplingConfig()
 
+    def new_trunk(self, num_tasks: int) -> Trunk:
+        """An untrained trunk of this shape."""
+        scaling = self.data.scaling
+        return Trunk(self.trunk, num_tasks, scaling.num_ways if scaling.share else 0)
+
 
 class CheckpointMeta(StrictModel):
     """Contents of `checkpoint.json`; writing fills in the second half."""
@@ -126,12 +131,6 @@ class CheckpointMeta(StrictModel):
         """The embedding row of each task, found by content; None where there is none."""
         known = {key: row for row, key in enumerate(self.task_fingerprints)}
         return [known.get(key) for key in fingerprints]
-
-
-def new_trunk(config: Any, num_tasks: int) -> Trunk:
-    """An untrained trunk as the tables `trunk` and `data` of a configuration say."""
-    scaling: int = config.data.scaling.num_ways if config.data.scaling.share else 0
-    return Trunk(config.trunk, num_tasks, scaling)
 
 
 # --- Reading
@@ -203,7 +202,7 @@ def read_trunk(path: Path) -> tuple[Trunk, CheckpointMeta]:
     folder = resolve_checkpoint(path)
     meta = read_meta(folder)
     with torch.device("meta"):  # compared before anything of the configured size is made
-        trunk = new_trunk(meta.trained, len(meta.task_ids))
+        trunk = meta.trained.new_trunk(len(meta.task_ids))
     weights = {
         name.removeprefix("trunk."): tensor
         for name, tensor in read_model(folder).items()
@@ -216,7 +215,10 @@ def read_trunk(path: Path) -> tuple[Trunk, CheckpointMeta]:
 
 def read_trainer(path: Path) -> dict[str, Tensor]:
     """State that all processes of a run share; errors as `read_model`."""
-    return _load(path, TRAINER, _read(path)[1])
+    told, meta = _read(path)
+    if told["version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: a run of format version 1; {OLDER} resumes it")
+    return _load(path, TRAINER, meta)
 
 
 def read_rank(path: Path, rank: int) -> dict[str, Tensor]:

@@ -1,0 +1,397 @@
+"""The training loop: one loop for every stage, as small named steps.
+
+A `Run` holds a model and the steps that add its gradient; the loop knows nothing of either. All
+processes take the same decisions because they read the same clock: process 0's, shared every few
+steps and extrapolated in between. What is left of a killed run is its last checkpoint, and going on
+from there is exact.
+"""
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from arctrm.checkpoints import (
+    CheckpointMeta,
+    check_names,
+    latest_checkpoint,
+    read_model,
+    read_rank,
+    read_trainer,
+    write_checkpoint,
+)
+from arctrm.config import PAIR_TOKENS, ScheduleConfig, TrainingConfig
+from arctrm.errors import ArctrmError, CheckpointError, ResourceError
+from arctrm.system import clear_abandoned, disk_errors
+from arctrm.train.optim import (
+    EMA,
+    FlatGradients,
+    Optimisers,
+    Update,
+    graph_of,
+    trained_parameters,
+)
+from arctrm.train.steps import Step
+from arctrm.train.tracking import Tracker
+
+SYNC_EVERY = 20
+"""Optimiser steps between two looks at the clock and at the interrupt flag."""
+MAX_WARMUP = 0.5
+"""Warm-up ends at this fraction of the run at the latest, however short the run is."""
+LOCK = ".lock"
+
+
+class Schedule:
+    """Linear warm-up, constant, linear decay to zero at the end of the run.
+
+    A pure function of (optimiser steps taken, seconds of training): a resumed run continues on the
+    same curve, and every process computes the same value from the same numbers.
+    """
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """Fraction of the run that lies behind: 0 at the start, 1 at the end."""
+        if self.config.max_steps is not None:
+            return min(step / self.config.max_steps, 1.0)
+        assert self.config.budget is not None  # ScheduleConfig allows exactly one of the two
+        return min(max(elapsed / self.config.budget, 0.0), 1.0)
+
+    def factor(self, step: int, elapsed: float) -> float:
+        """Multiplier of the peak learning rates for optimiser step number `step` (from 0).
+
+        Warm-up is `(step + 1) / warmup_steps`; where a run is shorter than twice the warm-up,
+        progress takes over, so that the peak is reached half way at the latest.
+        """
+        progress, start = self.progress(step, elapsed), self.config.constant_fraction
+        warm = max((step + 1) / max(self.config.warmup_steps, 1), progress / MAX_WARMUP)
+        return min(warm, 1.0 if progress <= start else (1.0 - progress) / (1.0 - start))
+
+    def finished(self, step: int, elapsed: float) -> bool:
+        """Whether the run has reached its length."""
+        return self.progress(step, elapsed) >= 1.0
+
+
+@dataclass
+class Run:
+    """Everything a stage hands to the loop."""
+
+    out: Path
+    config: TrainingConfig
+    accelerator: Accelerator
+    model: nn.Module
+    """Names of its parameters begin with trunk., adapters. or hub."""
+    steps: Sequence[Step]
+    """Each adds the gradient of one packed batch in every optimiser step of its part of the run."""
+    metrics_of: Callable[[Tensor], dict[str, float]]
+    """Metrics of the summed counts of all steps: means, and the sums "examples" and "tokens"."""
+    meta: CheckpointMeta
+    """What a checkpoint says beside step, elapsed and examples."""
+    began_at: float
+    """Monotonic time at which this session's share of the budget began (before compilation)."""
+    captures: bool = False
+    """Replay steps and update as CUDA graphs."""
+    smallest_batch: int = PAIR_TOKENS
+    """Tokens that a batch must have at least."""
+    step: int = 0
+    elapsed: float = 0.0
+    examples: int = 0
+    logged_at: float = field(default_factory=time.monotonic)
+    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    """Of the steps that were active, by their number."""
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(self.config.schedule)
+        trained = trained_parameters(self.model)
+        self.gradients = FlatGradients(trained)
+        self.optimisers = Optimisers(trained, self.config.optimiser)
+        self.ema = EMA(trained, self.config.ema_decay) if self.config.ema_decay > 0 else None
+        clip_norm = self.config.optimiser.clip_norm
+        self.update = Update(self.gradients, self.optimisers, self.ema, clip_norm)
+        if self.captures:
+            self.update.capture()
+
+    @property
+    def carry(self) -> dict[str, Tensor]:
+        """This process's tensors that a resumed run needs."""
+        return {
+            f"carry.{number}.{name}": tensor
+            for number, step in enumerate(self.steps)
+            for name, tensor in step.carry().items()
+        }
+
+    def active(self) -> list[int]:
+        """Numbers of the steps that are made now."""
+        progress = self.schedule.progress(self.step, self.elapsed)
+        return [
+            number
+            for number, step in enumerate(self.steps)
+            if step.begin <= progress and (progress < step.end or step.end >= 1)
+        ]
+
+
+def train(run: Run, tracker: Tracker) -> None:
+    """Run to the end of the schedule; saves at intervals, at the end and when interrupted.
+
+    Raises:
+        KeyboardInterrupt: after saving, when SIGINT or SIGTERM came.
+        ResourceError: out of memory; says which key to lower.
+        ArctrmError: the loss, or a weight, is not finite.
+    """
+    clock = SharedClock(run)
+    saved_at, saved_step = run.elapsed, run.step
+    with interruptible() as stop:
+        while not run.schedule.finished(run.step, run.elapsed):
+            captured = train_step(run)
+            interrupted = clock.tick(stop, restart=captured)
+            if run.step % run.config.log_every == 0:
+                tracker.log(run.step, read_metrics(run))
+            if interrupted:
+                break
+            every = run.config.checkpoint_every_steps
+            due = clock.just_synced and run.elapsed - saved_at >= run.config.checkpoint_every
+            if run.step % every == 0 if every else due:
+                save(run)
+                saved_at, saved_step = run.elapsed, run.step
+        if run.step != saved_step:
+            save(run)
+    if not run.schedule.finished(run.step, run.elapsed):
+        raise KeyboardInterrupt(
+            f"saved step {run.step} in {run.out}; the same command with --resume goes on"
+        )
+
+
+def train_step(run: Run) -> bool:
+    """Gradients of the active steps, their mean over processes, one update; whether something was
+    captured before.
+    """
+    factor = run.schedule.factor(run.step, run.elapsed)
+    active = run.active()
+    captured = False
+    with memory_errors(run):
+        for number in active if run.captures else ():
+            if number not in run.graphs:
+                run.steps[number].prepare()
+                run.graphs[number] = graph_of(run.steps[number])
+                captured = True
+        run.gradients.zero()
+        for number in active:
+            run.steps[number].prepare()
+            run.graphs[number].replay() if run.captures else run.steps[number]()
+        run.gradients.average()
+        run.update(factor, run.step + 1)
+    run.step += 1
+    return captured
+
+
+@contextmanager
+def memory_errors(run: Run) -> Iterator[None]:
+    """Turn out of memory into the ResourceError that says which key to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens = run.config.tokens_per_batch
+        cure = f"training.tokens_per_batch={tokens // 2} --set training.grad_accum="
+        cure += str(run.config.grad_accum * 2)
+        if tokens < 2 * run.smallest_batch:
+            cure = "trunk.gradient_checkpointing=true (the batch is as small as it gets)"
+        raise ResourceError(
+            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
+            f"--set {cure}"
+        ) from error
+
+
+def read_metrics(run: Run) -> dict[str, float]:
+    """Means since the last call, over all processes; waits for the device.
+
+    Raises:
+        ArctrmError: the loss is not finite.
+    """
+    total = torch.stack([step.counts for step in run.steps]).sum(0)
+    for step in run.steps:
+        step.counts.zero_()
+    if run.accelerator.num_processes > 1:
+        torch.distributed.all_reduce(total)
+    metrics = run.metrics_of(total)
+    tokens = metrics.pop("tokens")
+    now = time.monotonic()
+    seconds, run.logged_at = now - run.logged_at, now
+    if not total.isfinite().all():
+        raise _not_finite(run, f"the loss is {metrics['loss']}")
+    run.examples += int(metrics["examples"])
+    return {
+        **metrics,
+        "examples": run.examples,
+        "examples_per_second": metrics["examples"] / seconds,
+        "tokens_per_second": tokens / seconds,
+        "lr_factor": run.schedule.factor(run.step, run.elapsed),
+        "progress": run.schedule.progress(run.step, run.elapsed),
+        "elapsed": run.elapsed,
+    }
+
+
+def _not_finite(run: Run, what: str) -> ArctrmError:
+    factor = run.schedule.factor(run.step, run.elapsed)
+    rates = ", ".join(f"{k}_lr = {v * factor:.2g}" for k, v in run.optimisers.peaks.items())
+    good = latest_checkpoint(run.out)
+    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
+    return ArctrmError(
+        f"{run.out}: {what} at step {run.step} ({rates}), and nothing was saved; {kept}; lower "
+        "training.optimiser.muon_lr and adamw_lr, or set training.optimiser.clip_norm = 1"
+    )
+
+
+# --- Checkpoints of a run
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of everything that a bit-exact continuation needs.
+
+    Raises:
+        ArctrmError: a weight is not finite.
+    """
+    weights = run.model.state_dict()
+    averages = {} if run.ema is None else {**weights, **run.ema.state()}
+    model = {f"weights.{name}": tensor for name, tensor in weights.items()}
+    model |= {f"ema.{name}": tensor for name, tensor in averages.items()}
+    trainer = run.optimisers.state()
+    for name, tensor in (model | trainer).items():
+        if not tensor.isfinite().all():
+            raise _not_finite(run, f"{name!r} is not finite")
+    counted = {"step": run.step, "elapsed": run.elapsed, "examples": run.examples}
+    state = {"rng": torch.get_rng_state(), **run.carry}
+    if torch.cuda.is_available():
+        state["rng_cuda"] = torch.cuda.get_rng_state()
+    return write_checkpoint(
+        run.out,
+        run.meta.model_copy(update=counted),
+        model,
+        trainer,
+        state,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        barrier=run.accelerator.wait_for_everyone,
+        keep_last=run.config.keep_last,
+    )
+
+
+def restore(run: Run, folder: Path, meta: CheckpointMeta) -> None:
+    """Put a run where the checkpoint was taken; before its first step.
+
+    A process that was not there then keeps the batches that it drew for itself.
+
+    Raises:
+        CheckpointError: weights or state do not fit.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
+    run.model.load_state_dict(read_model(folder, ema=False, expected=shapes))
+    if run.ema is not None:
+        run.ema.load(read_model(folder, expected=shapes))
+    run.optimisers.load(read_trainer(folder))
+    if run.accelerator.process_index < meta.world_size:
+        state = read_rank(folder, run.accelerator.process_index)
+        carry = {name: tuple(tensor.shape) for name, tensor in run.carry.items()}
+        held = {name: tensor for name, tensor in state.items() if name.startswith("carry.")}
+        check_names(carry, held, folder, "this run")
+        for name, tensor in run.carry.items():
+            tensor.copy_(held[name])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and "rng_cuda" in state:
+            torch.cuda.set_rng_state(state["rng_cuda"])
+    run.step, run.elapsed, run.examples = meta.step, meta.elapsed, meta.examples
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the run folder for this process; the system lets go of it when the process dies.
+
+    Raises:
+        CheckpointError: another process trains there.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{folder}: process {file.read().strip() or '?'} trains there; wait for it, or "
+                "choose another --out"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        clear_abandoned(folder)
+        clear_abandoned(folder / "checkpoints")
+        yield
+
+
+# --- Time and signals
+
+
+class SharedClock:
+    """Seconds of training, the same number on every process."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.begin = run.began_at - run.elapsed
+        self.synced_step, self.synced_elapsed = run.step, run.elapsed
+        self.seconds_per_step = 0.0
+        self.is_first = self.just_synced = True
+
+    def tick(self, stop: list[int], *, restart: bool = False) -> bool:
+        """Advance after an optimiser step; True when any process was asked to stop.
+
+        `restart`: the step took longer than others will, by compilation.
+        """
+        run = self.run
+        done = run.step - self.synced_step
+        alone = run.accelerator.num_processes == 1
+        every_step = alone and run.accelerator.device.type == "cpu"
+        unusual = restart or self.is_first
+        self.just_synced = every_step or unusual or done >= SYNC_EVERY
+        if not self.just_synced:
+            run.elapsed = self.synced_elapsed + done * self.seconds_per_step
+            return False
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        told = [(time.monotonic() - self.begin, bool(stop))]
+        if not alone:
+            told = broadcast_object_list(told)
+        elapsed, interrupted = told[0]
+        if not unusual:
+            self.seconds_per_step = (elapsed - self.synced_elapsed) / done
+        self.is_first = False
+        self.synced_step, self.synced_elapsed, run.elapsed = run.step, elapsed, elapsed
+        return interrupted
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of raising; a second one raises at once."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

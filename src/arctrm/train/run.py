@@ -1,0 +1,457 @@
+"""`arctrm pretrain` and `arctrm joint`: from a configuration to checkpoints, in the order of a run.
+
+Data -> model (untrained, or from a checkpoint whose tasks are matched by content) -> steps -> the
+loop -> for `joint` with `evaluate`, the score of what was trained. `pretrain` trains a trunk in one
+voice or both; `joint` a trunk in both, or a hub model, adapters and a trunk.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.table import Table
+from torch import Tensor, nn
+
+from arctrm.checkpoints import (
+    CheckpointMeta,
+    Trained,
+    check_names,
+    latest_checkpoint,
+    read_meta,
+    read_model,
+    resolve_checkpoint,
+)
+from arctrm.config import (
+    DataConfig,
+    JointConfig,
+    PretrainConfig,
+    TrainingConfig,
+    TrunkConfig,
+    differences,
+)
+from arctrm.console import console, note, plain
+from arctrm.data.base_set import BaseSet, open_base_set, prepare
+from arctrm.data.overlap import check_inverse
+from arctrm.data.sources import BUNDLED, load_tasks, subset_label
+from arctrm.data.task import NUM_COLOURS
+from arctrm.errors import CheckpointError, ConfigError
+from arctrm.model.attention import has_packed_kernel
+from arctrm.model.layout import PAIR_TOKENS
+from arctrm.model.trunk import TASK_TABLES, Trunk
+from arctrm.system import compute_dtype, git_revision, new_accelerator, write_run_record
+from arctrm.train.loop import Run, locked, restore, train
+from arctrm.train.sequences import LENGTH
+from arctrm.train.steps import SAMPLED, Step, metrics_of, voice_steps
+from arctrm.train.tracking import Tracker, clock
+
+Config = PretrainConfig | JointConfig
+
+RANK_SEED_STEP = 1_000_003
+"""Between the seeds of two processes."""
+DOLLARS_PER_GPU_HOUR = 3.0
+EVALUATION = "eval"
+"""Folder in the run folder of what `evaluate = true` writes."""
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
+    """Train the trunk into the run folder `config.out`, with `resume` from its latest checkpoint.
+
+    Raises:
+        UserError: configuration, data, checkpoint or machine do not allow it.
+        KeyboardInterrupt: after saving, when interrupted.
+    """
+    if dry_run:
+        console().print(describe(config))
+    else:
+        _train(config, resume).end_training()
+
+
+def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -> None:
+    """Train reader and TRM together, and score them where `evaluate` says so; as `pretrain`."""
+    config = with_data_path(config)
+    if config.evaluate:
+        _check_kept_apart(config)
+    if dry_run:
+        console().print(describe(config))
+        return
+    began_at = time.monotonic()
+    accelerator = _train(config, resume)
+    if not config.evaluate:
+        accelerator.end_training()
+        return
+    from arctrm.solve.evaluate import evaluate
+    from arctrm.solve.results import UNFINISHED
+
+    assert config.out is not None
+    scoring = config.eval_config(config.out, config.out / EVALUATION)
+    trained_at = time.monotonic()
+    evaluate(scoring, resume=(config.out / EVALUATION / UNFINISHED).is_file())
+    if accelerator.is_main_process:
+        ended_at = time.monotonic()
+        gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
+        dollars = (ended_at - began_at) / 3600 * gpus * DOLLARS_PER_GPU_HOUR
+        note(
+            f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
+            + (f", about ${dollars:.2f} on {gpus} GPU(s)" if gpus else "")
+        )
+
+
+def _train(config: Config, resume: bool) -> Accelerator:
+    began_at = time.monotonic()
+    if config.out is None:
+        raise ConfigError("out: a run needs a folder; give --out runs/<name>")
+    # 1. The run folder: every process looks before any of them writes.
+    checkpoint = _starting_point(config.out, resume)
+    accelerator = new_accelerator()
+    is_main = accelerator.is_main_process
+    accelerator.wait_for_everyone()
+    with locked(config.out) if is_main else nullcontext():
+        # 2. Data: process 0 builds the set where it has to be built; the others open it.
+        with accelerator.main_process_first():
+            base = prepare(config.data)
+        if config.reader.inverse_share and config.data.test_set is not None:
+            check_inverse(base, load_tasks(config.data.test_set))
+        # 3. Model, steps, optimisers; the state of the run that is resumed.
+        run = build_run(config, base, accelerator, began_at)
+        if checkpoint is not None:
+            _restore(run, checkpoint, config)
+        # 4. Training.
+        if is_main:
+            write_run_record(config.out, config, data_fingerprint=base.meta.fingerprint)
+            verb = "resuming" if resume else "training"
+            note(f"{verb} in {plain(config.out)}: {_summary(run, base)}")
+        step = run.step if resume else None
+        with Tracker(
+            config.out, config.tracking, run.meta.config, resume_step=step, is_main=is_main
+        ) as tracker:
+            train(run, tracker)
+        if is_main:
+            note(f"checkpoint: {plain(latest_checkpoint(config.out))}")
+    return accelerator
+
+
+def _starting_point(out: Path, resume: bool) -> Path | None:
+    checkpoint = latest_checkpoint(out)
+    if resume and checkpoint is None:
+        raise CheckpointError(
+            f"{out}: no checkpoint to resume from; leave out --resume to start a run there"
+        )
+    if not resume and checkpoint is not None:
+        raise CheckpointError(
+            f"{out}: already holds a run ({checkpoint.name}); add --resume to continue it, or "
+            "choose another --out"
+        )
+    return checkpoint
+
+
+def _restore(run: Run, checkpoint: Path, config: Config) -> None:
+    meta = read_meta(checkpoint)
+    for difference in differences(meta.config, config):
+        raise CheckpointError(
+            f"{checkpoint}: {difference}; resume with the same value, or start anew in another "
+            "folder"
+        )
+    if meta.data_fingerprint != run.meta.data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint}: trained on data {meta.data_fingerprint[:12]}, the data set is "
+            f"{run.meta.data_fingerprint[:12]}; resume with the same data"
+        )
+    now = run.accelerator.num_processes
+    if meta.world_size != now and run.accelerator.is_main_process:
+        note(
+            f"{plain(checkpoint)}: written by {meta.world_size} process(es), resumed with {now}: "
+            "the run goes on with other batches than it would have had"
+        )
+    restore(run, checkpoint, meta)
+
+
+# --- What is trained
+
+
+def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at: float) -> Run:
+    """Model, steps and optimisers of a fresh run; `began_at`: monotonic time of its start."""
+    assert config.out is not None
+    training, device = config.training, accelerator.device
+    torch.manual_seed(config.seed)
+    trunk = new_trunk(config, base).to(device)
+    trunk.dtype = compute_dtype(training.dtype, device)
+    is_compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    packed = has_packed_kernel(device, trunk.dtype)
+    notes = _start_trunk(trunk, config, base) if config.checkpoint is not None else {}
+    if is_compiled:
+        trunk.compile_blocks()
+    model = nn.ModuleDict({"trunk": trunk})
+    voices: tuple[str, ...] = ("reader", "trm") if config.voice == "both" else (config.voice,)
+    if isinstance(config, JointConfig) and not config.is_tiny:
+        hybrid = _hub_hybrid(config, trunk)
+        model |= {"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained}
+        voices = ("trm",)
+        from arctrm.train.joint_hub import hub_metrics, hub_steps
+
+        _seed_rank(config, accelerator)
+        steps = hub_steps(config, hybrid, base)
+        of_counts: Any = hub_metrics
+    else:
+        _seed_rank(config, accelerator)
+        steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
+        of_counts = metrics_of
+    model.train()
+    if isinstance(config, JointConfig) and config.epochs is not None:
+        batches = training.grad_accum * accelerator.num_processes
+        schedule = {"budget": None, "max_steps": steps_of(config.epochs, base, steps, batches)}
+        training = training.model_copy(
+            update={"schedule": training.schedule.model_copy(update=schedule)}
+        )
+    meta = CheckpointMeta.model_validate(
+        {
+            "step": 0,
+            "elapsed": 0.0,
+            "examples": 0,
+            "config": config.model_dump(mode="json"),
+            "voices": voices,
+            "task_ids": base.meta.task_ids,
+            "task_fingerprints": base.task_fingerprints(),
+            "git_revision": git_revision(),
+            "data_fingerprint": base.meta.fingerprint,
+            "notes": notes,
+        }
+    )
+    share = min(config.trm.share, 1 - config.trm.share) if len(voices) > 1 else 1.0
+    return Run(
+        out=config.out,
+        config=training,
+        accelerator=accelerator,
+        model=model,
+        steps=steps,
+        metrics_of=of_counts,
+        meta=meta,
+        began_at=began_at,
+        captures=_is_captured(training, packed and len(model) == 1, device),
+        smallest_batch=math.ceil(PAIR_TOKENS / share),
+    )
+
+
+def new_trunk(config: Config, base: BaseSet) -> Trunk:
+    """The untrained trunk of a configuration, with the task embeddings of a base set."""
+    return Trained.model_validate(config.model_dump(mode="json")).new_trunk(base.num_tasks)
+
+
+def _seed_rank(config: Config, accelerator: Accelerator) -> None:
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
+
+
+def _is_captured(training: TrainingConfig, possible: bool, device: torch.device) -> bool:
+    if training.cuda_graph == "on" and not possible:
+        raise ConfigError(
+            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
+            f"{device.type}: a graph needs the tiny reader or TRM in bfloat16 on a GPU; set "
+            "training.cuda_graph = 'auto'"
+        )
+    return possible and training.cuda_graph != "off"
+
+
+def _start_trunk(trunk: Trunk, config: Config, base: BaseSet) -> dict[str, Any]:
+    """Put the weights of `config.checkpoint` into the trunk; what the new checkpoints note of it.
+
+    Tasks are matched by content; those that the checkpoint does not know start from the mean of
+    those it does. The vectors of scales start anew where the two have other ways.
+    """
+    assert config.checkpoint is not None
+    folder = resolve_checkpoint(config.checkpoint)
+    meta = read_meta(folder)
+    there, here = meta.trained, config
+    for key in TrunkConfig.model_fields.keys() - {"gradient_checkpointing"}:
+        values = getattr(there.trunk, key), getattr(here.trunk, key)
+        if values[0] != values[1]:
+            raise CheckpointError(
+                f"{folder}: trunk.{key} = {values[0]!r} there, {values[1]!r} here; use the value "
+                "of the checkpoint"
+            )
+    weights = _part(read_model(folder), "trunk.")
+    rows = meta.rows_of(base.task_fingerprints())
+    for name in TASK_TABLES:
+        if name in weights:
+            mean = weights[name].mean(0)
+            weights[name] = torch.stack([mean if r is None else weights[name][r] for r in rows])
+    own = trunk.state_dict()
+    if _ways(there.data) != _ways(here.data):
+        weights["scale_emb"] = own["scale_emb"]
+    check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
+    trunk.load_state_dict(weights)
+    if "trm" not in meta.voices:  # the reader's head tells colours apart
+        with torch.no_grad():
+            trunk.own_head.weight.copy_(trunk.head.weight[:NUM_COLOURS])
+    known = sum(row is not None for row in rows)
+    note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks")
+    run = {"step": meta.step, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
+    return {"start": run | {"data_fingerprint": meta.data_fingerprint, "notes": meta.notes}}
+
+
+def _ways(data: DataConfig) -> tuple[object, ...]:
+    return (data.scaling.factors, data.scaling.shapes) if data.scaling.share else ()
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+
+
+def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
+    """Hub model and adapters around a trunk, from checkpoints where there are any."""
+    from arctrm.model.hybrid import Hybrid
+    from arctrm.reader.hub_loading import load_hub_reader
+
+    reader = load_hub_reader(config.hub, trunk.device)
+    if reader.device.type != trunk.device.type:
+        raise ConfigError(
+            f"hub.device = {config.hub.device!r}: TRM is trained on {trunk.device}; leave "
+            "hub.device out"
+        )
+    hybrid = Hybrid(reader, trunk, config.coupling)
+    starts = [(config.trm_checkpoint, "adapters.", hybrid.adapters)]
+    starts += [(config.reader_checkpoint, "hub.", reader.pretrained)]
+    for path, prefix, module in starts:
+        if path is None:
+            continue
+        folder = resolve_checkpoint(path)
+        weights = _part(read_model(folder), prefix)
+        if prefix == "adapters.":  # those that both have
+            weights = {n: t for n, t in weights.items() if n.partition(".")[0] in hybrid.adapters}
+            held = {name.partition(".")[0] for name in weights}
+            own = {n: t for n, t in module.state_dict().items() if n.partition(".")[0] in held}
+        else:
+            own = module.state_dict()
+        check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
+        module.load_state_dict(module.state_dict() | weights)
+    return hybrid
+
+
+# --- The known keys of the older pipeline
+
+
+def with_data_path(config: JointConfig) -> JointConfig:
+    """The configuration with `data_path` written into its table `data`; idempotent.
+
+    Raises:
+        DataError: the folder of a built data set cannot be read.
+        ConfigError: it contradicts `data.path`.
+    """
+    source, data = config.data_path, config.data
+    if source is None:
+        return config
+    folder = Path(source)
+    if source in BUNDLED or not any(
+        (folder / n).is_file() for n in ("base.safetensors", "meta.json")
+    ):
+        changes: dict[str, Any] = {
+            "subsets": (source,),
+            "test_set": source if data.test_set == source else None,
+        }
+        labels: tuple[str, ...] = (subset_label(source),)
+    else:
+        if data.path not in (None, folder):
+            raise ConfigError(
+                f"data_path = {source!r} contradicts data.path = {str(data.path)!r}; leave one of "
+                "them out"
+            )
+        meta = open_base_set(folder).meta
+        changes, labels = {**meta.built_from, "path": folder}, meta.subsets
+    changes["weights"] = {name: w for name, w in data.weights.items() if name in labels}
+    return config.model_copy(update={"data": DataConfig.model_validate({**dict(data), **changes})})
+
+
+@torch.no_grad()
+def steps_of(epochs: int, base: BaseSet, steps: list[Step], batches: int) -> int:
+    """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs.
+
+    (Drawn from a random state of their own, so that a resumed run finds the same.)
+    """
+    asked = 0.0
+    for step in steps[: len(steps) // max(batches, 1)] or steps:
+        if step.end < 1:
+            continue
+        sequences = step.sequences
+        with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):
+            torch.manual_seed(0)
+            mean = float(sequences.draw(SAMPLED)[..., LENGTH].sum(1).double().mean())
+        asked += min(step.num_tokens / mean, len(step.queue))
+    return math.ceil(epochs * base.num_pairs / max(asked, 1.0))
+
+
+def _check_kept_apart(config: JointConfig) -> None:
+    """Refuse to score what was trained on."""
+    data, asked = config.data, config.evaluation
+    if asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets:
+        return
+    if asked.test_set != data.test_set:
+        cure = "data.test_set" if data.test_set is None else f"the former to {data.test_set!r}"
+        raise ConfigError(
+            f"evaluation.test_set = {asked.test_set!r}, but data.test_set = {data.test_set!r} is "
+            f"what training keeps the answers of apart; set {cure}, or evaluate = false"
+        )
+
+
+# --- What is said before
+
+
+def describe(config: Config) -> Table:
+    """What a run would train: data, parameters, memory, length; writes nothing."""
+    built = config.data.path is not None and (config.data.path / "base.safetensors").is_file()
+    base = prepare(config.data if built else config.data.model_copy(update={"path": None}))
+    with torch.device("meta"):
+        trunk = new_trunk(config, base)
+    tables = sum(getattr(trunk, name).numel() for name in TASK_TABLES)
+    total = sum(p.numel() for p in trunk.parameters())
+    schedule, training = config.training.schedule, config.training
+    length = f"{schedule.budget:.0f} s" if schedule.budget else f"{schedule.max_steps:,} steps"
+    rows = {
+        "tasks, pairs": f"{base.num_tasks:,}, {base.num_pairs:,}",
+        "evaluated split": f"{base.meta.test_set} ({sum(base.meta.in_test_set)} tasks)",
+        "data fingerprint": base.meta.fingerprint[:16],
+        "voices": config.voice,
+        "parameters": f"trunk {total - tables:,}, task embeddings {tables:,}",
+        "memory": f"about {_memory(config, trunk) / 2**30:.1f} GiB per process",
+        "batch": f"{training.tokens_per_batch:,} tokens x {training.grad_accum}",
+        "length": length,
+    }
+    if isinstance(config, JointConfig):
+        rows["reader"] = "voice of the trunk"
+        if not config.is_tiny:
+            from arctrm.reader.hub_loading import empty_hub_model
+
+            empty, width = empty_hub_model(config.hub)
+            count = sum(p.numel() for p in empty.parameters())
+            rows["reader"] = f"{config.llama_model} ({config.hub.mode}), {count:,} of width {width}"
+        if config.epochs is not None:
+            rows["length"] = f"{config.epochs:,} epochs"
+        rows["evaluation"] = config.evaluation.test_set if config.evaluate else "none"
+    table = Table(title="dry run", title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, plain(value))
+    return table
+
+
+def _memory(config: Config, trunk: Trunk) -> float:
+    """Bytes of weights, gradient, average and moments, and of what one backward pass keeps."""
+    sizes, training = config.trunk, config.training
+    numbers = sum(p.numel() for p in trunk.parameters()) * (4 + (training.ema_decay > 0))
+    if training.optimiser.kind == "muon":  # it keeps one moment
+        numbers -= sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
+    of_layer = 12 * sizes.hidden_size + 4 * sizes.inner_size
+    kept = of_layer * sizes.depth
+    if sizes.gradient_checkpointing:
+        kept = sizes.hidden_size * sizes.depth + of_layer
+    return 4 * numbers + (2 if torch.cuda.is_available() else 4) * kept * training.tokens_per_batch
+
+
+def _summary(run: Run, base: BaseSet) -> str:
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return (
+        f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {trained:,} trained parameters; "
+        f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}, "
+        f"{run.config.tokens_per_batch:,} tokens per batch"
+    )
