@@ -5,7 +5,6 @@ answer. It is stored in the task's own colours and orientation, beside the true 
 view of it can be shown by the same arithmetic that shows a view of a pair.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -49,8 +48,8 @@ class DraftPool:
     the draft.
     """
 
-    def __init__(self, sequences: Sequences, config: TRMConfig, reader: Callable[[], Reader]):
-        """`reader` gives the reader as it is trained by then."""
+    def __init__(self, sequences: Sequences, config: TRMConfig, reader: Reader):
+        """`reader` writes with the weights as they are when it is asked."""
         source = sequences.source
         self.sequences, self.source, self.config, self.reader = sequences, source, config, reader
         self.num_pairs, self.begin = len(source.pairs), len(source.cells)
@@ -100,7 +99,7 @@ class DraftPool:
         """
         drawn = self.source.drawable.nonzero()[:, 0]
         chosen = drawn[torch.randperm(len(drawn), device=drawn.device)[:count]]
-        asked, reader = self.questions(chosen), self.reader()
+        asked, reader = self.questions(chosen), self.reader
         prompts = [reader.prompt(one.query, one.condition, one.pairs) for one in asked]
         temperature = self.config.draft_temperature
         found = decode(

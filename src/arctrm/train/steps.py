@@ -11,7 +11,7 @@ Legend: T tokens, R rows (pairs), D width.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,29 +21,18 @@ from arctrm.data.base_set import BaseSet
 from arctrm.data.task import NUM_COLOURS
 from arctrm.model.trm import supervision_steps
 from arctrm.model.trunk import Trunk
+from arctrm.reader.tiny import TinyReader
+from arctrm.train.drafts import DraftPool
 from arctrm.train.losses import HALT_WEIGHT, RowCounts, halting_loss, halting_mean, row_counts
 from arctrm.train.refining import answer_cells, questions, start, with_wrong_colours
 from arctrm.train.sequences import LENGTH, Batch, Sequences
 from arctrm.train.source import PairSource
 
-if TYPE_CHECKING:
-    from arctrm.train.drafts import DraftPool
-
 VOICES = ("reader", "trm")
 READER, TRM = range(len(VOICES))
-COUNTS = (
-    "rows",
-    "cell_loss",
-    "halt_loss",
-    "exact",
-    "shape",
-    "cell_accuracy",
-    "attempts",
-    "trm_steps",
-    "drafted",
-    "draft_tokens",
-    "tokens",
-)
+OF_BOTH = ("rows", "cell_loss", "exact", "shape", "cell_accuracy", "attempts", "tokens")
+OF_TRM = ("halt_loss", "trm_steps", "drafted", "draft_tokens")
+COUNTS = (*OF_BOTH, *OF_TRM)
 """What `Step.counts` sums up for each voice, in this order: rows, sums over rows, and tokens."""
 OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
 """The reader's metrics that are logged beside TRM's."""
@@ -142,7 +131,7 @@ class TrmStep(_PackedStep):
         num_tokens: int,
         num_sequences: int,
         config: TRMConfig,
-        drafts: "DraftPool | None" = None,
+        drafts: DraftPool | None = None,
         **when: float,
     ):
         """One of the steps that share `drafts` has to be their `keeper`."""
@@ -268,10 +257,7 @@ def voice_steps(
     refined = Sequences(source, dtype, whole=True, by_blocks=by_blocks)
     drafts = None
     if trm.draft_share:
-        from arctrm.reader.tiny import TinyReader
-        from arctrm.train.drafts import DraftPool
-
-        drafts = DraftPool(reading, trm, lambda: TinyReader(trunk.cast(trunk.dtype)))
+        drafts = DraftPool(reading, trm, TinyReader(trunk))
     # 2. Which part of the batch each voice has, and when.
     parts = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
     after, rest = trm.begin, 1 - trm.share
