@@ -1,0 +1,1 @@
+"""Answering: questions, proposals, ranking, budget, adaptation, planning, scores."""

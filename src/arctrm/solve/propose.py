@@ -1,0 +1,217 @@
+"""Who proposes an answer: the reader writes it, TRM refines it; both see the question's view.
+
+The reader writes a grid token by token. TRM answers a whole grid of known size in two ways: from
+hidden cells, and (coupled) from the reader's draft, with the reader's states of it. Both ways
+propose: the first sees what the reader missed, the second repairs what it nearly had. The size
+comes from the reader's draft, where there is one, else from the demonstrations' size rules.
+
+Without the coupling nothing passes from the reader to TRM: no draft, no states, no size.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from arctrm.data.task import Grid
+from arctrm.errors import ResourceError
+from arctrm.model import layout
+from arctrm.model.layout import Prompt
+from arctrm.model.trm import GPU_TOKENS, Asked, Refiner
+from arctrm.reader.decoding import Decoded, decode
+from arctrm.reader.protocol import Reader
+from arctrm.solve.questions import Key, Question
+
+READER, TRM, JOINT = "reader", "trm", "joint"
+"""Sources of candidates: written by the reader, refined from hidden cells, refined from a draft."""
+
+Advance = Callable[[int], None]
+"""Is told how many questions are done."""
+Drafts = Sequence[Grid | None]
+"""The reader's draft of each question, as its view shows it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A proposed answer in the task's own colours and orientation."""
+
+    key: Key
+    """The test input."""
+    grid: Grid | None
+    """None where no grid came out."""
+    q: float
+    """The proposer's confidence as a logit: TRM's halting logit, the reader's log-odds."""
+    source: str = TRM
+    """Who proposed it."""
+    view: int | None = None
+    """Number of the view; None where there was none."""
+    log_p: float = 0.0
+    """Log-probability (nats) that the proposer gave it."""
+    steps: int | None = None
+    """Supervision steps behind it, where TRM proposed it."""
+    probe: float | None = None
+    """Score (0..1) of the held-out demonstrations in the planner's attempt that gave it."""
+
+
+def by_key(candidates: Iterable[Candidate]) -> dict[Key, list[Candidate]]:
+    """Candidates of each test input."""
+    grouped: dict[Key, list[Candidate]] = {}
+    for candidate in candidates:
+        grouped.setdefault(candidate.key, []).append(candidate)
+    return grouped
+
+
+# ---- the reader writes ----
+
+
+def write(
+    reader: Reader,
+    questions: Sequence[Question],
+    *,
+    batch_size: int | None = None,
+    expected: Mapping[Key, Grid] | None = None,
+    follow: bool = True,
+    deadline: float = math.inf,
+    advance: Advance = lambda done: None,
+) -> list[Decoded]:
+    """The grid that the reader writes for each question, greedily, as its view shows it.
+
+    Where the reader is faster with something to follow, it follows what is `expected` of a test
+    input, else what its own first view gives; this changes nothing but the time. With `follow` =
+    False it does not (to learn what writing costs). Answers that have not ended at `deadline` (of
+    `time.monotonic`) have no grid.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+    """
+    follows = follow and reader.follows_drafts
+    known = dict(expected or {})
+    found: dict[int, Decoded] = {}
+    for part in _first_and_rest(questions, known) if follows else [range(len(questions))]:
+        own = [questions[index] for index in part]
+        written = decode(
+            reader,
+            [prompt_of(one) for one in own],
+            batch_size=batch_size or reader.batch_rows,
+            max_output_tokens=[one.room for one in own],
+            drafts=[_to_follow(one, known) for one in own] if follows else None,
+            deadline=deadline,
+            advance=advance,
+        )
+        found |= zip(part, written, strict=True)
+        for one, text in zip(own, written, strict=True):
+            if text.grid is not None and one.key not in known:
+                known[one.key] = one.view.inverse(text.grid)
+    return [found[index] for index in range(len(questions))]
+
+
+def written(questions: Sequence[Question], decoded: Sequence[Decoded]) -> list[Candidate]:
+    """The reader's candidates: what it wrote, turned back."""
+    return [
+        Candidate(
+            question.key,
+            question.turned_back(one.grid),
+            as_logit(one.log_probability),
+            READER,
+            question.number,
+            one.log_probability,
+        )
+        for question, one in zip(questions, decoded, strict=True)
+    ]
+
+
+def as_logit(log_probability: float) -> float:
+    """The logit of a probability given by its logarithm: comparable with TRM's halting logit."""
+    log_p = min(log_probability, -1e-9)
+    return log_p - math.log(-math.expm1(log_p))
+
+
+def prompt_of(question: Question) -> Prompt:
+    """The prompt of a question that is no inverse one."""
+    assert question.prompt is not None
+    return question.prompt
+
+
+def _first_and_rest(questions: Sequence[Question], known: Mapping[Key, Grid]) -> list[list[int]]:
+    """The first view of every test input of which nothing is known, then all others."""
+    seen = set(known)
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index, question in enumerate(questions):
+        parts[question.key in seen].append(index)
+        seen.add(question.key)
+    return [part for part in parts if part]
+
+
+def _to_follow(question: Question, known: Mapping[Key, Grid]) -> Grid | None:
+    """What may come out, as the view shows it: another view's answer, or the input itself."""
+    if question.key in known:
+        return question.shown(known[question.key])
+    return question.query if question.keeps_size else None
+
+
+# ---- TRM refines ----
+
+
+def refine(
+    refiner: Refiner,
+    questions: Sequence[Question],
+    drafts: Drafts | None,
+    *,
+    num_steps: int | None = None,
+    tokens_per_batch: int | None = None,
+    advance: Advance = lambda done: None,
+) -> list[Candidate]:
+    """TRM's candidates, turned back, with `drafts` of the reader or without any.
+
+    A question with a draft gives two candidates (from the draft, and from hidden cells of the
+    draft's size), one without gives one. `advance` is told of the questions.
+
+    Raises:
+        ResourceError: out of memory; says which key to lower.
+    """
+    asked = to_refine(questions, drafts)
+    try:
+        answers = refiner.refine(
+            [one for _, one in asked],
+            num_steps,
+            tokens_per_batch=tokens_per_batch,
+            advance=advance,
+        )
+    except torch.OutOfMemoryError as error:
+        now = tokens_per_batch or GPU_TOKENS
+        raise ResourceError(
+            f"out of memory with inference.tokens_per_batch = {now}; lower it, for example --set "
+            f"inference.tokens_per_batch={now // 2}"
+        ) from error
+    return [
+        Candidate(
+            question.key,
+            question.turned_back(answer.grid),
+            answer.q,
+            TRM if one.draft is None else JOINT,
+            question.number,
+            answer.log_p,
+            answer.steps,
+        )
+        for (question, one), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def to_refine(questions: Sequence[Question], drafts: Drafts | None) -> list[tuple[Question, Asked]]:
+    """What TRM is asked, question by question; see `refine`."""
+    found = []
+    for question, draft in zip(questions, drafts or [None] * len(questions), strict=True):
+        shape = question.shape if draft is None else draft.shape
+        ways = [None] if draft is None else [draft, None]
+        prompt = layout.prompt(question.query, question.condition)
+        found += [(question, _asked(question, prompt, shape, way)) for way in ways]
+    return found
+
+
+def _asked(question: Question, prompt: Prompt, shape: tuple[int, int], draft: Grid | None) -> Asked:
+    if not question.pairs:
+        return Asked(question.query, prompt, shape, draft)
+    from arctrm.model.hybrid import AskedInContext  # there is a hub reader, so this is loaded
+
+    return AskedInContext(question.query, prompt, shape, draft, question.pairs)

@@ -1,0 +1,182 @@
+"""What models are asked: one test input under one view.
+
+A question has all that either voice needs: the grid as the view shows it, the condition (task,
+view) that the trunk is told, the reader's prompt, the likeliest size of the answer, and a bound on
+the tokens of any plausible answer. Answers come back through the exact inverse of the view. Views
+are drawn from a random stream of their own for each task, so neither the order of tasks nor the
+number of processes changes what is asked. No test output is read here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from arctrm.data.sizes import output_size, plausible_sides
+from arctrm.data.task import MAX_SIDE, Grid, Pair, Task
+from arctrm.data.views import DIHEDRALS, NUM_DIHEDRALS, View, distinct_views, fixed_colours
+from arctrm.errors import TaskError
+from arctrm.model.layout import Condition, Prompt, grid_length
+from arctrm.solve.weights import Solver
+
+CONTEXT_STREAM = 1
+"""Last number of the seed of the order in which demonstrations stand in a hub model's prompt."""
+
+
+class Key(NamedTuple):
+    """A test input."""
+
+    task: str
+    """Task id."""
+    index: int
+    """Number of the test input, from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A test input under a view."""
+
+    key: Key
+    number: int
+    """Number of the view among those of the task, from 0."""
+    view: View
+    query: Grid
+    """The input as the view shows it."""
+    condition: Condition
+    """Task embedding row and view, for the trunk; `inverse` = 1: `query` is what is asked for, and
+    the prompt shows an output."""
+    prompt: Prompt | None
+    """The reader's prompt; None without a reader, and of an inverse question, whose prompt shows a
+    candidate."""
+    shape: tuple[int, int]
+    """Likeliest size of the answer under the view, by the demonstrations."""
+    room: int
+    """Output tokens that spell every plausible answer."""
+    pairs: tuple[Pair, ...] = ()
+    """Demonstrations as the view shows them, for a reader that is told a task by them."""
+
+    def shown(self, grid: Grid) -> Grid:
+        """A grid of the task as the view shows it."""
+        return self.view.apply(grid)
+
+    def turned_back(self, grid: Grid | None) -> Grid | None:
+        """An answer in the task's own colours and orientation."""
+        return None if grid is None else self.view.inverse(grid)
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether the answer is likely to be as large as the input."""
+        return self.shape == self.query.shape
+
+
+def questions(solver: Solver, task: Task, num_views: int, seed: int) -> list[Question]:
+    """Questions about every test input of a task, view by view (the identity first).
+
+    A task that the weights do not know is asked about with the mean task embedding; a model with an
+    embedding for every view has no view to offer then, and gets no question.
+    """
+    order = np.random.default_rng([seed, *task.id.encode(), CONTEXT_STREAM])
+    sizes = [output_size(task, pair.input) for pair in task.test]
+    rooms = [_plausible_size(task, pair.input) for pair in task.test]
+    return [
+        _question(solver, task, index, view, number, row, sizes[index], rooms[index], order)
+        for number, (view, row) in enumerate(views_of(solver, task, num_views, seed))
+        for index in range(len(task.test))
+    ]
+
+
+def all_questions(
+    solver: Solver, tasks: Iterable[Task], num_views: int, seed: int
+) -> list[Question]:
+    """Questions about every test input of every task."""
+    return [one for task in tasks for one in questions(solver, task, num_views, seed)]
+
+
+def views_of(solver: Solver, task: Task, num_views: int, seed: int) -> list[tuple[View, int]]:
+    """Views of a task, the identity first, each with its task embedding row."""
+    if solver.views:
+        return solver.views.get(task.id, [])[:num_views]
+    rng = np.random.default_rng([seed, *task.id.encode()])
+    views = distinct_views(fixed_colours(task), num_views, rng, solver.identity_colours)
+    known = solver.row_of(task)
+    return [(view, solver.mean_row if known is None else known) for view in views]
+
+
+def inverse_questions(solver: Solver, tasks: Iterable[Task], num_views: int) -> list[Question]:
+    """Questions the other way round, view by view: how likely is the input, given a candidate?
+
+    Under dihedral views that keep the colours, and only of tasks that the weights know: the vectors
+    of the inverse tasks are learned in training.
+    """
+    rows = [(task, solver.row_of(task)) for task in tasks]
+    found = []
+    for dihedral in range(min(num_views, NUM_DIHEDRALS)):
+        view = View(dihedral)
+        for task, row in rows:
+            if row is None:
+                continue
+            condition = Condition(row, dihedral, keeps_colours=1, inverse=1)
+            for index, pair in enumerate(task.test):
+                query = view.apply(pair.input)
+                room = grid_length(*query.shape) + 1
+                key = Key(task.id, index)
+                one = Question(key, dihedral, view, query, condition, None, query.shape, room)
+                found.append(one)
+    return found
+
+
+def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
+    """Raise TaskError where a task asks for nothing (a map of pairs, say, is for training only)."""
+    empty = next((task for task in tasks if not task.test), None)
+    if empty is not None:
+        raise TaskError(
+            f"{source}: task {empty.id} has no test input, so there is nothing to answer; give "
+            "tasks with a test input"
+        )
+
+
+def keys_of(tasks: Iterable[Task]) -> Iterator[Key]:
+    """Every test input of the tasks, in order."""
+    for task in tasks:
+        for index in range(len(task.test)):
+            yield Key(task.id, index)
+
+
+def _question(
+    solver: Solver,
+    task: Task,
+    index: int,
+    view: View,
+    number: int,
+    row: int,
+    size: tuple[int, int],
+    plausible: tuple[int, int],
+    order: np.random.Generator,
+) -> Question:
+    query = view.apply(task.test[index].input)
+    condition = Condition(row, view.dihedral, int(view.identity_colours))
+    pairs = _context(task, view, order) if solver.reads_pairs else ()
+    prompt = None if solver.reader is None else solver.reader.prompt(query, condition, pairs)
+    if DIHEDRALS[view.dihedral][0]:
+        size, plausible = size[::-1], plausible[::-1]
+    room = grid_length(*plausible) + 1
+    return Question(Key(task.id, index), number, view, query, condition, prompt, size, room, pairs)
+
+
+def _context(task: Task, view: View, order: np.random.Generator) -> tuple[Pair, ...]:
+    """The demonstrations as the view shows them, in random order."""
+    found = []
+    for index in order.permutation(len(task.demonstrations)):
+        pair = task.demonstrations[index]
+        assert pair.output is not None
+        found.append(Pair(view.apply(pair.input), view.apply(pair.output)))
+    return tuple(found)
+
+
+def _plausible_size(task: Task, test_input: Grid) -> tuple[int, int]:
+    """A (height, width) that the answer does not exceed by any rule; never below the input's."""
+    height, width = (
+        1 + max(test_input.shape[axis], *plausible_sides(task, test_input, axis)) for axis in (0, 1)
+    )
+    return min(MAX_SIDE, height), min(MAX_SIDE, width)

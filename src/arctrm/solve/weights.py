@@ -1,0 +1,311 @@
+"""From weights on disk to who answers: a reader, a refiner, or both, and the tasks they know.
+
+Bundled weights, run and checkpoint folders hold a trunk (with one voice or two) or a hub reader
+with TRM and adapters; a published TRM checkpoint is a file. A `Solver` knows which tasks its
+embeddings belong to by the content of their demonstrations, so that a renamed file is still known
+and another task of the same name is not. What kind of model answers is decided here and nowhere
+else; all others ask for attributes.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from arctrm.checkpoints import (
+    META,
+    CheckpointMeta,
+    read_meta,
+    read_model,
+    read_trunk,
+    resolve_checkpoint,
+)
+from arctrm.config import TINY, HubConfig, InferenceConfig
+from arctrm.data.task import Task
+from arctrm.data.views import View
+from arctrm.errors import CheckpointError, ConfigError
+from arctrm.model.reference import (
+    ReferenceRefiner,
+    ReferenceTRM,
+    read_reference_file,
+    reference_views,
+)
+from arctrm.model.trm import Refiner, TrunkRefiner
+from arctrm.model.trunk import TASK_TABLES, Trunk
+from arctrm.reader.protocol import Reader
+from arctrm.reader.tiny import TinyReader
+from arctrm.system import compute_dtype
+
+BUNDLED = Path(__file__).parents[1] / "bundled"
+HASHED_VALUES = 16
+"""Values of each tensor that identify a model."""
+
+
+class Voices(NamedTuple):
+    """Who answers with a model."""
+
+    reader: Reader | None
+    """Writes and scores grids."""
+    refiner: Refiner | None
+    """Answers as a TRM; hears the reader where a question has a draft."""
+    alone: Refiner | None
+    """The refiner without any path from the reader."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """Who answers, and for which tasks they have an embedding."""
+
+    speakers: Voices
+    model: nn.Module
+    """The weights behind them, in float32: what adaptation copies and trains."""
+    speak: Callable[[nn.Module], Voices]
+    """Makes the speakers of a model of the same kind."""
+    rows: Mapping[str, int]
+    """Task key -> embedding row; a key is a content fingerprint, also with the id before it, or (of
+    a published checkpoint) an id."""
+    by_content: bool
+    """Whether the keys of `rows` are content fingerprints."""
+    mean_row: int
+    """Embedding row of the mean over the trained tasks: where an unseen task starts."""
+    name: str
+    """Of the weights, for people."""
+    views: Mapping[str, list[tuple[View, int]]] = field(default_factory=dict)
+    """Task id -> the views that have an embedding of their own, with its row (published
+    checkpoints)."""
+    reads_pairs: bool = False
+    """Whether the reader is told the task by demonstrations in its prompt."""
+    seed: int = 0
+    identity_colours: float = 0.2
+    num_aug: int = 0
+    test_set: str | None = None
+    """The subset whose test pairs were kept out of training."""
+    held_out: int = 0
+    """Tasks of the other subsets whose test pairs were kept out, too."""
+    voices: tuple[str, ...] = ("reader", "trm")
+    """Voices that were trained."""
+    adapted: bool = False
+    """Whether the weights have been adapted to the tasks after training."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def reader(self) -> Reader | None:
+        """Who writes and scores grids."""
+        return self.speakers.reader
+
+    @property
+    def refiner(self) -> Refiner | None:
+        """Who answers as a TRM."""
+        return self.speakers.refiner
+
+    @property
+    def speaks_both(self) -> bool:
+        """Whether reader and TRM both answer."""
+        return self.reader is not None and self.refiner is not None
+
+    def row_of(self, task: Task) -> int | None:
+        """Embedding row of a task that the model was trained on, else None."""
+        if not self.by_content:
+            return self.rows.get(task.id)
+        content = task.fingerprint()
+        return self.rows.get(f"{task.id} {content}", self.rows.get(content))
+
+    def with_model(self, model: nn.Module, *, adapted: bool = True) -> "Solver":
+        """The same with other weights of the same kind."""
+        return replace(self, model=model, speakers=self.speak(model), adapted=adapted)
+
+
+def load_solver(
+    checkpoint: Path | None, inference: InferenceConfig, device: torch.device
+) -> Solver:
+    """Load the bundled weights (None), a run, checkpoint or bundle folder, or a published file.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it does not fit its own configuration or
+            the hub reader that it was trained with.
+        ConfigError: there is no such hub reader, or it cannot be used.
+    """
+    if checkpoint is not None and checkpoint.is_file():
+        if checkpoint.with_name(META).is_file():
+            raise CheckpointError(
+                f"{checkpoint}: is one file of a checkpoint; give its folder {checkpoint.parent}"
+            )
+        return _published(checkpoint, device)
+    folder = resolve_checkpoint(checkpoint or BUNDLED)
+    meta = read_meta(folder)
+    if meta.trained.llama_model != TINY:
+        return _hub(folder, meta, inference, device)
+    if inference.llama_model is not None:
+        raise ConfigError(
+            f"inference.llama_model = {inference.llama_model!r}: {folder} holds no hub reader; "
+            "leave it out"
+        )
+    return _tiny(folder, inference, device)
+
+
+# ---- a trunk ----
+
+
+def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Solver:
+    trunk, meta = read_trunk(folder)
+    dtype = compute_dtype(inference.dtype, device, trains=False)
+    trm, knows_inverse = meta.trained.trm, meta.trained.reader.inverse_share > 0
+
+    def speak(model: nn.Module) -> Voices:
+        assert isinstance(model, Trunk)
+        fast = model.cast(dtype)
+        reader = TinyReader(fast, asks_inverse=knows_inverse) if "reader" in meta.voices else None
+        refiner = None
+        if "trm" in meta.voices:
+            refiner = TrunkRefiner(fast, trm.halt_max_steps, aligned=trm.aligned)
+        return Voices(reader, refiner, refiner)
+
+    model = with_mean(trunk).to(device).eval().requires_grad_(False)
+    return _solver(folder, meta, model, speak)
+
+
+def with_mean(trunk: Trunk) -> Trunk:
+    """The same trunk with one more row in the tables of tasks: their mean."""
+    state = trunk.state_dict()
+    for name in TASK_TABLES:
+        state[name] = torch.cat((state[name], state[name].mean(0, keepdim=True)))
+    with torch.device("meta"):
+        other = Trunk(trunk.config, trunk.num_tasks + 1, trunk.num_scales)
+    other.load_state_dict(state, assign=True)
+    return other
+
+
+def _solver(
+    folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Callable[[nn.Module], Voices]
+) -> Solver:
+    """What every checkpoint of arctrm says of itself."""
+    data = meta.trained.data
+    keys = meta.task_fingerprints
+    rows = {key: row for row, key in enumerate(keys)}
+    # Of two tasks with the same demonstrations the one of that name comes first.
+    named = enumerate(zip(meta.task_ids, keys, strict=True))
+    rows |= {f"{name} {key}": row for row, (name, key) in named}
+    return Solver(
+        speak(model),
+        model,
+        speak,
+        rows,
+        by_content=True,
+        mean_row=len(keys),
+        name="bundled weights" if folder == BUNDLED else str(folder),
+        seed=meta.trained.seed,
+        identity_colours=data.identity_colours,
+        num_aug=data.num_aug,
+        test_set=data.test_set,
+        held_out=data.held_out,
+        voices=meta.voices,
+    )
+
+
+# ---- a hub reader with TRM ----
+
+
+def _hub(
+    folder: Path, meta: CheckpointMeta, inference: InferenceConfig, device: torch.device
+) -> Solver:
+    """Trunk and adapters of a checkpoint, and what was trained of its reader."""
+    from arctrm.model.hybrid import Hybrid, HybridRefiner
+    from arctrm.reader.hub_loading import load_hub_reader
+
+    trained, most = meta.trained, meta.trained.trm.halt_max_steps
+    try:
+        reader = load_hub_reader(here_and_now(trained.hub, inference, device), device)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{folder}: its reader cannot be loaded ({error}); set inference.llama_model to where "
+            "the model is now"
+        ) from error
+    hybrid = Hybrid(reader, trained.new_trunk(len(meta.task_ids)), trained.coupling)
+    expected = {_stored(name): tuple(t.shape) for name, t in hybrid.state_dict().items()}
+    tensors = read_model(folder, expected=expected)
+    hybrid.load_state_dict({name: tensors[_stored(name)] for name in hybrid.state_dict()})
+    hybrid.trunk = with_mean(hybrid.trunk)
+    hybrid.trunk.dtype = compute_dtype(inference.dtype, device, trains=False)
+
+    def speak(model: nn.Module) -> Voices:
+        assert isinstance(model, Hybrid)
+        both = (HybridRefiner(model, most, coupled=hears) for hears in (True, False))
+        return Voices(model.reader, *both)
+
+    model = hybrid.to(device).eval().requires_grad_(False)
+    return replace(_solver(folder, meta, model, speak), reads_pairs=True)
+
+
+def _stored(name: str) -> str:
+    """The name of a hybrid's tensor in a checkpoint."""
+    return name.replace("reader.pretrained.", "hub.", 1)
+
+
+def here_and_now(hub: HubConfig, inference: InferenceConfig, device: torch.device) -> HubConfig:
+    """The hub reader as it was trained, but where it is now, and for this device.
+
+    Whether code of the model's makers may be run is not the checkpoint's to say.
+    """
+    dtype = hub.dtype if inference.dtype == "auto" else inference.dtype
+    if dtype == "auto" and device.type == "cuda":
+        dtype = "bfloat16"
+    return hub.model_copy(
+        update={
+            "name": inference.llama_model or hub.name,
+            "revision": None if inference.llama_model else hub.revision,
+            "device": None,
+            "dtype": dtype,
+            "trust_remote_code": inference.trust_remote_code,
+        }
+    )
+
+
+# ---- a published TRM checkpoint ----
+
+
+def _published(path: Path, device: torch.device) -> Solver:
+    """A TRM with an embedding for each view."""
+    model = read_reference_file(path).to(device).eval().requires_grad_(False)
+    num_rows = len(model.puzzle_emb["weights"])
+    views = reference_views(path, num_rows)
+
+    def speak(model: nn.Module) -> Voices:
+        assert isinstance(model, ReferenceTRM)
+        refiner = ReferenceRefiner(model)
+        return Voices(None, refiner, refiner)
+
+    return Solver(
+        speak(model),
+        model,
+        speak,
+        {task: own[0][1] for task, own in views.items()},
+        by_content=False,
+        mean_row=num_rows,
+        name=str(path),
+        views=views,
+        voices=("trm",),
+    )
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """12 hex digits over names, shapes and some values of all weights, in any dtype."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(module.state_dict().items()):
+        if tensor.is_meta:  # of a model that does not fit into memory
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + _sample(tensor))
+    return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """The first values, rounded to bfloat16: a narrower copy of a model is the same model."""
+    values = tensor.detach().flatten()[:HASHED_VALUES].to("cpu", torch.bfloat16)
+    return values.view(torch.int16).numpy().tobytes()
