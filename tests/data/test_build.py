@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from arctrm.config.data import DataConfig
-from arctrm.data.build import build, prepare
-from arctrm.data.dataset import open_base_set
+from arctrm.data.base_set import build, open_base_set, prepare
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import held_out_ids
 from arctrm.errors import DataError, OverlapError, TaskError
@@ -41,7 +40,7 @@ def test_the_default_builds_within_ten_seconds_and_20_mb_whatever_num_aug_is(tmp
         "training": {"tasks": 399, "demonstrations": 1300, "test_pairs": 415},
         "evaluation": {"tasks": 400, "demonstrations": 1363, "test_pairs": 0},
     }
-    assert (report.tasks, report.pairs, report.excluded) == (799, 3078, ("40853293",))
+    assert (base.num_tasks, base.num_pairs, report.excluded) == (799, 3078, ("40853293",))
 
 
 def test_the_report_says_what_was_taken_in_and_left_out(tmp_path):
@@ -120,9 +119,9 @@ def test_a_bad_source_writes_nothing(tmp_path):
 def test_prepare_builds_once_and_then_opens(tmp_path):
     config = DataConfig(path=tmp_path / "set", max_tasks=4)
     first = prepare(config)
-    written = (tmp_path / "set" / "meta.json").stat().st_mtime_ns
+    written = (tmp_path / "set" / "base.safetensors").stat().st_mtime_ns
     second = prepare(config.model_copy(update={"num_aug": 3}))
-    assert (tmp_path / "set" / "meta.json").stat().st_mtime_ns == written
+    assert (tmp_path / "set" / "base.safetensors").stat().st_mtime_ns == written
     assert first.meta.fingerprint == second.meta.fingerprint
     assert (first.meta.num_aug, second.meta.num_aug) == (1000, 3)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arctrm.data.dataset import base_set_from_tasks
+from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.overlap import (
     Overlap,
     check,

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from arctrm.data import parse
 from arctrm.data.parse import load_json, parse_grid, parse_task
 from arctrm.errors import TaskError
 
@@ -61,7 +62,7 @@ def test_a_good_grid_keeps_its_cells_up_to_30x30():
 BAD_TASKS = {
     "list": ([PAIR], ["is not an ARC task", "a list"]),
     "no train": ({"test": [PAIR]}, ["is not an ARC task", '"test"']),
-    "empty object": ({}, ["is not an ARC task", "got an empty object"]),
+    "empty object": ({}, ["is not an ARC task", "got an object"]),
     "escape as key": ({"\x1b[2J": 1}, ['"\\u001b[2J"']),
     "half a surrogate pair as key": ({"\ud800": 1}, ['"\\ud800"']),
     "train no list": ({"train": PAIR, "test": [PAIR]}, ['"train" must be a list']),
@@ -116,10 +117,19 @@ def test_an_empty_file_is_called_empty(tmp_path, name):
     assert "the file is empty" in message(load_json, path)
 
 
-def test_a_gzip_file_without_gz_in_its_name_should_be_renamed(tmp_path):
+def test_gzip_is_known_by_its_content(tmp_path):
     path = tmp_path / "map.json"
     path.write_bytes(gzip.compress(b"{}"))
-    assert message(load_json, path).endswith("is not JSON but gzip; rename it to map.json.gz")
+    assert load_json(path) == {}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_more_json_than_the_limit_is_not_read(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(parse, "MAX_BYTES", 2**20)
+    path = tmp_path / "map.json.gz"
+    content = b" " * 2**20 + b"{}"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert message(load_json, path).startswith(f"{path}: holds more than 1 MiB of JSON; split")
 
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
@@ -128,7 +138,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
     assert "cannot be read (Not a regular file); give a readable JSON file" in text
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"no" + data])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:5] + data])
 def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
     path = tmp_path / "map.json.gz"
     path.write_bytes(damage(gzip.compress(json.dumps({"a": PAIR}).encode())))

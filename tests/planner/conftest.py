@@ -20,7 +20,7 @@ class Output:
 class ByteReader:
     """Reads bytes after a soft prefix, and writes a few letters greedily; remembers its calls."""
 
-    def __init__(self, tells_lengths=True):
+    def __init__(self):
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=128,
@@ -33,7 +33,6 @@ class ByteReader:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.normal_(std=0.5)
-        self.tells_lengths = tells_lengths
         self.prompts, self.prefixes, self.max_lengths = [], [], []
 
     @torch.no_grad()
@@ -45,7 +44,7 @@ class ByteReader:
         read = [self._one(t, p, max_length) for t, p in zip(problem_text, prefixes, strict=True)]
         z_init = torch.stack([z for z, _ in read])
         texts = [text for _, text in read]
-        return Output(z_init, texts, [len(t) for t in texts] if self.tells_lengths else None)
+        return Output(z_init, texts, [len(t) for t in texts])
 
     def _one(self, text, prefix, max_length):
         embed, new = self.model.get_input_embeddings(), ""

@@ -9,8 +9,8 @@ import torch
 
 from arctrm.data.task import Pair
 from arctrm.errors import TaskError
-from arctrm.planner import GridVerifier, feedback_text, probe, prompt_with_feedback
-from arctrm.planner.feedback import HEADING
+from arctrm.planner import GridVerifier
+from arctrm.planner.verifier import HEADING, feedback_text, probe, prompt_with_feedback
 
 INPUT = np.zeros((2, 2), dtype=np.uint8)
 OUTPUTS = [
@@ -22,8 +22,8 @@ DEMONSTRATIONS = [Pair(INPUT, output) for output in OUTPUTS]
 NO_GRIDS = [None, [], [[]], np.zeros((0, 0)), [[1, 2], [3]], [[11]], [[0.5]], "text", [[0] * 31]]
 
 
-def judge(probes, demonstrations=DEMONSTRATIONS, target=None, prediction=None, **options):
-    return GridVerifier(target, demonstrations, **options).verify(probes, prediction)
+def judge(probes, demonstrations=DEMONSTRATIONS, target=None, prediction=None):
+    return GridVerifier(target, demonstrations).verify(probes, prediction)
 
 
 def test_all_probes_exact_is_success_with_a_full_score():
@@ -82,23 +82,6 @@ def test_two_targets_give_the_same_verdict_but_other_metrics():
     assert [v.metrics.get("exact_match") for v in verdicts] == [None, 1, 0]
 
 
-def test_the_prediction_for_the_query_changes_no_verdict():
-    one, other = judge(OUTPUTS, prediction=[[1]]), judge(OUTPUTS, prediction=[[2]])
-    assert (one.feedback, one.score, one.success) == (other.feedback, other.score, other.success)
-
-
-def test_what_a_probes_row_is_told_knows_neither_its_output_nor_later_predictions():
-    """Predictions after demonstration i were made with its output in sight."""
-    probes = [[[1, 2], [3, 9]], [[5, 5, 6]], [[1]]]
-    told = judge(probes).probe_feedback
-    assert told[0] == ""
-    assert "(1,1) 9/4" in told[1]
-    for i in range(3):
-        changed = [*DEMONSTRATIONS[:i], Pair(INPUT, np.array([[8, 8]])), *DEMONSTRATIONS[i + 1 :]]
-        later = [*probes[: i + 1], *([[7]] for _ in probes[i + 1 :])]
-        assert judge(later, changed).probe_feedback[i] == told[i]
-
-
 def test_more_right_scores_more():
     truth = OUTPUTS[0]
     worse_to_better = [
@@ -137,27 +120,16 @@ def test_demonstrations_come_as_pairs_tuples_or_json():
         judge([[[1]]], [form]).feedback
         for form in (
             Pair(INPUT, OUTPUTS[1]),
-            (INPUT, OUTPUTS[1]),
+            (torch.from_numpy(INPUT), torch.from_numpy(OUTPUTS[1])),
             {"input": INPUT.tolist(), "output": OUTPUTS[1].tolist()},
         )
     ]
     assert told[0] == told[1] == told[2]
 
 
-def test_grids_come_as_tensors_too():
-    assert judge([torch.from_numpy(grid) for grid in OUTPUTS]).success
-
-
 def test_a_probe_too_few_is_an_error_and_not_a_success():
     with pytest.raises(ValueError, match="2 probes for 3 demonstrations"):
         judge(OUTPUTS[:2])
-
-
-def test_results_cannot_be_changed():
-    verdict = judge(OUTPUTS)
-    for frozen, name in ((verdict, "success"), (verdict.probes[0], "exact")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(frozen, name, False)
 
 
 def test_the_feedback_says_size_palette_and_cells():
@@ -180,18 +152,6 @@ def test_at_most_the_stated_number_of_cells_is_named(max_cells):
     assert text.count("/0") == min(max_cells, wrong)
     if max_cells == 7:
         assert [line.count("/0") for line in text.splitlines()] == [0, 3, 2, 2]
-
-
-def test_a_small_probes_unused_share_goes_to_the_others():
-    truths = [np.zeros((5, 5), dtype=np.uint8), np.zeros((1, 1), dtype=np.uint8)]
-    lines = feedback_text([probe(t + 1, t) for t in truths], 10).splitlines()
-    assert [line.count("/0") for line in lines] == [0, 9, 1]
-
-
-def test_the_same_results_give_the_same_text():
-    results = [probe([[1, 2], [3, 9]], OUTPUTS[0]), probe(None, OUTPUTS[1])]
-    assert feedback_text(results) == feedback_text(list(results))
-    assert feedback_text([]) == ""
 
 
 def test_feedback_comes_after_the_unchanged_problem():

@@ -10,19 +10,22 @@ equals that task's own test pair (992798f6, mirrored), and one that has the test
 task with another output (8719f442 and 6ea4a07e). Both are reported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from arctrm.data.dataset import PAIR_COLUMNS, BaseSet, pair_key, training_pairs
-from arctrm.data.task import Grid, Pair, Task
+from arctrm.data.task import Pair, Task, grid_key, pair_key, training_pairs
 from arctrm.data.views import NUM_DIHEDRALS, transform
 from arctrm.errors import OverlapError
 
+if TYPE_CHECKING:  # this module guards the building of the base set
+    from arctrm.data.base_set import BaseSet
+
 NUM_NAMED = 10
 """How many offending ids a message names before it only counts."""
+_TaskIds = dict[Hashable, set[str]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ def find_overlaps(
         tasks_by_subset: label -> tasks, the test set's own tasks among them under `test_set`.
         test_tasks: the evaluated tasks.
         test_set: the label of which only demonstrations are trained on.
-
     """
     pairs, inputs = _index(test_tasks)
     found: dict[Overlap, None] = {}
@@ -56,11 +58,9 @@ def find_overlaps(
         for task in tasks:
             for pair, _ in training_pairs(task, subset == test_set):
                 same_pair = pairs.get(pair_key(pair), set())
-                same_input = inputs.get(_grid_key(pair.input), set()) - same_pair
-                for test_id in sorted(same_pair):
-                    found[Overlap(task.id, subset, test_id, "pair")] = None
-                for test_id in sorted(same_input):
-                    found[Overlap(task.id, subset, test_id, "input")] = None
+                same_input = inputs.get(grid_key(pair.input), set()) - same_pair
+                found |= {Overlap(task.id, subset, i, "pair"): None for i in sorted(same_pair)}
+                found |= {Overlap(task.id, subset, i, "input"): None for i in sorted(same_input)}
     return list(found)
 
 
@@ -68,16 +68,12 @@ def refused(
     overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str] = ()
 ) -> list[Overlap]:
     """The overlaps that may not be trained on: see the module's header for the exceptions."""
-    allowed = set(allow)
-    return [
-        overlap
-        for overlap in overlaps
-        if overlap.task_id not in allowed
-        and (
-            overlap.subset != test_set
-            or (overlap.kind == "pair" and overlap.task_id != overlap.test_task_id)
-        )
-    ]
+
+    def leaks(found: Overlap) -> bool:
+        of_another = found.kind == "pair" and found.task_id != found.test_task_id
+        return found.subset != test_set or of_another
+
+    return [found for found in overlaps if leaks(found) and found.task_id not in set(allow)]
 
 
 def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str] = ()) -> None:
@@ -85,50 +81,29 @@ def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str
 
     Raises:
         OverlapError: some overlap is neither harmless nor allowed.
-
     """
-    bad = refused(overlaps, test_set, allow)
-    if not bad:
-        return
-    subsets = ", ".join(sorted({overlap.subset for overlap in bad}))
-    raise OverlapError(
-        f"data.subsets: tasks in {subsets} hold test content of data.test_set = {test_set!r} "
-        f"({describe(bad)}); set data.drop_overlap = true to leave them out, or name them in "
-        "data.exclude or data.allow_overlap"
-    )
-
-
-def check_demonstrations(tasks: list[Task], test_set: str) -> None:
-    """Refuse to train on the demonstrations of evaluated tasks that hold another's test pair.
-
-    Raises:
-        OverlapError: some do.
-
-    """
-    bad = refused(find_overlaps({test_set: tasks}, tasks, test_set), test_set)
-    if bad:
+    if bad := refused(overlaps, test_set, allow):
+        subsets = ", ".join(sorted({overlap.subset for overlap in bad}))
         raise OverlapError(
-            f"{test_set}: demonstrations that would be trained on hold test pairs of other "
-            f"evaluated tasks ({describe(bad)}); leave those tasks out with evaluation.tasks, or "
-            "set evaluation.adapt_steps = 0"
+            f"data.subsets: tasks in {subsets} hold test content of data.test_set = {test_set!r} "
+            f"({describe(bad)}); set data.drop_overlap = true to leave them out, or name them in "
+            "data.exclude or data.allow_overlap"
         )
 
 
-def check_inverse(base: BaseSet, test_tasks: Iterable[Task]) -> None:
+def check_inverse(base: "BaseSet", test_tasks: Iterable[Task]) -> None:
     """Refuse to train on inverse tasks (output to input) where one shows a test pair.
 
     Raises:
         OverlapError: some pair of the base set, input and output exchanged, is a test pair.
-
     """
-    pairs, _ = _index(test_tasks)
-    found: dict[Overlap, None] = {}
-    for index in range(base.num_pairs):
-        pair, row = base.pair(index), base.pairs[index]
-        assert pair.output is not None
-        label = base.meta.subsets[int(row[PAIR_COLUMNS.index("subset")])]
-        for test_id in sorted(pairs.get(pair_key(Pair(pair.output, pair.input)), ())):
-            found[Overlap(base.meta.task_ids[int(row[0])], label, test_id, "pair")] = None
+    test_pairs, _ = _index(test_tasks)
+    found = [
+        Overlap(task_id, label, test_id, "pair")
+        for task_id, label, pair in base.labelled_pairs()
+        if pair.output is not None
+        for test_id in sorted(test_pairs.get(pair_key(Pair(pair.output, pair.input)), ()))
+    ]
     if found:
         raise OverlapError(
             f"reader.inverse_share: pairs that would be shown from output to input are test pairs "
@@ -140,37 +115,26 @@ def check_inverse(base: BaseSet, test_tasks: Iterable[Task]) -> None:
 def describe(overlaps: Iterable[Overlap]) -> str:
     """`40853293 (test pair of 070dd51e), ... and 366 more tasks`, each task once."""
     first = {overlap.task_id: overlap for overlap in reversed(list(overlaps))}
-    named = [_name(first[task_id]) for task_id in sorted(first)[:NUM_NAMED]]
+    named = []
+    for task_id in sorted(first)[:NUM_NAMED]:
+        kind, test_id = first[task_id].kind, first[task_id].test_task_id
+        own = f"its own test {kind}" if task_id == test_id else f"test {kind} of {test_id}"
+        named.append(f"{task_id} ({own})")
     rest = len(first) - len(named)
     return ", ".join(named) + (f" and {rest} more tasks" if rest else "")
 
 
-def _name(overlap: Overlap) -> str:
-    if overlap.task_id == overlap.test_task_id:
-        return f"{overlap.task_id} (its own test {overlap.kind})"
-    return f"{overlap.task_id} (test {overlap.kind} of {overlap.test_task_id})"
-
-
-def _index(
-    test_tasks: Iterable[Task],
-) -> tuple[dict[tuple[Any, ...], set[str]], dict[tuple[Any, ...], set[str]]]:
+def _index(test_tasks: Iterable[Task]) -> tuple[_TaskIds, _TaskIds]:
     """Test task ids by the key of each test pair in every orientation, and of each test input."""
-    pairs: dict[tuple[Any, ...], set[str]] = {}
-    inputs: dict[tuple[Any, ...], set[str]] = {}
+    pairs: _TaskIds = {}
+    inputs: _TaskIds = {}
     for task in test_tasks:
         for pair in task.test:
-            inputs.setdefault(_grid_key(pair.input), set()).add(task.id)
+            inputs.setdefault(grid_key(pair.input), set()).add(task.id)
             if pair.output is None:
                 continue
             for dihedral in range(NUM_DIHEDRALS):
-                turned = Pair(_turn(pair.input, dihedral), _turn(pair.output, dihedral))
-                pairs.setdefault(pair_key(turned), set()).add(task.id)
+                turned = (transform(grid, dihedral) for grid in (pair.input, pair.output))
+                key = pair_key(Pair(*map(np.ascontiguousarray, turned)))
+                pairs.setdefault(key, set()).add(task.id)
     return pairs, inputs
-
-
-def _turn(grid: Grid, dihedral: int) -> Grid:
-    return np.ascontiguousarray(transform(grid, dihedral))
-
-
-def _grid_key(grid: Grid) -> tuple[Any, ...]:
-    return grid.shape, grid.tobytes()

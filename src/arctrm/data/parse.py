@@ -4,6 +4,7 @@ Indices in messages count from 0, as in the JSON path: `tasks/0a.json: train[1].
 """
 
 import gzip
+import io
 import json
 import zlib
 from pathlib import Path
@@ -14,52 +15,45 @@ import numpy as np
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Pair, Task
 from arctrm.errors import TaskError
 
+MAX_BYTES = 256 * 2**20
+"""Of JSON in one file, decompressed: about five times all of RE-ARC at 40 pairs a task."""
+
 _GZIP = b"\x1f\x8b"
 _WANTED = "give a readable JSON file, plain (.json) or gzipped (.json.gz)"
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number with a decimal point",
-    type(None): "null",
-}
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file, plain or gzipped (`.gz`).
+    """Read a JSON file, plain or gzipped, of at most `MAX_BYTES`.
 
     Raises:
-        TaskError: the file cannot be read, is not valid gzip, or is not JSON.
-
+        TaskError: the file cannot be read, is too large, is not valid gzip, or is not JSON.
     """
-    data = _read(path)
-    if data.startswith(_GZIP) and path.suffix != ".gz":
-        name = path.name.removesuffix(".json")
-        raise TaskError(f"{path}: is not JSON but gzip; rename it to {name}.json.gz")
-    try:
-        text = gzip.decompress(data) if path.suffix == ".gz" else data
-        if not text.strip():
-            raise TaskError(f"{path}: is not JSON: the file is empty; {_WANTED}")
-        return json.loads(text)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(
-            f"{path}: is not a complete gzip file ({error}); compress or download it again"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}: is not JSON ({error}); {_WANTED}") from error
-
-
-def _read(path: Path) -> bytes:
     try:
         # Reading a named pipe would wait for a writer that may never come.
         if path.exists() and not path.is_file():
             reason = "Is a directory" if path.is_dir() else "Not a regular file"
             raise TaskError(f"{path}: cannot be read ({reason}); {_WANTED}")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if data.startswith(_GZIP):
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise TaskError(
+                f"{path}: holds more than {MAX_BYTES // 2**20} MiB of JSON; split it into several "
+                "files of one folder"
+            )
+        if not data.strip():
+            raise TaskError(f"{path}: is not JSON: the file is empty; {_WANTED}")
+        return json.loads(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TaskError(
+            f"{path}: is not a complete gzip file ({error}); compress or download it again"
+        ) from error
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror}); {_WANTED}") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{path}: is not JSON ({error}); {_WANTED}") from error
 
 
 def parse_task(obj: Any, task_id: str, where: str) -> Task:
@@ -67,7 +61,6 @@ def parse_task(obj: Any, task_id: str, where: str) -> Task:
 
     Raises:
         TaskError: `obj` is not a valid task.
-
     """
     if not isinstance(obj, dict) or "train" not in obj:
         raise TaskError(
@@ -86,29 +79,24 @@ def parse_pairs(
 
     Raises:
         TaskError: `obj` is something else.
-
     """
     if not isinstance(obj, list):
         raise TaskError(f'{where}: "{part}" must be a list of pairs, got {_kind(obj)}')
     if not obj:
         missing = "a demonstration" if part == "train" else "a test input"
         raise TaskError(f'{where}: "{part}" is empty or missing; a task needs at least {missing}')
-    return tuple(
-        _parse_pair(item, f"{where}: {part}[{index}]", outputs_required)
-        for index, item in enumerate(obj)
-    )
-
-
-def _parse_pair(obj: Any, where: str, output_required: bool) -> Pair:
-    if not isinstance(obj, dict) or "input" not in obj:
-        raise TaskError(f'{where}: expected an object with "input", got {_describe(obj)}')
-    output = obj.get("output")
-    if output is None and output_required:
-        raise TaskError(f'{where}: has no "output"; only test pairs may leave it out')
-    return Pair(
-        parse_grid(obj["input"], f"{where}.input"),
-        None if output is None else parse_grid(output, f"{where}.output"),
-    )
+    pairs = []
+    for index, item in enumerate(obj):
+        place = f"{where}: {part}[{index}]"
+        if not isinstance(item, dict) or "input" not in item:
+            raise TaskError(f'{place}: expected an object with "input", got {_describe(item)}')
+        output = item.get("output")
+        if output is None and outputs_required:
+            raise TaskError(f'{place}: has no "output"; only test pairs may leave it out')
+        asked = parse_grid(item["input"], f"{place}.input")
+        made = None if output is None else parse_grid(output, f"{place}.output")
+        pairs.append(Pair(asked, made))
+    return tuple(pairs)
 
 
 def parse_grid(obj: Any, where: str) -> Grid:
@@ -116,10 +104,11 @@ def parse_grid(obj: Any, where: str) -> Grid:
 
     Raises:
         TaskError: `obj` is something else.
-
     """
-    if not isinstance(obj, list) or not all(isinstance(row, list) for row in obj):
-        raise TaskError(f"{where}: a grid must be a list of rows, got {_not_rows(obj)}")
+    for index, row in enumerate(obj if isinstance(obj, list) else [obj]):
+        if not (isinstance(obj, list) and isinstance(row, list)):
+            as_row = f" as row {index}" if isinstance(obj, list) else ""
+            raise TaskError(f"{where}: a grid must be a list of rows, got {_kind(row)}{as_row}")
     height, width = len(obj), len(obj[0]) if obj else 0
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         size = f"{height}x{width}" if height and width else "an empty grid"
@@ -144,34 +133,21 @@ def _bad_cell(row: list[Any], where: str) -> TaskError:
         for column, cell in enumerate(row)
         if type(cell) is not int or not 0 <= cell < NUM_COLOURS
     )
-    got = f"{_shorten(cell)} ({_kind(cell)})" if type(cell) is not int else _shorten(cell)
+    got = _clip(json.dumps(cell)) + (f" ({_kind(cell)})" if type(cell) is not int else "")
     return TaskError(f"{where} column {column}: a colour must be a whole number 0..9, got {got}")
 
 
-def _not_rows(obj: Any) -> str:
-    if not isinstance(obj, list):
-        return _kind(obj)
-    index, row = next((i, row) for i, row in enumerate(obj) if not isinstance(row, list))
-    return f"{_kind(row)} as row {index}"
-
-
 def _describe(obj: Any) -> str:
-    if isinstance(obj, dict):
-        if not obj:
-            return "an empty object"
-        keys = ", ".join(json.dumps(_clip(key)) for key in list(obj)[:3])
-        return f"an object with {keys}{', ...' if len(obj) > 3 else ''}"
-    return _kind(obj)
+    keys = [json.dumps(_clip(key)) for key in list(obj)[:3]] if isinstance(obj, dict) else []
+    return _kind(obj) + (f" with {', '.join(keys)}" if keys else "")
 
 
 def _kind(obj: Any) -> str:
-    return _KINDS[type(obj)]
-
-
-def _shorten(cell: Any) -> str:
-    """A cell as JSON shows it, clipped: it may be a whole nested list or a 400-digit number."""
-    return _clip(json.dumps(cell))
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    numbers = {int: "a number", float: "a number with a decimal point", type(None): "null"}
+    return (kinds | numbers)[type(obj)]
 
 
 def _clip(text: str, length: int = 20) -> str:
+    """A key or a cell as it is shown: it may be a whole nested list or a 400-digit number."""
     return text if len(text) <= length else text[: length - 3] + "..."

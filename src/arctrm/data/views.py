@@ -40,13 +40,6 @@ def transform(grid: Grid, dihedral: int) -> Grid:
     return flipped.T if transpose else flipped
 
 
-def inverse_transform(grid: Grid, dihedral: int) -> Grid:
-    """Undo `transform(..., dihedral)`."""
-    transpose, flip_rows, flip_columns = DIHEDRALS[dihedral]
-    upright = grid.T if transpose else grid
-    return upright[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-
-
 @dataclass(frozen=True)
 class View:
     """An augmentation: `dihedral` indexes `DIHEDRALS`, `colours[c]` takes the place of colour c."""
@@ -62,7 +55,10 @@ class View:
     def inverse(self, grid: Grid) -> Grid:
         """The original of a grid seen under this view: `inverse(apply(x)) == x`, exactly."""
         palette = np.argsort(self.colours).astype(np.uint8)
-        return np.ascontiguousarray(palette[inverse_transform(grid, self.dihedral)])
+        transpose, flip_rows, flip_columns = DIHEDRALS[self.dihedral]
+        upright = grid.T if transpose else grid
+        flipped = upright[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
+        return np.ascontiguousarray(palette[flipped])
 
     @property
     def identity_colours(self) -> bool:
@@ -105,23 +101,16 @@ def distinct_views(
 
     With `identity_colours` = 1 only the eight dihedrals exist.
     """
-    free = np.flatnonzero(~fixed)
-    num_permutations = 1 if identity_colours >= 1 else factorial(len(free))
-    if count >= NUM_DIHEDRALS * num_permutations:
-        return _all_views(free if num_permutations > 1 else free[:0], rng)
-    views = dict.fromkeys([IDENTITY])
-    while len(views) < count:
-        views[draw_view(rng, fixed, identity_colours)] = None
-    return list(views)[:count]
-
-
-def _all_views(free: np.ndarray, rng: np.random.Generator) -> list[View]:
-    """Every view that moves only the `free` colours, the identity first, the others shuffled."""
-    others = []
+    free = np.flatnonzero(~fixed) if identity_colours < 1 else np.arange(0)
+    if count < NUM_DIHEDRALS * factorial(len(free)):
+        views = dict.fromkeys([IDENTITY])
+        while len(views) < count:
+            views[draw_view(rng, fixed, identity_colours)] = None
+        return list(views)[:count]
+    every = []
     for permuted in permutations(free.tolist()):
-        colours = list(SAME_COLOURS)
-        for colour, new in zip(free.tolist(), permuted, strict=True):
-            colours[colour] = new
-        others += [View(dihedral, tuple(colours)) for dihedral in range(NUM_DIHEDRALS)]
-    order = rng.permutation(len(others) - 1) + 1  # others[0] is the identity
-    return [others[0], *(others[index] for index in order)]
+        colours = np.arange(NUM_COLOURS)
+        colours[free] = permuted
+        every += [View(dihedral, tuple(colours.tolist())) for dihedral in range(NUM_DIHEDRALS)]
+    order = rng.permutation(len(every) - 1) + 1  # the first is the identity
+    return [IDENTITY, *(every[index] for index in order)]

@@ -1,50 +1,35 @@
 """Properties of an input and an output, by name, such as "same size" or "colours lost".
 
 A property is a value. What is True, or the same fact, of all demonstrations of a task is likely to
-be so of its test pair; how likely was counted (`invariants.shared`). False says nothing. A name may
+be so of its test pair; how likely was counted (`invariants.task`). False says nothing. A name may
 be there for several colours; it counts once.
 """
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
 
 from arctrm.data.task import NUM_COLOURS, Grid
-from arctrm.invariants.components import background, components, enclosed, shapes
 
 Key = tuple[str, int]
 """Name of a property and the colour that it is about; -1 where it is about none."""
-Properties = dict[Key, Hashable]
+Named = Iterator[tuple[str, Hashable]]
 
 
-@dataclass(frozen=True, eq=False)
 class Side:
     """A grid and what is counted of it, once."""
 
-    grid: Grid
-
-    @cached_property
-    def empty(self) -> int:
-        """The background."""
-        return background(self.grid)
-
-    @cached_property
-    def full(self) -> np.ndarray:
-        """bool [H, W]: not background."""
-        return self.grid != self.empty
-
-    @cached_property
-    def counts(self) -> list[int]:
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.counts: list[int] = np.bincount(grid.ravel(), minlength=NUM_COLOURS).tolist()
         """Cells of each colour."""
-        return np.bincount(self.grid.ravel(), minlength=NUM_COLOURS).tolist()
-
-    @cached_property
-    def colours(self) -> frozenset[int]:
-        """Those that occur."""
-        return frozenset(c for c, count in enumerate(self.counts) if count)
+        self.colours = frozenset(c for c, count in enumerate(self.counts) if count)
+        self.empty = self.counts.index(max(self.counts))
+        """The background: the commonest colour; of equally common ones the first."""
+        self.full: np.ndarray = grid != self.empty
+        """bool [H, W]: not background."""
 
     @cached_property
     def objects(self) -> np.ndarray:
@@ -58,35 +43,26 @@ class Side:
 
     @cached_property
     def shapes(self) -> list[tuple[tuple[int, int], bytes, int]]:
-        """See `components.shapes`."""
+        """See `shapes`."""
         return shapes(self.grid, self.empty)
 
     @cached_property
     def box(self) -> tuple[int, int, int, int] | None:
         """Top, bottom, left and right of what is not background."""
-        if not self.full.any():
-            return None
         ys, xs = np.nonzero(self.full)
-        return int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())
+        return (int(ys.min()), int(ys.max()), int(xs.min()), int(xs.max())) if len(ys) else None
 
 
-def properties(given: Side, made: Side) -> Properties:
+def properties(given: Side, made: Side) -> dict[Key, Hashable]:
     """All properties of an input and an output."""
-    found: Properties = {}
-    parts = [_size, _colours, _counts, _pattern, _objects]
+    found: dict[Key, Hashable] = {}
+    parts = [_size, _colours, _pattern, _objects]
     if given.grid.shape == made.grid.shape:
-        parts += [_changes, _places]
+        parts.append(_changes)
     for part in parts:
-        found |= {(name, -1): _plain(value) for name, value in part(given, made)}
-    found |= {key: _plain(value) for key, value in _of_colours(given, made)}
-    return found
-
-
-def _plain(value: Hashable) -> Hashable:
-    return bool(value) if isinstance(value, np.bool_) else value
-
-
-Named = Iterator[tuple[str, Hashable]]
+        found |= {(name, -1): value for name, value in part(given, made)}
+    found |= _of_colours(given, made)
+    return {k: bool(v) if isinstance(v, np.bool_) else v for k, v in found.items()}
 
 
 def _size(given: Side, made: Side) -> Named:
@@ -121,14 +97,11 @@ def _colours(given: Side, made: Side) -> Named:
     yield "more than one colour", len(after) > 1
     yield "background", made.empty
     yield "same background", made.empty == given.empty
-
-
-def _counts(given: Side, made: Side) -> Named:
-    before, after = int(given.full.sum()), int(made.full.sum())
+    filled_before, filled = int(given.full.sum()), int(made.full.sum())
     yield "cells of each colour", given.counts == made.counts
-    yield "cells filled", before == after
-    yield "more cells filled", after > before
-    yield "fewer cells filled", after < before
+    yield "cells filled", filled_before == filled
+    yield "more cells filled", filled > filled_before
+    yield "fewer cells filled", filled < filled_before
 
 
 def _pattern(given: Side, made: Side) -> Named:
@@ -156,16 +129,17 @@ def _pattern(given: Side, made: Side) -> Named:
 
 
 def _objects(given: Side, made: Side) -> Named:
-    objects, pieces = _sizes(made.objects), _sizes(made.pieces)
+    # Cells of each component.
+    objects, pieces = (np.bincount(c.ravel())[1:].tolist() for c in (made.objects, made.pieces))
     yield "objects", len(objects)
-    yield "as many objects", len(objects) == len(_sizes(given.objects))
+    yield "as many objects", len(objects) == given.objects.max()
     yield "one object", len(objects) == 1
     yield "not one object", len(objects) != 1
     yield "objects of one size", len(set(objects)) == 1
     yield "no lone cell", 1 not in objects
     yield "a lone cell", 1 in objects
     yield "pieces", len(pieces)
-    yield "as many pieces", len(pieces) == len(_sizes(given.pieces))
+    yield "as many pieces", len(pieces) == given.pieces.max()
     yield "pieces of one size", len(set(pieces)) == 1
     yield "no lone piece", 1 not in pieces
     before, after = given.shapes, made.shapes
@@ -198,11 +172,7 @@ def _changes(given: Side, made: Side) -> Named:
     edge = np.ones(before.shape, bool)
     edge[1:-1, 1:-1] = False
     yield "the edge stays", not changed[edge].any()
-
-
-def _places(given: Side, made: Side) -> Named:
-    changed, full = given.grid != made.grid, given.full
-    inside = enclosed(given.grid, given.empty)
+    inside, full = enclosed(given.grid, given.empty), given.full
     yield "changes are enclosed", not (changed & ~inside).any()
     yield "what is enclosed changes", bool(inside.any()) and not (inside & ~changed).any()
     rows, columns = full.any(1, keepdims=True), full.any(0, keepdims=True)
@@ -233,11 +203,6 @@ def _of_colours(given: Side, made: Side) -> Iterator[tuple[Key, Hashable]]:
             yield (f"{what} does not come", colour), not (becomes & ~was).any()
 
 
-def _sizes(numbers: np.ndarray) -> list[int]:
-    """Cells of each component."""
-    return np.bincount(numbers.ravel())[1:].tolist()
-
-
 def _rows(grid: Grid) -> set[bytes]:
     return {row.tobytes() for row in np.ascontiguousarray(grid)}
 
@@ -245,9 +210,8 @@ def _rows(grid: Grid) -> set[bytes]:
 def _period(grid: Grid) -> int:
     """The least number of rows after which they repeat; all of them where they do not."""
     height = len(grid)
-    return next(
-        (p for p in range(1, height) if np.array_equal(grid[p:], grid[: height - p])), height
-    )
+    periods = (p for p in range(1, height) if np.array_equal(grid[p:], grid[: height - p]))
+    return next(periods, height)
 
 
 def _is_part(whole: Grid, part: Grid) -> bool:
@@ -256,3 +220,52 @@ def _is_part(whole: Grid, part: Grid) -> bool:
         return False
     windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)
     return bool((windows == part).all((2, 3)).any())
+
+
+# --- Connected components of a grid
+
+
+def components(grid: Grid, empty: int, corners: bool, one_colour: bool) -> np.ndarray:
+    """Numbers int64 [H, W], from 1, of the components of the cells that are not `empty` (0).
+
+    Cells are connected by their sides, with `corners` by these, too; with `one_colour` only where
+    they have the same colour.
+    """
+    width = grid.shape[1] + 2
+    cells = np.pad(grid, 1, constant_values=empty).ravel().tolist()
+    steps = [1, width, -1, -width]
+    if corners:
+        steps += [width + 1, width - 1, -width - 1, 1 - width]
+    found, count = [0] * len(cells), 0
+    for start, colour in enumerate(cells):
+        if colour == empty or found[start]:
+            continue
+        count += 1
+        found[start], todo = count, [start]
+        while todo:
+            here = todo.pop()
+            for there in [here + step for step in steps]:
+                other = cells[there]
+                if not found[there] and other != empty and (other == colour or not one_colour):
+                    found[there] = count
+                    todo.append(there)
+    return np.array(found, dtype=np.int64).reshape(-1, width)[1:-1, 1:-1]
+
+
+def enclosed(grid: Grid, empty: int) -> np.ndarray:
+    """bool [H, W]: `empty` cells from which no way over sides leads out of the grid."""
+    open_air = np.pad(np.where(grid == empty, 1, 0), 1, constant_values=1)
+    ways = components(open_air, 0, corners=False, one_colour=True)
+    inside = (open_air == 1) & (ways != ways[0, 0])
+    return inside[1:-1, 1:-1]
+
+
+def shapes(grid: Grid, empty: int) -> list[tuple[tuple[int, int], bytes, int]]:
+    """Size, mask and colour of every component of one colour, connected by corners, too; sorted."""
+    numbers = components(grid, empty, corners=True, one_colour=True)
+    found = []
+    for number in range(1, int(numbers.max(initial=0)) + 1):
+        ys, xs = np.nonzero(numbers == number)
+        box = numbers[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] == number
+        found.append((box.shape, box.tobytes(), int(grid[ys[0], xs[0]])))
+    return sorted(found)

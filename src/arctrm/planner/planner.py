@@ -1,43 +1,28 @@
 """The planner: attempts of reader, decoder and verifier, each told what was wrong with the last.
 
-All rows of a batch are attempted together; a row whose probes are all right is not sent again. The
-best-judged attempt is kept, not the last one. What decodes and judges is the caller's function,
+All problems of a batch are attempted together; one whose probes are all right is not sent again.
+The best-judged attempt is kept, not the last one. What decodes and judges is the caller's function,
 so the planner holds no model but the reader and sees no answer.
 
-Legend: b rows still running, P prefix vectors, H width of the reader.
+Legend: b problems still running, P prefix vectors, H width of the reader.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from arctrm.errors import ConfigError
-from arctrm.planner.feedback import prompt_with_feedback
-from arctrm.planner.verifier import Verdict
+from arctrm.planner.verifier import Verdict, prompt_with_feedback
 
 VerdictLike = Verdict | tuple[bool, str]
 """A `Verdict`, or just (success, feedback)."""
-
 RowVerifier = Callable[[Tensor, str], VerdictLike]
 """z_init [H] and the new text of one attempt -> verdict."""
-
 BatchVerifier = Callable[[Tensor, list[str], list[int]], Sequence[VerdictLike]]
-"""z_init [b, H], texts and places in the batch of the rows attempted -> one verdict each."""
-
-
-class LatentGenerator(Protocol):
-    """A reader module; `TextReasoningModule` is the real one."""
-
-    def generate_latent(
-        self, problem_text: list[str], latent_prefix: Tensor | None = None, max_length: int = 128
-    ) -> Any:
-        """Something that unpacks as (z_init [b, H], new texts).
-
-        Its `new_tokens`, if it has them, are the numbers of new tokens in each text.
-        """
+"""z_init [b, H], texts and places in the batch of the problems attempted -> one verdict each."""
 
 
 class _ReadByName:
@@ -46,9 +31,7 @@ class _ReadByName:
     names: ClassVar[tuple[str, ...]] = ()
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.names:
-            raise KeyError(name)
-        return getattr(self, name)
+        return {known: getattr(self, known) for known in self.names}[name]
 
     def keys(self) -> tuple[str, ...]:
         """The names that can be read; makes `dict(result)` work."""
@@ -68,24 +51,12 @@ class Attempt(_ReadByName):
     new_tokens: int | None
     """New tokens in it; None if the reader does not tell."""
     verdict: Verdict
-    """What the verifier said."""
     z_init: Tensor = field(repr=False)
     """[H]: the reader's latent."""
 
-    @property
-    def success(self) -> bool:
-        """Whether every probe was right."""
-        return self.verdict.success
-
-    @property
-    def score(self) -> float:
-        """The verdict's score, 0..1."""
-        return self.verdict.score
-
-    @property
-    def feedback(self) -> str:
-        """What the next attempt is told."""
-        return self.verdict.feedback
+    success = property(lambda self: self.verdict.success, doc="Whether every probe was right.")
+    score = property(lambda self: self.verdict.score, doc="The verdict's score, 0..1.")
+    feedback = property(lambda self: self.verdict.feedback, doc="What the next attempt is told.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,51 +90,30 @@ class PlannerResult(_ReadByName):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """avg_attempts, success_rate, avg_reasoning_length, and the best attempt's own metrics.
-
-        avg_reasoning_length is the mean number of new tokens per attempt, left out if the reader
-        does not tell.
+        """The best attempt's own metrics, success_rate, best_score, avg_attempts, and
+        avg_reasoning_length: the mean number of new tokens, left out if the reader does not tell.
         """
         lengths = [a.new_tokens for a in self.reasoning_history if a.new_tokens is not None]
-        own = {
+        return {
+            **self.best.verdict.metrics,
             "avg_attempts": float(self.total_attempts),
             "success_rate": float(self.success),
             "best_score": self.best.score,
+            **({"avg_reasoning_length": sum(lengths) / len(lengths)} if lengths else {}),
         }
-        if lengths:
-            own["avg_reasoning_length"] = sum(lengths) / len(lengths)
-        return {**self.best.verdict.metrics, **own}
-
-
-def batch_metrics(results: Sequence[PlannerResult]) -> dict[str, float]:
-    """Each metric averaged over the samples that have it: every sample counts once."""
-    rows = [result.metrics for result in results]
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 class ARCPlanner:
-    """Attempts until verified, or `max_attempts`.
+    """Lets a reader attempt each problem up to `max_attempts` times, until a verifier is content.
 
-    Args:
-        llm_module: the reader; see `LatentGenerator`.
-        max_attempts: attempts per problem, at least 1.
-        max_length: new tokens per attempt at most.
-
-    Raises:
-        ConfigError: fewer than one attempt.
+    `llm_module` is a `TextReasoningModule`, or has a `generate_latent` like its; an attempt has at
+    most `max_length` new tokens.
     """
 
-    def __init__(self, llm_module: LatentGenerator, max_attempts: int = 16, max_length: int = 128):
+    def __init__(self, llm_module: Any, max_attempts: int = 16, max_length: int = 128):
         if max_attempts < 1:
-            raise ConfigError(
-                f"planner: max_attempts = {max_attempts} leaves nothing to do; "
-                "use 1 (no second attempt) or more, 16 by default"
-            )
-        self.llm_module = llm_module
-        self.max_attempts = max_attempts
-        self.max_length = max_length
+            raise ConfigError(f"planner: max_attempts = {max_attempts}; use 1 (no second) or more")
+        self.llm_module, self.max_attempts, self.max_length = llm_module, max_attempts, max_length
 
     def multi_attempt_solve(
         self, problem_description: str, verifier_fn: RowVerifier
@@ -187,66 +137,52 @@ class ARCPlanner:
         asked before every attempt but the first whether there is time for it.
         """
         histories: list[list[Attempt]] = [[] for _ in problems]
-        for number in range(self.max_attempts):
+        for number in range(1, self.max_attempts + 1):
             running = [i for i, done in enumerate(histories) if not (done and done[-1].success)]
-            if not running or (number and not more()):
+            if not running or (number > 1 and not more()):
                 break
-            read = self._read(problems, histories, running)
+            last = [histories[row][-1].verdict if histories[row] else None for row in running]
+            read = self._read([problems[row] for row in running], last)
             z_init = torch.stack([z for z, _, _ in read])
             verdicts = verifier_fn(z_init, [text for _, text, _ in read], running)
             for row, (z, text, length), said in zip(running, read, verdicts, strict=True):
-                number = len(histories[row]) + 1
                 histories[row].append(Attempt(number, text, length, _verdict(said), z))
         return [PlannerResult(tuple(history)) for history in histories]
 
     def _read(
-        self, problems: Sequence[str], histories: Sequence[list[Attempt]], running: list[int]
+        self, problems: Sequence[str], last: Sequence[Verdict | None]
     ) -> list[tuple[Tensor, str, int | None]]:
-        """(z_init, text, new tokens) of the running rows, told what was wrong before."""
-        last = {row: histories[row][-1].verdict if histories[row] else None for row in running}
+        """(z_init, text, new tokens) of each problem; the reader is told what was wrong before.
+
+        Problems with equally long soft prefixes are read together.
+        """
+        prompts = [
+            prompt_with_feedback(problem, "" if said is None else said.feedback)
+            for problem, said in zip(problems, last, strict=True)
+        ]
+        prefixes = [None if said is None else said.latent_prefix for said in last]
+        stacked = [None if p is None else p[None] if p.ndim == 1 else p for p in prefixes]
+        lengths = [0 if prefix is None else len(prefix) for prefix in stacked]
         read: dict[int, tuple[Tensor, str, int | None]] = {}
-        for rows, prefix in _same_prefix({row: _prefix(said) for row, said in last.items()}):
-            prompts = [
-                prompt_with_feedback(problems[row], said.feedback if (said := last[row]) else "")
-                for row in rows
-            ]
+        for length in dict.fromkeys(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            alike = [p for row in rows if length and (p := stacked[row]) is not None]
+            prefix = torch.stack(alike) if alike else None
             output = self.llm_module.generate_latent(
-                prompts, latent_prefix=prefix, max_length=self.max_length
+                [prompts[row] for row in rows], latent_prefix=prefix, max_length=self.max_length
             )
             z_init, texts = output
-            lengths = getattr(output, "new_tokens", None)
-            lengths = [None] * len(texts) if lengths is None else [int(n) for n in lengths]
-            read |= zip(rows, zip(z_init, texts, lengths, strict=True), strict=True)
-        return [read[row] for row in running]
-
-
-def _same_prefix(
-    prefixes: dict[int, Tensor | None],
-) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Rows that can be read together: those with equally long prefixes, stacked [b, P, H]."""
-    groups: dict[int, list[int]] = {}
-    for row, prefix in prefixes.items():
-        groups.setdefault(0 if prefix is None else len(prefix), []).append(row)
-    for length, rows in groups.items():
-        found = [prefix for row in rows if (prefix := prefixes[row]) is not None]
-        yield rows, torch.stack(found) if length else None
-
-
-def _prefix(said: Verdict | None) -> Tensor | None:
-    """The prefix [P, H] that a verdict passes on."""
-    if said is None or said.latent_prefix is None:
-        return None
-    prefix = said.latent_prefix
-    return prefix[None] if prefix.ndim == 1 else prefix
+            counts = getattr(output, "new_tokens", None) or [None] * len(rows)
+            read |= zip(rows, zip(z_init, texts, counts, strict=True), strict=True)
+        return [read[row] for row in range(len(problems))]
 
 
 def _verdict(said: VerdictLike) -> Verdict:
     if isinstance(said, Verdict):
         return said
     if isinstance(said, tuple) and len(said) == 2:
-        success, feedback = said
-        return Verdict(bool(success), float(bool(success)), str(feedback))
+        return Verdict(bool(said[0]), float(bool(said[0])), str(said[1]))
     raise ValueError(
-        f"the verifier function returned {type(said).__name__}; it must return a Verdict or a "
-        "(success, feedback) tuple for every row"
+        f"the verifier function returned {type(said).__name__}; a Verdict or a (success, feedback) "
+        "tuple is wanted for every row"
     )

@@ -1,19 +1,63 @@
 """The verifier: judges an attempt by demonstrations that were held out, never by the answer.
 
-A target, where one is given (training, scoring), is compared with the prediction for the metrics
-alone; feedback, score and success do not know whether there is one.
+A probe is a demonstration that was asked for like a test input, without its output. A grid that is
+missing or malformed is wrong, whatever it is compared with: an earlier pipeline decoded most grids
+to 0x0 and counted empty equal to empty. A target, where one is given (training, scoring), is
+compared with the prediction for the metrics alone; feedback, score and success do not know whether
+there is one.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from arctrm.data.parse import parse_grid
 from arctrm.data.task import Grid, Pair
 from arctrm.errors import TaskError
-from arctrm.planner.feedback import MAX_CELLS, feedback_text
-from arctrm.planner.probes import ProbeResult, probe, to_grid, well_formed
+
+MAX_CELLS = 16
+"""Wrong cells named in one feedback text, over all probes."""
+HEADING = "Feedback on the last attempt:"
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What a prediction for a held-out demonstration has right."""
+
+    predicted: Grid | None
+    """None where there was no well-formed grid."""
+    truth: Grid
+    exact: bool
+    """Same size, same cells."""
+    shape: bool
+    """Same size."""
+    cells: float
+    """Share of cells (0..1) that are right; 0 where the size is wrong."""
+    missing_colours: tuple[int, ...]
+    extra_colours: tuple[int, ...]
+
+    @property
+    def palette(self) -> bool:
+        """Whether exactly the right colours occur."""
+        return not (self.missing_colours or self.extra_colours)
+
+    @property
+    def score(self) -> float:
+        """0 (no grid) to 1 (exact), half of it for what is nearly right."""
+        return 0.5 * self.exact + 0.125 * (self.shape + self.palette) + 0.25 * self.cells
+
+
+def probe(predicted: Any, truth: Grid) -> ProbeResult:
+    """Compare a prediction (array, list of rows, or None) with a demonstration's output."""
+    grid = _well_formed(predicted)
+    shape = grid is not None and grid.shape == truth.shape
+    cells = float(np.mean(grid == truth)) if shape else 0.0
+    wanted, got = (set() if g is None else set(g.ravel().tolist()) for g in (truth, grid))
+    missing, extra = tuple(sorted(wanted - got)), tuple(sorted(got - wanted))
+    return ProbeResult(grid, truth, shape and cells == 1, shape, cells, missing, extra)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +69,9 @@ class Verdict:
     score: float
     """Mean score of the probes, 0..1; 0 without probes."""
     feedback: str = ""
-    """What the query's row may be told; see `feedback_text`."""
+    """What the reader is told before the next attempt at the query; see `feedback_text`."""
     probes: tuple[ProbeResult, ...] = ()
     """One per demonstration, in order."""
-    probe_feedback: tuple[str, ...] = ()
-    """What each probe's row may be told: feedback on the demonstrations before it only. Those
-    after it were predicted with its output in sight."""
     prediction: Grid | None = None
     """The attempt's grid for the query; None where there is none."""
     latent_prefix: Tensor | None = None
@@ -42,92 +83,108 @@ class Verdict:
 class GridVerifier:
     """Judges predicted grids of held-out demonstrations (leave-one-out probes).
 
-    Args:
-        target_grid: the query's answer, if known: an array or a list of rows. For metrics only.
-        demonstrations: `Pair`s, (input, output) tuples or {"input", "output"} objects of the task
-            as it was shown; the probes are compared with their outputs. Inputs are not looked at.
-        max_cells: wrong cells that a feedback text names at most.
-
-    Raises:
-        TaskError: the target or an output is no grid.
+    `target_grid`, the query's answer if known (an array or a list of rows), feeds metrics only.
+    `demonstrations` are `Pair`s, (input, output) tuples or {"input", "output"} objects of the task
+    as it was shown; only their outputs are looked at.
     """
 
-    def __init__(
-        self,
-        target_grid: Any = None,
-        demonstrations: Sequence[Any] | None = None,
-        max_cells: int = MAX_CELLS,
-    ):
-        self.target = None if target_grid is None else to_grid(target_grid, "target_grid")
+    def __init__(self, target_grid: Any = None, demonstrations: Sequence[Any] | None = None):
+        self.target = None if target_grid is None else _to_grid(target_grid, "target_grid")
         self.outputs = tuple(_output(d, i) for i, d in enumerate(demonstrations or ()))
-        self.max_cells = max_cells
 
     def verify(
         self, probes: Sequence[Any], prediction: Any = None, latent_prefix: Tensor | None = None
     ) -> Verdict:
-        """Judge one attempt.
-
-        Args:
-            probes: for each demonstration, in order, the grid predicted while it was held out
-                (None or anything that is no grid: wrong).
-            prediction: the grid predicted for the query.
-            latent_prefix: passed on to the next attempt.
-
-        Raises:
-            ValueError: not one probe per demonstration.
+        """Judge one attempt by the grids predicted for the demonstrations, in order, while each
+        was held out (None or anything that is no grid: wrong). `latent_prefix` is passed on.
         """
         if len(probes) != len(self.outputs):
             raise ValueError(
                 f"GridVerifier: got {len(probes)} probes for {len(self.outputs)} demonstrations; "
                 "give one per demonstration, None where there is no grid"
             )
-        results = tuple(probe(p, truth) for p, truth in zip(probes, self.outputs, strict=True))
-        grid = well_formed(prediction)
-        return Verdict(
-            success=bool(results) and all(result.exact for result in results),
-            score=_mean([result.score for result in results]),
-            feedback=feedback_text(results, self.max_cells),
-            probes=results,
-            probe_feedback=tuple(
-                feedback_text(results[:i], self.max_cells) for i in range(len(results))
-            ),
-            prediction=grid,
-            latent_prefix=latent_prefix,
-            metrics=self._probe_metrics(results) | self._target_metrics(grid),
-        )
+        found = tuple(probe(p, truth) for p, truth in zip(probes, self.outputs, strict=True))
+        grid, of = _well_formed(prediction), max(1, len(found))
+        names = ("exact", "shape", "palette", "cells") if found else ()
+        metrics = {f"probe_{name}": sum(getattr(one, name) for one in found) / of for name in names}
+        if self.target is not None:
+            own = probe(grid, self.target)
+            metrics |= {"exact_match": float(own.exact), "shape_match": float(own.shape)}
+            metrics["cell_accuracy"] = own.cells
+        success = bool(found) and all(one.exact for one in found)
+        score = sum(one.score for one in found) / of
+        told = feedback_text(found)
+        return Verdict(success, score, told, found, grid, latent_prefix, metrics)
 
-    def _probe_metrics(self, results: Sequence[ProbeResult]) -> dict[str, float]:
-        return {
-            f"probe_{name}": _mean([float(getattr(result, name)) for result in results])
-            for name in ("exact", "shape", "palette", "cells")
-            if results
-        }
 
-    def _target_metrics(self, prediction: Grid | None) -> dict[str, float]:
-        if self.target is None:
-            return {}
-        result = probe(prediction, self.target)
-        return {
-            "exact_match": float(result.exact),
-            "shape_match": float(result.shape),
-            "cell_accuracy": result.cells,
-        }
+def feedback_text(probes: Sequence[ProbeResult], max_cells: int = MAX_CELLS) -> str:
+    """One line of counts, then one line per wrong probe; empty without probes.
+
+    It is made from probe results only, so it cannot say anything about the query's answer. Wrong
+    cells are named as "(row,col) predicted/true", counted from 0, row by row, at most `max_cells`
+    in all: equal shares, and what a probe does not need goes to the others.
+
+    A line looks like one of:
+        demonstration 1: no grid, should be 3x3
+        demonstration 2: size 3x4, should be 3x3; colours missing 5, extra 7
+        demonstration 3: 3 of 9 cells wrong: (0,1) 3/5 (2,2) 0/1 and 1 more
+    """
+    if not probes:
+        return ""
+    wrong = [(number, p) for number, p in enumerate(probes, 1) if not p.exact]
+    cells: dict[int, list[str]] = {number: [] for number, _ in wrong}
+    for number, p in wrong:
+        if p.predicted is not None and p.shape:
+            for y, x in np.argwhere(p.predicted != p.truth).tolist():
+                cells[number].append(f"({y},{x}) {p.predicted[y, x]}/{p.truth[y, x]}")
+    shares, left = {}, max(0, max_cells)
+    for done, number in enumerate(sorted(cells, key=lambda number: len(cells[number]))):
+        shares[number] = min(len(cells[number]), left // (len(cells) - done))
+        left -= shares[number]
+    lines = [f"{len(probes) - len(wrong)} of {len(probes)} held-out demonstrations right"]
+    for number, p in wrong:
+        parts, wanted = [], "should be {}x{}".format(*p.truth.shape)
+        if p.predicted is None:
+            parts.append(f"no grid, {wanted}")
+        elif not p.shape:
+            parts.append("size {}x{}, ".format(*p.predicted.shape) + wanted)
+        else:
+            named, more = cells[number][: shares[number]], len(cells[number]) - shares[number]
+            head = f"{len(cells[number])} of {p.truth.size} cells wrong"
+            tail = f" and {more} more" if more else ""
+            parts.append(f"{head}: {' '.join(named)}{tail}" if named else head)
+        if p.predicted is not None and not p.palette:
+            kinds = (("missing", p.missing_colours), ("extra", p.extra_colours))
+            told = [f"{kind} {' '.join(map(str, which))}" for kind, which in kinds if which]
+            parts.append(f"colours {', '.join(told)}")
+        lines.append(f"demonstration {number}: {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
+def prompt_with_feedback(problem: str, feedback: str) -> str:
+    """The problem, unchanged so that its cache is reused, then what went wrong before."""
+    return f"{problem}\n\n{HEADING}\n{feedback}" if feedback else problem
 
 
 def _output(demonstration: Any, index: int) -> Grid:
     if isinstance(demonstration, Pair):
-        output = demonstration.output
-    elif isinstance(demonstration, Mapping):
-        output = demonstration.get("output")
-    else:
-        _, output = demonstration
+        demonstration = (demonstration.input, demonstration.output)
+    if isinstance(demonstration, Mapping):
+        demonstration = (demonstration.get("input"), demonstration.get("output"))
+    where, (_, output) = f"demonstrations[{index}]", demonstration
     if output is None:
-        raise TaskError(
-            f"demonstrations[{index}] has no output to compare a probe with; give demonstrations, "
-            "not test pairs"
-        )
-    return to_grid(output, f"demonstrations[{index}].output")
+        raise TaskError(f"{where} has no output to compare a probe with; give demonstrations only")
+    return _to_grid(output, f"{where}.output")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _well_formed(value: Any) -> Grid | None:
+    """`value` as a grid, or None where it is none (missing, empty, ragged, no colours)."""
+    try:
+        return _to_grid(value, "prediction")
+    except TaskError:
+        return None
+
+
+def _to_grid(value: Any, where: str) -> Grid:
+    """An array, tensor or list of rows as a grid."""
+    return parse_grid(value.tolist() if hasattr(value, "tolist") else value, where)

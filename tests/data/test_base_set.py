@@ -7,19 +7,21 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from arctrm.config.data import DataConfig
-from arctrm.data.build import build
-from arctrm.data.dataset import (
+from arctrm.data.base_set import (
     PAIR_COLUMNS,
     base_set_from_tasks,
+    build,
     open_base_set,
-    pair_key,
+    prepare,
     write_base_set,
 )
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Pair, Task
-from arctrm.errors import DataError, ResourceError
+from arctrm.data.task import Pair, Task, pair_key
+from arctrm.errors import DataError, UserError
 
 
 def grid(*rows):
@@ -114,14 +116,14 @@ def base():
     return base_set_from_tasks({"s": [Task("a", (ONE, TWO), (THREE,))]}, None, 7, {"seed": [1]})
 
 
-def test_a_written_set_opens_memory_mapped_and_equal(base, tmp_path):
+def test_a_written_set_opens_equal(base, tmp_path):
     write_base_set(base, tmp_path / "deep" / "set")
     opened = open_base_set(tmp_path / "deep" / "set")
-    assert isinstance(opened.cells, np.memmap)
     assert opened.meta == base.meta
     assert np.array_equal(opened.cells, base.cells)
     assert np.array_equal(opened.pairs, base.pairs)
     assert all(map(same, [opened.pair(index) for index in range(3)], (ONE, TWO, THREE)))
+    assert [(task, label) for task, label, _ in opened.labelled_pairs()] == [("a", "s")] * 3
 
 
 def test_an_older_set_is_replaced_and_nothing_is_left_beside_it(base, tmp_path):
@@ -130,6 +132,19 @@ def test_an_older_set_is_replaced_and_nothing_is_left_beside_it(base, tmp_path):
     write_base_set(base, path)
     assert open_base_set(path).meta.task_ids == ("a",)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_set_of_three_files_is_refused_and_may_be_built_again_in_its_place(base, tmp_path):
+    path = tmp_path / "set"
+    path.mkdir()
+    for name in ("cells.npy", "pairs.npy", "meta.json"):
+        (path / name).write_text("{}")
+    for opening in (lambda: open_base_set(path), lambda: prepare(DataConfig(path=path))):
+        with pytest.raises(DataError, match=r"version 1.*reads version 2; build it again with"):
+            opening()
+    write_base_set(base, path)
+    assert [file.name for file in path.iterdir()] == ["base.safetensors"]
+    assert open_base_set(path).meta == base.meta
 
 
 def test_an_empty_folder_may_be_written_to(base, tmp_path):
@@ -147,75 +162,76 @@ def test_what_is_not_a_built_set_is_never_replaced(base, tmp_path):
     for name in ("file", "folder", "set"):
         with pytest.raises(DataError, match="choose another folder"):
             write_base_set(base, tmp_path / name)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert (tmp_path / "folder" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "set" / "notes.txt").read_text() == "mine"
+    for name in ("file", "folder/notes.txt", "set/notes.txt"):
+        assert (tmp_path / name).read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(base, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DataError, match=r"cannot be written: .*; choose another --out"):
+    with pytest.raises(UserError, match=r"cannot be written .*; choose another --out"):
         write_base_set(base, tmp_path / "file" / "set")
 
 
-FULL_DISK = """
-import resource, signal, sys
+LIMITED = """
+import os, resource, signal, sys
 from pathlib import Path
-from arctrm.data.dataset import base_set_from_tasks, write_base_set
+from arctrm.data.base_set import base_set_from_tasks, write_base_set
 from arctrm.data.sources import load_tasks
-from arctrm.errors import ResourceError
+from arctrm.errors import UserError
 base = base_set_from_tasks({"training": load_tasks("training")}, None, 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+if sys.argv[2] == "refused":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+else:  # the process is killed in the middle of writing
+    signal.signal(signal.SIGXFSZ, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 try:
     write_base_set(base, Path(sys.argv[1]))
-except ResourceError as error:
+except UserError as error:
     sys.exit(f"refused: {error}")
 """
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_older_set(base, tmp_path):
+@pytest.mark.parametrize("end", ["refused", "killed"])
+@pytest.mark.parametrize("older", [True, False])
+def test_a_write_that_ends_halfway_leaves_the_older_set_or_nothing(base, tmp_path, end, older):
     path = tmp_path / "set"
-    write_base_set(base, path)
-    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    if older:
+        write_base_set(base, path)
+    command = [sys.executable, "-c", LIMITED, str(path), end]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.stderr.startswith(f"refused: {path}: no room for the data set"), run.stderr
-    assert list(tmp_path.iterdir()) == [path]
-    assert open_base_set(path).meta == base.meta
-
-
-def test_a_disk_that_fills_up_at_the_last_move_keeps_the_older_set(base, tmp_path, monkeypatch):
-    path = tmp_path / "set"
+    if end == "refused":
+        assert run.stderr.startswith("refused: "), run.stderr
+        assert list(tmp_path.iterdir()) == ([path] if older else [])
+    else:
+        assert run.returncode == -9, run.stderr
+        assert path.exists() == older
+        assert len(list(tmp_path.iterdir())) == 1 + older  # what the killed process was writing
+    if older:
+        assert open_base_set(path).meta == base.meta
     write_base_set(base, path)
-    real, calls = os.replace, []
-
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(ResourceError, match="No space left"):
-        write_base_set(base_set_from_tasks({"s": [Task("new", (ONE,))]}, None, 0), path)
     assert list(tmp_path.iterdir()) == [path]
-    assert open_base_set(path).meta == base.meta
 
 
-def edit_meta(path, **changes):
-    meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps(meta | changes))
+def rewrite(path, meta=None, **arrays):
+    with safe_open(path, "np") as file:
+        known = {name: file.get_tensor(name) for name in ("cells", "pairs")}
+        stored = json.loads(file.metadata()["meta"])
+    path.write_bytes(save(known | arrays, {"meta": json.dumps(stored | (meta or {}))}))
 
 
 DAMAGE = {
-    "missing array": (lambda path: (path / "cells.npy").unlink(), "not a readable data set"),
-    "short array": (lambda path: os.truncate(path / "cells.npy", 130), "not a readable data set"),
-    "empty array": (lambda path: os.truncate(path / "pairs.npy", 0), "not a readable data set"),
-    "no json": (lambda path: (path / "meta.json").write_text("{"), "not a readable data set"),
-    "no meta": (lambda path: (path / "meta.json").unlink(), "holds no built data set"),
-    "version": (lambda path: edit_meta(path, version=99), "version 99.*reads version 1"),
+    "short": (lambda path: os.truncate(path, 300), "not a readable data set"),
+    "empty": (lambda path: os.truncate(path, 0), "not a readable data set"),
+    "no meta": (
+        lambda path: path.write_bytes(save({"cells": np.zeros(1)})),
+        "not a readable data set",
+    ),
+    "no file": (lambda path: path.unlink(), "holds no built data set"),
+    "version": (lambda path: rewrite(path, {"version": 99}), "version 99.*reads version 2"),
+    "a key": (lambda path: rewrite(path, {"more": 1}), "not a readable data set"),
     "content": (
-        lambda path: np.save(path / "cells.npy", np.zeros(11, np.uint8)),
-        "not the ones that meta.json describes",
+        lambda path: rewrite(path, cells=np.zeros(11, np.uint8)),
+        "not the ones it was written with",
     ),
 }
 
@@ -224,7 +240,7 @@ DAMAGE = {
 def test_a_damaged_set_is_refused_in_one_sentence(base, tmp_path, name):
     damage, expected = DAMAGE[name]
     write_base_set(base, tmp_path / "set")
-    damage(tmp_path / "set")
+    damage(tmp_path / "set" / "base.safetensors")
     with pytest.raises(DataError, match=expected) as caught:
         open_base_set(tmp_path / "set")
     assert "\n" not in str(caught.value)

@@ -1,0 +1,350 @@
+"""The base set: every pair that is trained on, once. `arctrm data build` makes it.
+
+Sources are loaded, exclusions and the overlap guard applied, and what is left becomes two flat
+arrays. Views are drawn on the fly, so nothing is multiplied: ARC-AGI-1 is about 1 MB whatever
+`num_aug` says. On disk a set is a folder with one file, `base.safetensors`, whose metadata holds
+the ids and counts as JSON. The folder appears, and the file is replaced, in one step: at no moment
+is there half a set.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+from rich.markup import escape
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from arctrm.config.base import StrictModel
+from arctrm.config.data import DataConfig
+from arctrm.data.overlap import Overlap, check, describe, find_overlaps, refused
+from arctrm.data.sources import load_tasks, subset_label
+from arctrm.data.task import Grid, Pair, Task, held_out_ids, pair_key, training_pairs
+from arctrm.data.views import fixed_colours
+from arctrm.errors import DataError
+from arctrm.system import TEMPORARY, disk_errors, is_alive, temporary, write_bytes_atomically
+
+VERSION = 2
+"""Of the file's layout; a set of another version is refused and has to be built again."""
+FILE = "base.safetensors"
+OLD_FILES = {"cells.npy", "pairs.npy", "meta.json"}
+"""A set of version 1."""
+_PLACE = ("offset", "height", "width")
+PAIR_COLUMNS = ("task", "subset", "is_test", *(f"{s}_{p}" for s in ("in", "out") for p in _PLACE))
+
+
+class BaseSetMeta(StrictModel):
+    """What the two arrays of a base set mean."""
+
+    version: int = VERSION
+    """Layout version of the file."""
+    task_ids: tuple[str, ...]
+    """Task id of each value of the pairs' column `task`."""
+    in_test_set: tuple[bool, ...]
+    """Per task: whether it is evaluated, so that only its demonstrations are here."""
+    fixed_colours: tuple[int, ...]
+    """Per task: bit c set = no view may move colour c."""
+    subsets: tuple[str, ...]
+    """Label (bundled name or file stem) of each value of the pairs' column `subset`."""
+    test_set: str | None
+    """Label of the evaluated subset."""
+    num_aug: int
+    """Number of distinct views of each task that training may draw; 0 = unbounded."""
+    fingerprint: str
+    """sha256 over cells, pairs and task ids."""
+    counts: dict[str, dict[str, int]]
+    """Subset label -> number of tasks, demonstrations, test_pairs that it contributes."""
+    built_from: dict[str, Any] = Field(default_factory=dict)
+    """The `[data]` keys that decided the content, as given."""
+
+
+@dataclass(frozen=True)
+class BaseSet:
+    """All grids flattened row-major (`cells`, uint8 [num_cells]) and where each pair's grids lie
+    (`pairs`, int32 [num_pairs, 9], columns `PAIR_COLUMNS`).
+    """
+
+    cells: np.ndarray
+    pairs: np.ndarray
+    meta: BaseSetMeta
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks, test set included."""
+        return len(self.meta.task_ids)
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs that are trained on."""
+        return len(self.pairs)
+
+    def pair(self, index: int) -> Pair:
+        """The pair in row `index` of `pairs`."""
+        row = self.pairs[index]
+        return Pair(self._grid(*row[3:6]), self._grid(*row[6:9]))
+
+    def labelled_pairs(self) -> Iterator[tuple[str, str, Pair]]:
+        """(task id, subset label, pair) of every pair."""
+        for index, (task, subset) in enumerate(self.pairs[:, :2].tolist()):
+            yield self.meta.task_ids[task], self.meta.subsets[subset], self.pair(index)
+
+    def task_fingerprints(self) -> list[str]:
+        """Per task: `Task.fingerprint` of its demonstrations in the first subset that holds it.
+
+        (A later subset may bring more pairs of the same task, which its file does not show.)
+        """
+        demonstrations: list[dict[int, list[Pair]]] = [{} for _ in range(self.num_tasks)]
+        for index, (task, subset, is_test) in enumerate(self.pairs[:, :3].tolist()):
+            if not is_test:
+                demonstrations[task].setdefault(subset, []).append(self.pair(index))
+        firsts = [found[min(found)] if found else [] for found in demonstrations]
+        return [Task("", tuple(pairs)).fingerprint() for pairs in firsts]
+
+    def _grid(self, offset: int, height: int, width: int) -> Grid:
+        return self.cells[offset : offset + height * width].reshape(height, width)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build took in, left out and cost; prints as a table."""
+
+    base: BaseSet = field(repr=False)
+    seconds: float
+    excluded: tuple[str, ...]
+    """Ids of `data.exclude` that were found and left out."""
+    dropped: tuple[str, ...]
+    """Ids that `data.drop_overlap` left out."""
+    harmless: tuple[Overlap, ...]
+    """Overlaps that are trained on: allowed by name, or within the test set's demonstrations."""
+    path: Path | None
+
+    def __rich__(self) -> Table:
+        base = self.base
+        megabytes = (base.cells.nbytes + base.pairs.nbytes) / 1e6
+        size = f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {megabytes:.1f} MB"
+        title = f"{size}{f' in {self.path}' if self.path else ''}, {self.seconds:.1f} s"
+        table = Table(title=escape(title), title_justify="left", caption_justify="left")
+        for name in ("subset", "tasks", "demonstrations", "test pairs"):
+            table.add_column(name, justify="left" if name == "subset" else "right")
+        for label, counts in base.meta.counts.items():
+            table.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
+        remarks = {
+            "left out by data.exclude": ", ".join(self.excluded),
+            "left out by data.drop_overlap": f"{len(self.dropped)} tasks" if self.dropped else "",
+            "overlaps that may be trained on": describe(self.harmless),
+        }
+        table.caption = escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v))
+        return table
+
+
+# --- From a configuration to a base set
+
+
+def prepare(config: DataConfig) -> BaseSet:
+    """The base set of `config`: opened where `config.path` holds one, else built (there).
+
+    Raises:
+        DataError: the set at `config.path` was built from something else.
+    """
+    path = config.path
+    if path is None or not any((path / name).is_file() for name in (FILE, "meta.json")):
+        return build(config, path)[0]
+    base = open_base_set(path)
+    for key, wanted in _built_from(config).items():
+        if (got := base.meta.built_from.get(key)) != wanted:
+            raise DataError(
+                f"{path} was built with data.{key} = {got!r}, but the configuration says "
+                f"{wanted!r}; build it again or choose another data.path"
+            )
+    return replace(base, meta=base.meta.model_copy(update={"num_aug": config.num_aug}))
+
+
+def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildReport]:
+    """Build the base set of `config`; written to the folder `out`, without it only in memory.
+
+    Raises:
+        TaskError, DataError: a source cannot be used, or nothing is left to train on.
+        OverlapError: a subset holds test content of the test set.
+        ResourceError: the disk is full.
+    """
+    start = perf_counter()
+    # 1. The tasks of every source, under its label.
+    tasks: dict[str, list[Task]] = {}
+    for source in config.subsets:
+        label = subset_label(source)
+        if label in tasks:
+            raise DataError(
+                f"data.subsets: {source!r} is named {label!r}, as is another subset; "
+                "name each source once, and rename the file if two have the same name"
+            )
+        tasks[label] = load_tasks(source, max_tasks=config.max_tasks)
+    test_label = None if config.test_set is None else subset_label(config.test_set)
+    others = tasks.keys() - {test_label}
+    # 2. Named exclusions. The test set stays whole: evaluation shows its demonstrations anyway.
+    exclude = {(label, t.id) for label in others for t in tasks[label] if t.id in config.exclude}
+    tasks = _without(tasks, exclude)
+    # 3. The validation set of each subset loses its test pairs.
+    for label in others:
+        chosen = held_out_ids((task.id for task in tasks[label]), config.held_out)
+        tasks[label] = [replace(t, test=()) if t.id in chosen else t for t in tasks[label]]
+    # 4. The overlap guard: test content of the test set is refused, or left out.
+    overlaps = find_overlaps(tasks, tasks[test_label], test_label) if test_label else []
+    bad = refused(overlaps, test_label, config.allow_overlap)
+    if not config.drop_overlap:
+        check(overlaps, test_label, config.allow_overlap)
+    drop = {(overlap.subset, overlap.task_id) for overlap in bad}
+    tasks = _without(tasks, drop)
+    if not any(tasks.values()):
+        raise DataError(f"data.subsets = {list(config.subsets)}: no task is left to train on")
+    # 5. Two arrays, and a file if somebody wants one.
+    base = base_set_from_tasks(tasks, test_label, config.num_aug, _built_from(config))
+    if out is not None:
+        write_base_set(base, out)
+    excluded, dropped = (tuple(sorted({i for _, i in ids})) for ids in (exclude, drop))
+    harmless = tuple(overlap for overlap in overlaps if overlap not in set(bad))
+    return base, BuildReport(base, perf_counter() - start, excluded, dropped, harmless, out)
+
+
+def _without(tasks: dict[str, list[Task]], drop: set[tuple[str, str]]) -> dict[str, list[Task]]:
+    return {key: [t for t in subset if (key, t.id) not in drop] for key, subset in tasks.items()}
+
+
+def _built_from(config: DataConfig) -> dict[str, Any]:
+    """The keys that decide the content of a base set, as JSON gives them back."""
+    keys = {"subsets", "test_set", "exclude", "allow_overlap", "drop_overlap", "max_tasks"}
+    return config.model_dump(mode="json", include=keys | {"held_out"})
+
+
+def base_set_from_tasks(
+    tasks_by_subset: dict[str, list[Task]],
+    test_set: str | None,
+    num_aug: int,
+    built_from: dict[str, Any] | None = None,
+) -> BaseSet:
+    """Collect the demonstrations of all tasks and the known test pairs of those not in `test_set`.
+
+    Tasks with the same id are one task, its pairs deduplicated by content; a task that occurs in
+    the test set never contributes a test pair, whichever subset it comes from.
+    """
+    test_ids = {task.id for task in tasks_by_subset[test_set]} if test_set is not None else set()
+    ids = sorted({task.id for tasks in tasks_by_subset.values() for task in tasks})
+    row_of = {task_id: row for row, task_id in enumerate(ids)}
+    demonstrations: dict[str, list[Pair]] = {task_id: [] for task_id in ids}
+    rows: list[tuple[int, ...]] = []
+    grids: list[Grid] = [np.zeros(0, np.uint8)]
+    seen, offset = set(), 0
+    for subset, tasks in enumerate(tasks_by_subset.values()):
+        for task in tasks:
+            for pair, is_test in training_pairs(task, task.id in test_ids):
+                key = (task.id, pair_key(pair))
+                if key in seen or pair.output is None:
+                    continue
+                seen.add(key)
+                middle = offset + pair.input.size
+                places = (offset, *pair.input.shape, middle, *pair.output.shape)
+                rows.append((row_of[task.id], subset, int(is_test), *places))
+                grids += [pair.input.ravel(), pair.output.ravel()]
+                offset = middle + pair.output.size
+                if not is_test:
+                    demonstrations[task.id].append(pair)
+    cells = np.concatenate(grids)
+    pairs = np.array(rows, dtype=np.int32).reshape(-1, len(PAIR_COLUMNS))
+    fixed = (fixed_colours(Task("", tuple(demonstrations[task_id]))) for task_id in ids)
+    counts = {}
+    for subset, label in enumerate(tasks_by_subset):
+        own = pairs[pairs[:, 1] == subset]
+        tests = int(own[:, 2].sum())
+        numbers = (len(np.unique(own[:, 0])), len(own) - tests, tests)
+        counts[label] = dict(zip(("tasks", "demonstrations", "test_pairs"), numbers, strict=True))
+    meta = BaseSetMeta(
+        task_ids=tuple(ids),
+        in_test_set=tuple(task_id in test_ids for task_id in ids),
+        fixed_colours=tuple(int(flags @ (1 << np.arange(len(flags)))) for flags in fixed),
+        subsets=tuple(tasks_by_subset),
+        test_set=test_set,
+        num_aug=num_aug,
+        fingerprint=_fingerprint(cells, pairs, ids),
+        counts=counts,
+        built_from=built_from or {},
+    )
+    return BaseSet(cells, pairs, meta)
+
+
+def _fingerprint(cells: np.ndarray, pairs: np.ndarray, ids: Iterable[str]) -> str:
+    return hashlib.sha256(cells.tobytes() + pairs.tobytes() + "\n".join(ids).encode()).hexdigest()
+
+
+# --- The file
+
+
+def write_base_set(base: BaseSet, path: Path) -> None:
+    """Make the folder `path` with the set in it; an older built set there is replaced.
+
+    Raises:
+        DataError: `path` is something else than a built set.
+        CheckpointError: it cannot be written to.
+        ResourceError: the disk is full; nothing half-written is left.
+    """
+    names = {file.name for file in path.iterdir()} if path.is_dir() else {"a file"}
+    if os.path.lexists(path) and not names <= {FILE} | OLD_FILES:
+        raise DataError(
+            f"{path} exists and is not (or not only) a built data set; choose another folder"
+        )
+    arrays = {"cells": base.cells, "pairs": base.pairs}
+    aside = temporary(path)
+    with disk_errors(path):
+        for left in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
+            process = left.name.removeprefix(TEMPORARY).partition("-")[0]
+            if process.isdecimal() and not is_alive(int(process)):  # it was killed
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            write_bytes_atomically(
+                aside / FILE, save(arrays, {"meta": base.meta.model_dump_json()})
+            )
+            if path.exists():
+                os.replace(aside / FILE, path / FILE)
+                for name in OLD_FILES:
+                    (path / name).unlink(missing_ok=True)
+            else:
+                os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_base_set(path: Path) -> BaseSet:
+    """Read a built set.
+
+    Raises:
+        DataError: no built set there, another version, or a damaged file.
+    """
+    if not any((path / name).is_file() for name in (FILE, "meta.json")):
+        raise DataError(f"{path} holds no built data set; build one with `arctrm data build`")
+    try:
+        stored: dict[str, Any] = {"version": 1}
+        if (path / FILE).is_file():
+            with safe_open(path / FILE, "np") as file:
+                stored = json.loads((file.metadata() or {})["meta"])
+                cells, pairs = file.get_tensor("cells"), file.get_tensor("pairs")
+        if stored.get("version") != VERSION:
+            raise DataError(
+                f"{path} has data set version {stored.get('version')}, this arctrm reads version "
+                f"{VERSION}; build it again with `arctrm data build`"
+            )
+        meta = BaseSetMeta.model_validate_json(json.dumps(stored))
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path} is not a readable data set ({reason}); build it again") from error
+    if _fingerprint(cells, pairs, meta.task_ids) != meta.fingerprint:
+        raise DataError(f"{path}: its arrays are not the ones it was written with; build it again")
+    return BaseSet(cells, pairs, meta)

@@ -1,0 +1,384 @@
+"""Published TRM checkpoints: the reference layout, its recursion with carry and halting, a loader.
+
+The Tiny Recursive Model of arXiv 2510.04871 as its authors wrote it: grids on a 30x30 canvas, a
+learned vector for every view of every task in the first of 16 prefix slots, rotary positions along
+the flattened canvas. In the paper's letters x is the embedded question, y = z_H the answer, z = z_L
+the reasoning. Nothing else is built on this; `eval --checkpoint FILE` answers with it.
+
+Legend: B rows, S = prefix slots + 900 cells, D width, A heads, K = D / A, V cell codes.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
+from arctrm.data.views import SAME_COLOURS, View
+from arctrm.errors import CheckpointError
+from arctrm.model.trm import Asked, Refined
+
+PAD, EOS, COLOUR = 0, 1, 2
+"""Cell codes: outside of the grid, its border, colour 0."""
+VOCABULARY = COLOUR + NUM_COLOURS
+NUM_CELLS = MAX_SIDE**2
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines [S, K] of the rotary positions."""
+
+
+def encode(grid: Grid) -> np.ndarray:
+    """Codes uint8 [30, 30] of a grid: EOS in the row below and the column right of it."""
+    height, width = grid.shape
+    codes = np.full((MAX_SIDE, MAX_SIDE), PAD, dtype=np.uint8)
+    codes[height : height + 1, :width] = codes[:height, width : width + 1] = EOS
+    codes[:height, :width] = grid + COLOUR
+    return codes
+
+
+def decode(codes: np.ndarray) -> Grid | None:
+    """The grid on a canvas, as long as the colours of its first row and column; None if there is a
+    hole in it.
+    """
+    is_colour = np.pad(codes >= COLOUR, (0, 1))
+    height, width = int(is_colour[:, 0].argmin()), int(is_colour[0].argmin())
+    whole = height > 0 and is_colour[:height, :width].all()
+    return (codes[:height, :width] - COLOUR).astype(np.uint8) if whole else None
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Sizes and cycles; the names are those of the reference implementation."""
+
+    hidden_size: int
+    num_heads: int
+    L_layers: int
+    inner_size: int
+    """Inner width of the SwiGLU."""
+    H_cycles: int = 3
+    L_cycles: int = 4
+    puzzle_emb_len: int = 16
+    rope_theta: float = 10000.0
+    halt_max_steps: int = 16
+
+
+@dataclass
+class Carry:
+    """What passes from one supervision step to the next."""
+
+    z_H: Tensor
+    z_L: Tensor
+    """Both [B, S, D]."""
+    steps: Tensor
+    """int [B]: supervision steps taken on the current data."""
+    halted: Tensor
+    """bool [B]: the row is done and starts afresh with the next batch's row."""
+    current_data: dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each added and then normed; norms have no weight."""
+
+    def __init__(self, config: ReferenceConfig):
+        super().__init__()
+        width, inner, self.num_heads = config.hidden_size, config.inner_size, config.num_heads
+        qkv, out = _linear(width, 3 * width), _linear(width, width)
+        self.self_attn = nn.ModuleDict({"qkv_proj": qkv, "o_proj": out})
+        gate_up, down = _linear(width, 2 * inner), _linear(inner, width)
+        self.mlp = nn.ModuleDict({"gate_up_proj": gate_up, "down_proj": down})
+
+    def forward(self, x_BSD: Tensor, turn: Turn) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        qkv = self.self_attn["qkv_proj"](x_BSD).unflatten(-1, (3 * self.num_heads, -1))
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, A, S, K)
+        seen = F.scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v)
+        x = _norm(x_BSD + self.self_attn["o_proj"](seen.transpose(1, 2).flatten(2)))
+        gate, up = self.mlp["gate_up_proj"](x).chunk(2, dim=-1)
+        return _norm(x + self.mlp["down_proj"](F.silu(gate) * up))
+
+
+def _linear(given: int, made: int) -> nn.Linear:
+    return nn.Linear(given, made, bias=False)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
+
+
+def _turned(x: Tensor, turn: Turn) -> Tensor:
+    cos, sin = turn
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class ReferenceTRM(nn.Module):
+    """TRM on batches {inputs [B, 900], puzzle_identifiers [B]}; names as in the reference."""
+
+    H_init: Tensor
+    L_init: Tensor
+
+    def __init__(self, config: ReferenceConfig, num_embeddings: int):
+        super().__init__()
+        self.config, width = config, config.hidden_size
+        self.embed_tokens = nn.ParameterDict({"embedding_weight": torch.empty(VOCABULARY, width)})
+        self.puzzle_emb = nn.ParameterDict({"weights": torch.empty(num_embeddings, width)})
+        layers = nn.ModuleList(Block(config) for _ in range(config.L_layers))
+        self.L_level = nn.ModuleDict({"layers": layers})
+        self.lm_head, self.q_head = _linear(width, VOCABULARY), nn.Linear(width, 2)
+        self.register_buffer("H_init", torch.empty(width))
+        self.register_buffer("L_init", torch.empty(width))
+
+    def initial_carry(self, batch: dict[str, Tensor]) -> Carry:
+        """All rows halted, so that the first step fills them from its batch."""
+        rows, device = len(batch["inputs"]), batch["inputs"].device
+        z = self.H_init.expand(rows, self.config.puzzle_emb_len + NUM_CELLS, -1)
+        steps = torch.zeros(rows, dtype=torch.int, device=device)
+        return Carry(z, z, steps, torch.ones_like(steps, dtype=torch.bool), batch)
+
+    def forward(self, carry: Carry, batch: dict[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
+        """One supervision step (TRM, figure 3): logits [B, 900, V] and q_halt_logits [B].
+
+        Rows that have halted are replaced by the batch's rows and start at the learned latents.
+        """
+        fresh, data = carry.halted, {}
+        for name, value in batch.items():
+            chosen = fresh.view(-1, *[1] * (value.ndim - 1))
+            data[name] = torch.where(chosen, value, carry.current_data[name])
+        y = torch.where(fresh[:, None, None], self.H_init, carry.z_H)
+        z = torch.where(fresh[:, None, None], self.L_init, carry.z_L)
+        x, turn = self.embed(data["inputs"], data["puzzle_identifiers"]), self.turn(y)
+
+        with torch.no_grad():  # all cycles but the last are without gradient
+            for _ in range(self.config.H_cycles - 1):
+                y, z = self.cycle(x, y, z, turn)
+        y, z = self.cycle(x, y, z, turn)
+
+        logits = self.lm_head(y)[:, self.config.puzzle_emb_len :].float()
+        q_halt = self.q_head(y[:, 0])[:, 0].float()
+        steps = torch.where(fresh, 0, carry.steps) + 1
+        halted = steps >= self.config.halt_max_steps  # evaluation takes all steps
+        if self.training:
+            halted = halted | (q_halt.detach() > 0)
+        outputs = {"logits": logits, "q_halt_logits": q_halt}
+        return Carry(y.detach(), z.detach(), steps, halted, data), outputs
+
+    def cycle(self, x: Tensor, y: Tensor, z: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Reason about question and answer `L_cycles` times, then better the answer."""
+        for _ in range(self.config.L_cycles):
+            z = self.net(z, y + x, turn)
+        return self.net(y, z, turn), z
+
+    def net(self, state: Tensor, added: Tensor, turn: Turn) -> Tensor:
+        """The one network, which updates both latents."""
+        state = state + added
+        for layer in self.L_level["layers"].children():
+            state = layer(state, turn)
+        return state
+
+    def embed(self, codes: Tensor, view: Tensor) -> Tensor:
+        """x [B, S, D]: the view's vector in slot 0, empty slots, the cells; times sqrt(D)."""
+        cells = F.embedding(codes.long(), self.embed_tokens["embedding_weight"])
+        vector = F.embedding(view.long(), self.puzzle_emb["weights"])[:, None]
+        prefix = F.pad(vector, (0, 0, 0, self.config.puzzle_emb_len - 1))
+        return torch.cat((prefix, cells), dim=1) * self.config.hidden_size**0.5
+
+    def turn(self, like_BSD: Tensor) -> Turn:
+        """Rotary positions along the slots and cells."""
+        half = self.config.hidden_size // self.config.num_heads // 2
+        places = torch.arange(like_BSD.shape[1], device=like_BSD.device, dtype=torch.float32)
+        speeds = self.config.rope_theta ** -(torch.arange(half, device=places.device) / half)
+        angles = (places[:, None] * speeds).repeat(1, 2)
+        return angles.cos(), angles.sin()
+
+
+# --- Answering: the `Refiner` of `model.trm`
+
+
+class ReferenceRefiner:
+    """Answers with a published checkpoint; the condition's `task` is the row of a view's vector.
+
+    The model says the size of its answer itself. Where its canvas holds no grid, the likeliest
+    colours of the size that was asked for are the answer. Drafts are not looked at.
+    """
+
+    def __init__(self, model: ReferenceTRM):
+        self.model, self.halt_max_steps = model.eval(), model.config.halt_max_steps
+
+    @torch.no_grad()
+    def refine(
+        self,
+        asked: Sequence[Asked],
+        num_steps: int | None = None,
+        *,
+        tokens_per_batch: int | None = None,
+        keep_history: bool = False,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[Refined]:
+        """See `Refiner.refine`; all steps are taken, as the reference implementation evaluates."""
+        device, found = self.model.H_init.device, []
+        usual = 2**17 if device.type == "cuda" else 2**12
+        per_batch = max(1, (tokens_per_batch or usual) // NUM_CELLS)
+        for first in range(0, len(asked), per_batch):
+            chosen = asked[first : first + per_batch]
+            codes = np.stack([encode(one.query).ravel() for one in chosen])
+            views = torch.tensor([one.prompt.condition.task for one in chosen], device=device)
+            inputs = torch.from_numpy(codes).to(device)
+            batch = {"inputs": inputs, "puzzle_identifiers": views}
+            carry, after = self.model.initial_carry(batch), []
+            for _ in range(num_steps or self.halt_max_steps):
+                carry, out = self.model(carry, batch)
+                carry = replace(carry, halted=torch.zeros_like(carry.halted))
+                after.append(out["logits"].unflatten(1, (MAX_SIDE, MAX_SIDE)).cpu())
+                after = after if keep_history else after[-1:]
+            q = out["q_halt_logits"].tolist()
+            for i, one in enumerate(chosen):
+                grids = [read_off(logits[i], one.shape) for logits in after]
+                log_p = grids[-1][1]
+                history = tuple(grid for grid, _ in grids) if keep_history else ()
+                steps = num_steps or self.halt_max_steps
+                found.append(Refined(grids[-1][0], q[i], log_p, steps, history))
+            advance(len(chosen))
+        return found
+
+
+def read_off(logits: Tensor, shape: tuple[int, int]) -> tuple[Grid, float]:
+    """The grid that logits [30, 30, V] say, and its log-probability (nats, stablemax)."""
+    grid = decode(logits.argmax(-1).numpy())
+    if grid is None:
+        grid = logits[: shape[0], : shape[1], COLOUR:].argmax(-1).numpy().astype(np.uint8)
+    weight = torch.where(logits < 0, 1 / (1 - logits), logits + 1)  # arXiv 2501.04697
+    log_p = (weight / weight.sum(-1, keepdim=True)).log()[: grid.shape[0], : grid.shape[1], COLOUR:]
+    chosen = log_p.gather(-1, torch.from_numpy(grid).long()[..., None])
+    return grid, float(chosen.sum())
+
+
+# --- Reading files
+
+_UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, zipfile.BadZipFile)
+"""What torch raises for a file that is not its own, depending on where it stumbles."""
+
+
+def read_reference_file(path: Path) -> ReferenceTRM:
+    """The model of a published checkpoint: safetensors, or a PyTorch state dict of tensors alone.
+
+    Raises:
+        CheckpointError: anything else, in one sentence; nothing is unpickled but tensors.
+    """
+    config: Mapping[str, Any] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                config = json.loads((file.metadata() or {}).get("config", "{}"))
+        elif not zipfile.is_zipfile(path):
+            raise ValueError("no file that torch.save wrote")
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
+            raise ValueError("no state dict")
+        # A tensor in a .pt file may repeat its cells: a few bytes may declare any shape.
+        if sum(t.numel() * t.element_size() for t in weights.values()) > path.stat().st_size:
+            raise ValueError("tensors larger than the file")
+    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not a state dict of plain tensors ({reason}); give a file that torch.save "
+            "wrote from a state_dict, a .safetensors file, or an arctrm checkpoint folder"
+        ) from error
+    try:
+        return load_reference(weights, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_reference(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> ReferenceTRM:
+    """Model with the reference weights, float32; `config` is the reference's `arch` table.
+
+    What it does not say is read off the weights, or is as in the published ARC models (H3 / L4,
+    heads of 64). Wrappers' prefixes of names are dropped.
+
+    Raises:
+        CheckpointError: names the first missing, unexpected or wrongly shaped tensor.
+    """
+    given = dict(config or {})
+    for key, allowed in (("mlp_t", False), ("pos_encodings", "rope")):
+        if (got := given.get(key, allowed)) != allowed:
+            raise CheckpointError(
+                f"reference configuration: {key} = {got!r} is not supported, only {allowed!r}; "
+                "use a checkpoint of the attention variant with rotary positions"
+            )
+    prefixes = r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+"
+    weights = {re.sub(prefixes, "", key): value for key, value in state_dict.items()}
+    no_values = r"rotary_emb\.|embed_pos\.|local_(weights|ids)$"
+    weights = {key: value for key, value in weights.items() if not re.search(no_values, key)}
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    width = shapes.get("embed_tokens.embedding_weight", (0, 0))[-1]
+    layers = {key.split(".")[2] for key in weights if key.startswith("L_level.layers.")}
+    if not width or not layers or "puzzle_emb.weights" not in weights:
+        raise CheckpointError(
+            "the file holds no TRM weights (embed_tokens.embedding_weight, puzzle_emb.weights and "
+            f"L_level.layers); it has {', '.join(sorted(weights)[:3]) or 'no tensors'}"
+        )
+    inner = shapes.get("L_level.layers.0.mlp.down_proj.weight", (0, width))[-1]
+    sizes = {"hidden_size": width, "L_layers": len(layers), "inner_size": inner}
+    sizes["num_heads"] = max(1, width // 64)
+    sizes |= {key: given[key] for key in ReferenceConfig.__annotations__ if key in given}
+    if sizes["hidden_size"] % (2 * sizes["num_heads"]):
+        raise CheckpointError(f"{sizes['num_heads']} heads do not divide a width of {width}")
+    with torch.device("meta"):  # compared before anything of these sizes is made
+        model = ReferenceTRM(ReferenceConfig(**sizes), shapes["puzzle_emb.weights"][0])
+    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, unexpected = [n for n in want if n not in shapes], [n for n in shapes if n not in want]
+    wrong = [name for name in want if name in shapes and want[name] != shapes[name]]
+    faults = [f"{len(missing)} tensors missing, first {missing[0]!r}"] if missing else []
+    faults += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
+    for name in wrong[:1]:
+        faults.append(f"{name!r} has shape {shapes[name]}, the model expects {want[name]}")
+    if faults:
+        raise CheckpointError(f"does not fit the model: {'; '.join(faults)}")
+    model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    return model
+
+
+def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[View, int]]]:
+    """Task id -> the views that have a vector, each with its row: from the identifiers.json beside
+    the checkpoint `path`, a list of names `task`, or `task|||t3|||0213456789` (dihedral, colours).
+
+    Raises:
+        CheckpointError: it cannot be read, or is of another data set.
+    """
+    file = path.with_name("identifiers.json")
+    wanted = "copy the identifiers.json of the data set that it was trained on there"
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: which view each of its vectors belongs to is not known, because {file} "
+            f"cannot be read ({getattr(error, 'strerror', None) or error}); {wanted}"
+        ) from error
+    if not isinstance(names, list) or len(names) != num_embeddings:
+        listed = f"lists {len(names)} vectors" if isinstance(names, list) else "is not a list"
+        raise CheckpointError(f"{file}: {listed}, {path.name} has {num_embeddings}; {wanted}")
+    views: dict[str, list[tuple[View, int]]] = {}
+    for row, name in enumerate(map(str, names)):
+        task_id, _, how = name.partition("|||")
+        match = re.fullmatch(r"t([0-7])\|\|\|([0-9]{10})", how or "t0|||0123456789")
+        colours = tuple(map(int, match[2])) if match else ()
+        if match is None or sorted(colours) != list(SAME_COLOURS):
+            raise CheckpointError(
+                f"{file}: {name!r} does not end in a dihedral t0..t7 and a permutation of ten "
+                f"colours, such as 't3|||0213456789'; {wanted}"
+            )
+        views.setdefault(task_id, []).append((View(int(match[1]), colours), row))
+    return views

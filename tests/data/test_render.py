@@ -1,0 +1,96 @@
+"""Pictures of grids and `data show`: digits without colours, the palette with them, whole grids."""
+
+import json
+from io import StringIO
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from arctrm.console import ARC_PALETTE, console
+from arctrm.data.render import grid_panel, grid_text, show, side_by_side, svg, task_picture
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import Pair, Task
+from arctrm.errors import DataError
+
+FULL = np.full((30, 30), 5, np.uint8)
+
+
+def plain(renderable, width=80):
+    console = Console(width=width, no_color=True, record=True, file=StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def shown(*arguments, **options):
+    with console().capture() as captured:
+        show(*arguments, **options)
+    return captured.get()
+
+
+def test_without_colours_a_grid_is_its_digits():
+    grid = np.array([[0, 1], [8, 9]], np.uint8)
+    assert plain(grid_text(grid)).split() == ["0", "1", "8", "9"]
+    assert plain(grid_text(grid, wide=False)).split() == ["01", "89"]
+
+
+def test_every_cell_has_its_colour_of_the_palette_in_the_terminal_and_in_svg():
+    text = grid_text(np.arange(10, dtype=np.uint8).reshape(2, 5))
+    assert [span.style.bgcolor.name for span in text.spans] == list(ARC_PALETTE)
+    picture = svg(text, "ten colours", width=20)
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert all(shade in picture for shade in ARC_PALETTE)
+    assert "ten&#160;colours" in picture
+
+
+def test_a_pair_of_full_grids_fits_on_80_columns():
+    task = Task("full", (Pair(FULL, FULL),), (Pair(FULL, FULL),))
+    lines = plain(task_picture(task)).splitlines()
+    assert sum("5" * 30 in line for line in lines) == 60
+    assert sum(line.count("5" * 30) for line in lines) == 120
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("width", [30, 45, 62])
+def test_on_a_narrow_terminal_the_output_is_below_and_not_cropped(width):
+    text = plain(task_picture(Task("full", (Pair(FULL, FULL),), (Pair(FULL, None),))), width)
+    assert text.count("5" * 30) == 90
+    assert "↓" in text
+    assert "→" not in text
+
+
+def test_side_by_side_goes_on_below_where_there_is_no_room():
+    panels = [grid_panel(np.full((2, 10), 1, np.uint8), f"grid {n}") for n in range(6)]
+    text = plain(side_by_side(panels))
+    assert all(f"grid {n} 2x10" in text for n in range(6))
+    assert "grid 5" not in text.splitlines()[0]
+
+
+def test_answers_and_attempts_are_shown_where_there_are_any():
+    (task,) = load_tasks("arc1:007bbfb7")
+    guess = np.array([[1, 2], [3, 4]], np.uint8)
+    text = plain(task_picture(task.without_answers(), [[guess, guess]]))
+    assert [text.count(f"attempt_{n} 2x2") for n in (1, 2, 3)] == [1, 1, 0]
+    assert [plain(task_picture(t)).count("output 9x9") for t in (task, task.without_answers())] == [
+        6,
+        5,
+    ]
+
+
+def test_show_prints_the_first_tasks_up_to_the_limit_or_the_named_ones():
+    text = shown("training", limit=2)
+    assert [task.id in text for task in load_tasks("training", max_tasks=3)] == [True, True, False]
+    text = shown("training", ["a85d4709", "007bbfb7"])
+    assert [name in text for name in ("a85d4709", "007bbfb7", "00d62c1b")] == [True, True, False]
+    with pytest.raises(DataError, match=r"training has no task '007bbfb8'.*are like 007bbfb7"):
+        shown("training", ["007bbfb8"])
+
+
+def test_statistics_count_and_report_the_overlap(tmp_path):
+    text = shown("training", statistics=True)
+    assert all(part in text for part in ("400", "1,302", "416", "1: 40853293"))
+    path = tmp_path / "odd [name].json"
+    pair = {"input": [[1]], "output": [[2]]}
+    path.write_text(json.dumps({"train": [pair], "test": [{"input": [[3]]}]}))
+    assert "[name].json" in shown(str(path), statistics=True).replace("\n", "")
