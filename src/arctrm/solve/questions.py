@@ -7,17 +7,21 @@ are drawn from a random stream of their own for each task, so neither the order 
 number of processes changes what is asked. No test output is read here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from arctrm.config import TaskChoiceConfig
 from arctrm.data.sizes import output_size, plausible_sides
-from arctrm.data.task import MAX_SIDE, Grid, Pair, Task
+from arctrm.data.sources import load_tasks
+from arctrm.data.task import MAX_SIDE, Grid, Pair, Task, held_out_ids
 from arctrm.data.views import DIHEDRALS, NUM_DIHEDRALS, View, distinct_views, fixed_colours
-from arctrm.errors import TaskError
+from arctrm.errors import DataError, TaskError
 from arctrm.model.layout import Condition, Prompt, grid_length
+from arctrm.solve import scoring
 from arctrm.solve.weights import Solver
 
 CONTEXT_STREAM = 1
@@ -126,6 +130,30 @@ def inverse_questions(solver: Solver, tasks: Iterable[Task], num_views: int) -> 
     return found
 
 
+def load_test_set(chosen: TaskChoiceConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
+    """The tasks of a test set without answers, and the answers apart.
+
+    Raises:
+        UserError: there are no such tasks, or one has no test input.
+    """
+    solutions = Path(chosen.solutions) if chosen.solutions else None
+    tasks = load_tasks(chosen.test_set, solutions=solutions)
+    unknown = set(chosen.tasks) - {task.id for task in tasks}
+    if unknown:
+        raise DataError(
+            f"evaluation.tasks names {min(unknown)!r}, which is not in {chosen.test_set}; give ids "
+            "of that set, or none for all"
+        )
+    if chosen.tasks:
+        tasks = [task for task in tasks if task.id in chosen.tasks]
+    if chosen.held_out:
+        ids = held_out_ids((task.id for task in tasks), chosen.held_out)
+        tasks = [task for task in tasks if task.id in ids]
+    tasks = tasks[: chosen.max_tasks]
+    require_test_inputs(tasks, chosen.test_set)
+    return [task.without_answers() for task in tasks], scoring.answers(tasks)
+
+
 def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
     """Raise TaskError where a task asks for nothing (a map of pairs, say, is for training only)."""
     empty = next((task for task in tasks if not task.test), None)
@@ -136,11 +164,9 @@ def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
         )
 
 
-def keys_of(tasks: Iterable[Task]) -> Iterator[Key]:
+def keys_of(tasks: Iterable[Task]) -> list[Key]:
     """Every test input of the tasks, in order."""
-    for task in tasks:
-        for index in range(len(task.test)):
-            yield Key(task.id, index)
+    return [Key(task.id, index) for task in tasks for index in range(len(task.test))]
 
 
 def _question(

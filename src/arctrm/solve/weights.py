@@ -8,7 +8,7 @@ else; all others ask for attributes.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from arctrm.checkpoints import (
     read_trunk,
     resolve_checkpoint,
 )
-from arctrm.config import TINY, HubConfig, InferenceConfig
+from arctrm.config import TINY, HubConfig, InferenceConfig, TaskChoiceConfig
 from arctrm.data.task import Task
 from arctrm.data.views import View
 from arctrm.errors import CheckpointError, ConfigError
@@ -117,6 +117,20 @@ class Solver:
             return self.rows.get(task.id)
         content = task.fingerprint()
         return self.rows.get(f"{task.id} {content}", self.rows.get(content))
+
+    def notes_on(self, tasks: Sequence[Task], chosen: TaskChoiceConfig) -> list[str]:
+        """Sentences about tasks that the weights do not know, or may know too well."""
+        found, known = [], sum(self.row_of(task) is not None for task in tasks)
+        if known < len(tasks) and not self.reads_pairs:
+            how = "not answered" if self.views else "answered from the mean embedding"
+            found.append(f"{len(tasks) - known} of {len(tasks)} tasks are not in the id map: {how}")
+        kept_out = 0 < chosen.held_out <= self.held_out
+        if known and not kept_out and self.test_set not in (None, chosen.test_set):
+            found.append(
+                f"the checkpoint kept the test pairs of {self.test_set} out of training, not those "
+                f"of {chosen.test_set}: {known} tasks may be scored on pairs it has seen"
+            )
+        return found
 
     def with_model(self, model: nn.Module, *, adapted: bool = True) -> "Solver":
         """The same with other weights of the same kind."""

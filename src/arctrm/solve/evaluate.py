@@ -1,0 +1,351 @@
+"""`arctrm eval`: answer a test set with one set of weights, rank, then score.
+
+Answers are set aside before any model sees a task; only `arctrm.solve.scoring` reads them. In the
+order of the run: (1) tasks, weights, and what is answered already; (2) questions, shared by all
+processes, written by the reader and refined by TRM; (3) a ranking for everything, and one for each
+ablation; (4) submission.json, scores.json, a table. What is answered is kept in unfinished.jsonl
+until all is scored. With `submission` a file that was written before is scored, without a model.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from arctrm.config import EvalConfig
+from arctrm.console import console, note, plain, progress_console
+from arctrm.data.task import Grid, Task
+from arctrm.errors import ConfigError, DataError
+from arctrm.solve import results, scoring
+from arctrm.solve.propose import Advance, Candidate, by_key, refine, to_refine, write, written
+from arctrm.solve.questions import Key, Question, all_questions, load_test_set
+from arctrm.solve.rank import Grids, Ranked, Scores, attempts, judged, rank
+from arctrm.solve.results import EVERYTHING, Store
+from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
+from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, write_run_record
+
+PROMPTS_AT_ONCE = 64
+"""Prompts of a part of the tasks: some batches of a CPU, or of a hub model."""
+SCORES, ABLATIONS = "scores.json", "ablations.json"
+
+Known = dict[str, list[Grid | None]]
+"""Answers by task id."""
+
+
+def evaluate(
+    config: EvalConfig, *, resume: bool = False, dry_run: bool = False
+) -> scoring.Scores | None:
+    """Write scores.json, submission.json and config.json to `config.out`; print the score table.
+
+    With `resume`, answer what an interrupted evaluation has left; with `dry_run`, only print what
+    would be done. Returns the scores; None where no answer is known (the submission is written all
+    the same), where nothing was to be done, and in all processes but the main one.
+
+    Raises:
+        UserError: tasks or checkpoint cannot be used, or the folder cannot be written.
+        KeyboardInterrupt: when interrupted; says how much is kept.
+    """
+    # 1. Tasks, weights, and what is answered already. Every process reads before any writes.
+    if (out := config.out) is None:
+        raise ConfigError("out: names no folder for scores.json and submission.json; give --out")
+    tasks, known = load_test_set(config.evaluation)
+    if config.submission is not None:
+        return _score_submission(config, config.submission, out, tasks, known, dry_run)
+    accelerator = new_accelerator()
+    store = results.open_store(out / results.UNFINISHED, config, tasks, resume)
+    solver = load_solver(config.checkpoint, config.inference, accelerator.device)
+    rows = (EVERYTHING, *config.evaluation.ablate)
+    if len(rows) > 1 and not solver.speaks_both:
+        raise ConfigError(
+            f"evaluation.ablate = {list(config.evaluation.ablate)}: {solver.name} answers with one "
+            f"voice ({', '.join(solver.voices)}), so there is nothing to leave out; give a "
+            "checkpoint with both"
+        )
+    if dry_run:
+        _print_plan(config, solver, tasks, known, store)
+        return None
+    accelerator.wait_for_everyone()
+    is_main = accelerator.is_main_process
+    if is_main:
+        _open_folder(out, config)
+        for line in solver.notes_on(tasks, config.evaluation):
+            note(plain(line))
+    store.begin(config, solver.name, weights_fingerprint(solver.model), writes=is_main)
+    # 2. and 3. Part by part; what is ranked is kept.
+    try:
+        parts = _parts(store.left(tasks, rows), solver, config)
+        run = _Run(config, solver, accelerator, quiet=len(parts) > 1)
+        for part in parts:
+            for row, records, seconds in run.answer(
+                part, [r for r in rows if not store.has(r, part)]
+            ):
+                store.add(row, records, seconds)
+            if run.quiet and is_main:
+                left = len(store.left(tasks, rows))
+                note(f"answered: {len(tasks) - left} of {len(tasks)} tasks")
+    except KeyboardInterrupt:
+        if not (done := len(tasks) - len(store.left(tasks))):
+            raise
+        raise KeyboardInterrupt(
+            f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}; go on with "
+            "--resume"
+        ) from None
+    # 4. Scores.
+    accelerator.end_training()
+    if not is_main:
+        return None
+    scores = _report(config, solver, out, tasks, known, store, rows)
+    store.finish(tasks)
+    return scores
+
+
+# ---- answering
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """The processes that answer together; the main one shows how far they are."""
+
+    config: EvalConfig
+    solver: Solver
+    accelerator: Accelerator
+    quiet: bool
+    """Whether there are many parts: finished bars would fill the screen, and go."""
+
+    def answer(
+        self, tasks: list[Task], rows: Sequence[str]
+    ) -> Iterator[tuple[str, list[tuple[Task, dict[str, Any]]], float]]:
+        """For each row: its name, the record of each task, and process-seconds."""
+        config, solver, began = self.config, self.solver, time.monotonic()
+        mine = self.share(all_questions(solver, tasks, config.inference.views, config.seed))
+        read: list[Candidate] = []
+        drafts, reader = None, solver.reader
+        if reader is not None:
+            size = config.judge.batch_size
+            say = lambda told: write(reader, mine, batch_size=size, advance=told)
+            texts = self.work("reading", len(mine), say)
+            read, drafts = written(mine, texts), [text.grid for text in texts]
+        deaf: list[Candidate] | None = None
+        """What TRM says that hears nothing; the same in two rows."""
+        for row in rows:
+            if row in ("no-reader", "no-coupling") and deaf is None:
+                deaf = self.refine(mine, None)
+            own = self.refine(mine, drafts) if row == EVERYTHING else deaf or []
+            found = [*(read if row != "no-reader" else ()), *(own if row != "no-trm" else ())]
+            candidates = by_key(self.gathered(found))
+            judge = None if reader is None or row == "no-reader" else self.judge
+            ranked = rank(solver, tasks, candidates, config, judge)
+            seconds = (time.monotonic() - began) * self.accelerator.num_processes
+            began = time.monotonic()
+            yield row, [(task, _record(task, candidates, ranked)) for task in tasks], seconds
+
+    def refine(self, mine: Sequence[Question], drafts: list[Grid | None] | None) -> list[Candidate]:
+        """TRM's candidates; without drafts of TRM alone."""
+        voices, chosen = self.solver.speakers, self.config.inference
+        refiner = voices.alone if drafts is None else voices.refiner
+        if refiner is None:
+            return []
+        options = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
+        say = lambda told: refine(refiner, mine, drafts, **options, advance=told)
+        return self.work("refining", len(to_refine(mine, drafts)), say)
+
+    def judge(self, questions: Sequence[Question], grids: Grids) -> Scores:
+        """All processes as one `rank.Judge`."""
+        mine, reader, size = self.share(questions), self.solver.reader, self.config.judge.batch_size
+        assert reader is not None
+        inverse = bool(questions) and questions[0].condition.inverse
+        say = lambda told: judged(reader, mine, grids, batch_size=size, advance=told)
+        return self.gathered(self.work("judging inputs" if inverse else "judging", len(mine), say))
+
+    def share(self, items: Sequence) -> Sequence:
+        """This process's part of `items`."""
+        count, number = self.accelerator.num_processes, self.accelerator.process_index
+        return items[len(items) * number // count : len(items) * (number + 1) // count]
+
+    def work(self, what: str, total: int, work: Callable[[Advance], list]) -> list:
+        """What this process makes of its `total` items, with a progress bar on the main one."""
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        screen = progress_console()
+        hidden = not self.accelerator.is_main_process or (self.quiet and not screen.is_terminal)
+        with Progress(*columns, console=screen, disable=hidden, transient=self.quiet) as progress:
+            bar = progress.add_task("", total=total)
+            return work(lambda done: progress.advance(bar, done))
+
+    def gathered(self, found: list) -> list:
+        """What all processes found."""
+        return gather_object(found) if self.accelerator.num_processes > 1 else found
+
+
+def _record(
+    task: Task, candidates: Mapping[Key, list[Candidate]], ranked: Mapping[Key, list[Ranked]]
+) -> dict[str, Any]:
+    keys = [Key(task.id, index) for index in range(len(task.test))]
+    steps = [one.steps for key in keys for one in candidates.get(key, ()) if one.steps is not None]
+    return {"trm_steps": [sum(steps), len(steps)], **results.as_record(task, ranked)}
+
+
+def _parts(tasks: list[Task], solver: Solver, config: EvalConfig) -> list[list[Task]]:
+    """Tasks that are answered together, one part after another.
+
+    All at once where that is quick, on a GPU with a model of our own. Else some prompts at a time,
+    the largest test inputs first: what does not fit into memory should say so at once.
+    """
+    if solver.device.type == "cuda" and not solver.reads_pairs:
+        return [tasks] if tasks else []
+    size = max(1, PROMPTS_AT_ONCE // config.inference.views)
+    ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+# ---- results
+
+
+def _report(
+    config: EvalConfig,
+    solver: Solver,
+    out: Path,
+    tasks: list[Task],
+    known: Known,
+    store: Store,
+    rows: Sequence[str],
+) -> scoring.Scores | None:
+    records = {row: [store.rows[row][task.id] for task in tasks] for row in rows}
+    ranked = {row: results.from_records(own) for row, own in records.items()}
+    results.write_submission(out, tasks, ranked[EVERYTHING])
+    if config.evaluation.keep_candidates:
+        results.write_candidates(out / results.CANDIDATES, tasks, ranked[EVERYTHING])
+    if not scoring.num_known(known):
+        where = plain(out / results.SUBMISSION)
+        note(f"no answers are known: {where} is written, nothing is scored")
+        return None
+    scores = {row: scoring.score(_predictions(tasks, own), known) for row, own in ranked.items()}
+    everything, own = scores[EVERYTHING], records[EVERYTHING]
+    per_task = sum(record["seconds"] for record in own) / len(tasks)
+    steps, answers = (sum(record["trm_steps"][i] for record in own) for i in (0, 1))
+    told = {
+        "checkpoint": solver.name,
+        "voices": solver.voices,
+        "views": config.inference.views,
+        "steps": _max_steps(solver, config),
+        "avg_trm_steps": steps / answers if answers else None,
+        "judge": config.judge.model_dump() if solver.reader is not None else None,
+        "seed": config.seed,
+        "device": str(solver.device),
+        "seconds_per_task": per_task,
+    }
+    _write_json(out / SCORES, told | scoring.scores_dict(everything))
+    console().print(scoring.task_table(everything), scoring.scores_table(everything))
+    if len(rows) > 1:
+        _write_json(out / ABLATIONS, {row: scoring.scores_dict(one) for row, one in scores.items()})
+        console().print(scoring.comparison_table(scores))
+    kind = "GPU" if solver.device.type == "cuda" else "CPU"
+    note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
+    return everything
+
+
+def _predictions(
+    tasks: Sequence[Task], ranked: Mapping[Key, list[Ranked]]
+) -> dict[str, list[list[Grid]]]:
+    """What is scored: the two grids that are submitted, and those that come after them."""
+    return {
+        task.id: [
+            [one.grid for one in ranked[Key(task.id, index)][: scoring.PASSES[-1]]]
+            or [attempts((), pair.input)[0]]
+            for index, pair in enumerate(task.test)
+        ]
+        for task in tasks
+    }
+
+
+def _score_submission(
+    config: EvalConfig, given: Path, out: Path, tasks: list[Task], known: Known, dry_run: bool
+) -> scoring.Scores | None:
+    """Score a submission; tasks of the test set that it does not answer are not solved.
+
+    The way of a competition: answer challenges that come without solutions, score when these are
+    there.
+    """
+    path = given / results.SUBMISSION if given.is_dir() else given
+    content, test_set = results.read_submission(path), config.evaluation.test_set
+    found = {task.id: content[task.id] for task in tasks if task.id in content}
+    if not found:
+        raise DataError(
+            f"{path}: answers none of the {len(tasks)} tasks of {test_set}; give its own test set, "
+            "for example --set evaluation.test_set=arc-agi_test_challenges.json"
+        )
+    for task in tasks:
+        if len(found.get(task.id, task.test)) != len(task.test):
+            raise DataError(
+                f"{path}: task {task.id} has {len(found[task.id])} entries, but {len(task.test)} "
+                f"test inputs in {test_set}; a submission has one entry for each, in their order"
+            )
+    if dry_run:
+        answered, num_known = f"{len(tasks)}, {len(found)}", str(scoring.num_known(known))
+        _print_rows(
+            ("submission", str(given)),
+            ("tasks, answered there", answered),
+            ("answers known", num_known),
+        )
+        return None
+    scores = scoring.score(found, known)
+    _open_folder(out, config)
+    told = {"submission": str(given), "test_set": test_set}
+    _write_json(out / SCORES, told | scoring.scores_dict(scores, scoring.ATTEMPTS))
+    console().print(scoring.task_table(scores), scoring.scores_table(scores, scoring.ATTEMPTS))
+    if missing := len(tasks) - len(found):
+        note(f"{missing} of {len(tasks)} tasks are not in the submission: not solved")
+    note(f"written to {plain(out)}")
+    return scores
+
+
+def _print_plan(
+    config: EvalConfig, solver: Solver, tasks: list[Task], known: Known, store: Store
+) -> None:
+    """What `evaluate` would run."""
+    inputs, views = sum(len(task.test) for task in tasks), config.inference.views
+    done, steps = len(tasks) - len(store.left(tasks)), _max_steps(solver, config)
+    _print_rows(
+        ("checkpoint", solver.name),
+        ("voices", ", ".join(solver.voices)),
+        ("tasks, test inputs", f"{len(tasks)}, {inputs}"),
+        *([("answered before", str(done))] if done else []),
+        ("in the id map", str(sum(solver.row_of(task) is not None for task in tasks))),
+        ("answers known", str(scoring.num_known(known))),
+        ("questions", f"{inputs * views:,} ({views} views)"),
+        *([("supervision steps, at most", str(steps))] if steps else []),
+    )
+
+
+def _print_rows(*rows: tuple[str, str]) -> None:
+    table = Table(title="eval (dry run)", title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, plain(value))
+    console().print(table)
+
+
+def _max_steps(solver: Solver, config: EvalConfig) -> int | None:
+    """Supervision steps of TRM, where there is one."""
+    refiner = solver.refiner
+    return None if refiner is None else config.inference.steps or refiner.halt_max_steps
+
+
+def _open_folder(out: Path, config: EvalConfig) -> None:
+    """Begin a result folder: the record of this evaluation, and no older score beside it."""
+    if (out / "checkpoints").is_dir():
+        raise DataError(f"{out}: is the folder of a training run; choose another --out")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for older in (SCORES, ABLATIONS, results.CANDIDATES):
+            (out / older).unlink(missing_ok=True)
+    write_run_record(out, config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_bytes_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -1,0 +1,134 @@
+"""What `solve` shows: the task, two attempts at each test input, and the evidence for each.
+
+Test outputs are never read here: whether an attempt is right is told from outside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from arctrm.console import printable
+from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
+from arctrm.data.task import Grid, Task
+from arctrm.invariants.task import COPY, weights
+from arctrm.planner import PlannerResult
+from arctrm.solve.rank import Ranked, attempts
+
+VERDICT = {True: [Text("right", "bold green")], False: [Text("wrong", "bold red")], None: []}
+MOST_NAMED, MAX_TEXT = 3, 160
+"""Broken invariants that are named, the heaviest first; characters of a text that are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The ranked grids of one test input, and what went into them."""
+
+    test_input: Grid
+    """Submitted where no grid was proposed."""
+    ranked: Sequence[Ranked]
+    """Best first."""
+    num_answers: int
+    """Candidates, malformed ones included."""
+    leave_one_out: float | None = None
+    """Share (0..1) of answers that got a held-out demonstration exactly; None if not measured."""
+    adaptation_steps: int = 0
+    """Optimiser steps of adaptation before the last answers."""
+    seconds: float = 0.0
+    """Wall-clock time from start to these attempts."""
+    known: bool = False
+    """Whether the model was trained on the task's demonstrations."""
+    history: PlannerResult | None = None
+    """The planner's attempts; None where it made none."""
+
+    @property
+    def attempts(self) -> tuple[Grid, Grid]:
+        """attempt_1 and attempt_2."""
+        return attempts(self.ranked, self.test_input)
+
+    @property
+    def evidence(self) -> tuple[Ranked | None, Ranked | None]:
+        """What speaks for attempt_1 and attempt_2; None where nothing was proposed."""
+        first, second, *_ = [*self.ranked[:2], *self.ranked[:1], None, None]
+        return first, second
+
+
+def solution_report(
+    task: Task,
+    solutions: Sequence[Solution],
+    correct: Sequence[Sequence[bool | None]] | None = None,
+) -> RenderableType:
+    """The demonstrations, then each test input with attempt_1 and attempt_2 side by side; `correct`
+    says of each test input whether they are right (`scoring.verdicts`).
+    """
+    grids = [grid for pair in task.demonstrations for grid in (pair.input, pair.output)]
+    grids += [grid for one in solutions for grid in (one.test_input, *one.attempts)]
+    wide = max(grid.shape[1] for grid in grids if grid is not None) <= MAX_WIDE
+    demonstrations = enumerate(task.demonstrations, 1)
+    shown = [pair_row(pair, f"demonstration {number}", wide) for number, pair in demonstrations]
+    parts: list[RenderableType] = [Text(task.id, "bold underline"), side_by_side(shown)]
+    for index, solution in enumerate(solutions):
+        title = f"test {index + 1}" if len(task.test) > 1 else "test"
+        # One row for both: a narrow terminal moves the pair, not one of them.
+        row = Table.grid(padding=(0, 3, 0, 0))
+        verdicts = (None, None) if correct is None else correct[index]
+        both = zip(solution.attempts, verdicts, solution.evidence, strict=True)
+        panels = [
+            Group(
+                grid_panel(grid, f"attempt_{n}", wide), *VERDICT[right], _evidence(entry, solution)
+            )
+            for n, (grid, right, entry) in enumerate(both, 1)
+        ]
+        row.add_row(*panels)
+        shown_input = grid_panel(solution.test_input, title, wide)
+        effort = f"{solution.adaptation_steps} adaptation steps, {solution.seconds:.1f} s"
+        effort = f"known to the model, {effort}" if solution.known else effort
+        parts += [Text(), side_by_side([shown_input, row]), Text(effort, "dim")]
+    return Group(*parts)
+
+
+def _evidence(entry: Ranked | None, solution: Solution) -> Text:
+    if entry is None:
+        return Text(f"no grid among {solution.num_answers} answers", "dim")
+    sources = ", ".join(f"{source} {votes}" for source, votes in entry.votes_by.items())
+    numbers = {
+        "mean q": entry.mean_q,
+        "reader log p": entry.reader_score,
+        "log p of the input": entry.inverse_score,
+        "probe score": entry.probe,
+        "leave-one-out score": solution.leave_one_out,
+    }
+    lines = [f"votes: {entry.votes} of {solution.num_answers} ({sources})"]
+    lines += [f"{name}: {value:.2f}" for name, value in numbers.items() if value is not None]
+    broken = [name for name in entry.broken if name == COPY or name in weights()]
+    more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
+    if broken:
+        lines += ["unlike all demonstrations in:", *(f"  {n}" for n in broken[:MOST_NAMED] + more)]
+    return Text("\n".join(lines), "dim")
+
+
+def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) -> Table:
+    """The planner's attempts, for `solve --trace`; the kept one is green."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", show_lines=True)
+    for column in ("attempt", "score", "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("text", "feedback"):
+        table.add_column(column, overflow="fold")
+    for attempt in result.reasoning_history:
+        kept = attempt is result.best
+        table.add_row(
+            f"{attempt.number}{' *' if kept else ''}",
+            f"{attempt.score:.2f}",
+            "-" if attempt.new_tokens is None else f"{attempt.new_tokens:,}",
+            Text(printable(" ".join(attempt.text.split()), max_text)),
+            Text(printable(attempt.feedback)),
+            style="green" if kept else None,
+        )
+    table.caption = (
+        f"* kept: attempt {result.best.number} of {result.total_attempts}, "
+        f"{'every' if result.success else 'not every'} held-out demonstration right"
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,264 @@
+"""What answering leaves on the disk: answers so far, candidates, the submission.
+
+    unfinished.jsonl    answers of a command that may be interrupted; gone when all are scored
+    candidates.json.gz  all that `eval` ranked, so that rankings can be compared without a model
+    submission.json     two grids for every test input, in the ARC Prize (Kaggle) format
+
+`unfinished.jsonl` holds a head (configuration, name and fingerprint of the weights), then one line
+for each answered task of each row (an ablation is a row of its own). Lines are only ever added, and
+whole: whenever the process dies, at most the last one is torn. No answer of the test set is in any
+of these files.
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arctrm.config import StrictModel, differences
+from arctrm.data.parse import load_json, parse_grid
+from arctrm.data.task import Grid, Task
+from arctrm.errors import CheckpointError, DataError
+from arctrm.solve.questions import Key, keys_of
+from arctrm.solve.rank import Ranked, attempts
+from arctrm.system import disk_errors, write_bytes_atomically
+
+UNFINISHED, CANDIDATES, SUBMISSION = "unfinished.jsonl", "candidates.json.gz", "submission.json"
+EVERYTHING = "everything"
+"""The row without an ablation."""
+ATTEMPT_NAMES = ("attempt_1", "attempt_2")
+SCORES = ("reader_scores", "inverse_scores")
+
+Rankings = Mapping[Key, Sequence[Ranked]]
+
+
+# ---- answers so far
+
+
+class Store:
+    """Records of answered tasks, row by row, in memory and on the disk."""
+
+    def __init__(self, path: Path, lines: Sequence[str] = ()):
+        self.path, self.writes = path, False
+        head, *records = [json.loads(line) for line in lines] or [{}]
+        self.head: dict[str, Any] = head
+        """`config`, `checkpoint` (name of the weights) and `weights` (their fingerprint)."""
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        """Row -> task id -> record: `content` of the task, `seconds`, and what was answered."""
+        for record in records:
+            self.rows.setdefault(record["row"], {})[record["task"]] = record
+
+    def has(self, row: str, tasks: Iterable[Task]) -> bool:
+        """Whether all `tasks` are answered in a row."""
+        return all(task.id in self.rows.get(row, {}) for task in tasks)
+
+    def left(self, tasks: Iterable[Task], rows: Sequence[str] = (EVERYTHING,)) -> list[Task]:
+        """The tasks that are not answered in all `rows`."""
+        return [task for task in tasks if not all(self.has(row, [task]) for row in rows)]
+
+    def begin(self, config: StrictModel, name: str, weights: str, *, writes: bool = True) -> None:
+        """Check that the weights are those that began; the process that `writes` keeps all from now
+        on. Raises DataError, with the names and fingerprints of both, where others began.
+        """
+        began = self.head.get("checkpoint", name), self.head.get("weights", weights)
+        if began[1] != weights:
+            raise DataError(
+                f"{self.path}: was begun with other weights ({', '.join(began)}) than these "
+                f"({name}, {weights}); resume with those, or choose another --out"
+            )
+        self.writes = writes
+        saved = config.model_dump(mode="json")
+        self.head = {"config": saved, "weights": weights, "checkpoint": name}
+        if writes:
+            records = [one for row in self.rows.values() for one in row.values()]
+            write_bytes_atomically(self.path, "".join(map(_line, [self.head, *records])).encode())
+
+    def add(self, row: str, answers: Sequence[tuple[Task, dict[str, Any]]], seconds: float) -> None:
+        """Take the answers to some tasks, which took `seconds` together."""
+        lines = ""
+        for task, own in answers:
+            head = {"row": row, "task": task.id, "content": content_of(task)}
+            record = head | {"seconds": seconds / len(answers)} | own
+            self.rows.setdefault(row, {})[task.id] = record
+            lines += _line(record)
+        if self.writes:
+            with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self, tasks: Iterable[Task]) -> None:
+        """All `tasks` are scored: nothing is unfinished, unless others were answered, too."""
+        if self.rows.get(EVERYTHING, {}).keys() <= {task.id for task in tasks}:
+            self.path.unlink(missing_ok=True)
+
+
+def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: bool) -> Store:
+    """What was answered before; nothing is written yet.
+
+    Raises:
+        DataError: there is nothing to resume, or something that would be lost, or of other tasks.
+        CheckpointError: it was answered under another configuration.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        store = Store(path, [line for line in lines if line.endswith("\n")])
+        known = {name: own["content"] for row in store.rows.values() for name, own in row.items()}
+        changed = differences(store.head["config"], config) if resume else []
+    except (FileNotFoundError, NotADirectoryError):
+        store, known, changed = Store(path), {}, []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: is not what arctrm keeps of unfinished answers ({error}); delete it, or "
+            "choose another --out"
+        ) from error
+    if not resume and not store.rows:
+        return Store(path)
+    if not resume:
+        raise DataError(
+            f"{path}: holds answers of an interrupted run; add --resume to go on with it, delete "
+            "it, or choose another --out"
+        )
+    if not store.head:
+        raise DataError(f"{path.parent}: holds nothing unfinished; leave out --resume")
+    if changed:
+        raise CheckpointError(f"{path}: {changed[0]}; resume as it began, or use another --out")
+    for task in tasks:
+        if known.get(task.id, content := content_of(task)) != content:
+            raise DataError(
+                f"{path}: task {task.id} was another one when it was answered; restore it, or "
+                "choose another --out"
+            )
+    return store
+
+
+def content_of(task: Task) -> str:
+    """12 hex digits over the demonstrations and the test inputs."""
+    text = f"{task.fingerprint()} {[pair.input.tolist() for pair in task.test]}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":")) + "\n"
+
+
+# ---- ranked candidates
+
+
+def as_record(task: Task, ranked: Rankings) -> dict[str, Any]:
+    """The ranked grids of a task's test inputs as JSON can hold them."""
+    return {"test": [[_entry(one) for one in ranked[key]] for key in keys_of([task])]}
+
+
+def from_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, list[Ranked]]:
+    """The rankings of the records of a row."""
+    return {
+        Key(record["task"], index): [_ranked(one) for one in own]
+        for record in records
+        for index, own in enumerate(record["test"])
+    }
+
+
+def write_candidates(path: Path, tasks: Iterable[Task], ranked: Rankings) -> None:
+    """Write the ranked grids of every test input of `tasks`, the best first:
+
+    {task id: [for each test input: [{"grid": [[int]], "q": float, "views": {source: [int]},
+               "reader_scores": [float], "inverse_scores": [float], "broken": [str]}, ...]]}
+
+    `views` are the numbers of the views under which each source proposed the grid; scores are nats,
+    one for each view of the judge (null: minus infinity), none where it was not judged.
+    """
+    content = {task.id: as_record(task, ranked)["test"] for task in tasks}
+    text = json.dumps(content, separators=(",", ":"))
+    write_bytes_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
+    """What `write_candidates` wrote, by task id and test input.
+
+    Raises:
+        DataError: there is no such file, or it is something else.
+    """
+    try:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        return {
+            task: [[_ranked(one) for one in own] for own in inputs]
+            for task, inputs in content.items()
+        }
+    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as the candidates of an evaluation ({error}); write it with "
+            "arctrm eval --set evaluation.keep_candidates=true"
+        ) from error
+
+
+def _entry(one: Ranked) -> dict[str, Any]:
+    scores = {name: getattr(one, name) for name in SCORES}
+    return {
+        "grid": one.grid.tolist(),
+        "q": one.mean_q,
+        "views": {source: list(views) for source, views in one.views_by.items()},
+        **{name: [s if math.isfinite(s) else None for s in own] for name, own in scores.items()},
+        "broken": list(one.broken),
+    }
+
+
+def _ranked(one: Mapping[str, Any]) -> Ranked:
+    views = {source: tuple(own) for source, own in one["views"].items()}
+    votes = {source: len(own) for source, own in views.items()}
+    scores = {name: tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES}
+    grid, broken = np.array(one["grid"], dtype=np.uint8), tuple(one["broken"])
+    more = {"votes_by": votes, "views_by": views, "broken": broken, **scores}
+    return Ranked(grid, sum(votes.values()), one["q"], **more)
+
+
+# ---- the submission
+
+
+def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None:
+    """Write submission.json, two grids for every test input of `tasks`, in one step:
+
+    {task id: [{"attempt_1": [[0, 1], ...], "attempt_2": [[...], ...]}, ... one per test input]}
+    """
+    content: dict[str, list[dict[str, Any]]] = {
+        task.id: [] for task in sorted(tasks, key=lambda task: task.id)
+    }
+    for task in tasks:
+        for index, pair in enumerate(task.test):
+            two = attempts(ranked[Key(task.id, index)], pair.input)
+            named = zip(ATTEMPT_NAMES, (grid.tolist() for grid in two), strict=True)
+            content[task.id].append(dict(named))
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomically(out / SUBMISSION, json.dumps(content).encode())
+
+
+def read_submission(path: Path) -> dict[str, list[tuple[Grid, Grid]]]:
+    """Read a submission: task id -> (attempt_1, attempt_2) for each test input.
+
+    Raises:
+        TaskError: the file is unreadable, not JSON, or a grid in it is not a grid.
+        DataError: it is JSON of another form.
+    """
+
+    def grids(item: Mapping[str, Any], where: str) -> tuple[Grid, Grid]:
+        first, second = (parse_grid(item[name], f"{where}.{name}") for name in ATTEMPT_NAMES)
+        return first, second
+
+    content, name = load_json(path), ""
+    try:
+        return {
+            (name := task): [grids(own, f"{path}: {task}[{i}]") for i, own in enumerate(entry)]
+            for task, entry in content.items()
+        }
+    except (AttributeError, TypeError, LookupError) as error:
+        raise DataError(
+            f"{path}: {name or 'the whole'} is no part of a submission; expected task id -> one "
+            f"object with {' and '.join(ATTEMPT_NAMES)} for each test input"
+        ) from error

@@ -1,0 +1,204 @@
+"""Scores by name, from ranked grids and answers: the only module that reads test outputs.
+
+Nothing here knows a model; `score` could rate any solver. task_fraction is what the ARC Prize
+scorer and TRM report: the mean over tasks of the share of a task's test pairs that are solved.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import NamedTuple
+
+from rich.table import Table
+
+from arctrm.data.task import Grid, Task
+from arctrm.errors import DataError
+
+PASSES = (1, 2, 10)
+"""Grids per test input among which the answer may be."""
+ATTEMPTS = 2
+"""Grids per test input that may be submitted."""
+
+NAMED_SCORES = {
+    "task_fraction": "mean over tasks of the share of test pairs solved",
+    "pair_fraction": "share of all test pairs solved",
+    "whole_task": "share of tasks with every test pair solved",
+}
+Answers = Mapping[str, Sequence[Grid | None]]
+"""Task id -> test outputs in the order of the test inputs; None where not known."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task: its scored test pairs, how many are solved in two attempts, and attempt_1."""
+
+    solved: int
+    total: int
+    shape: float
+    """Share of test pairs (0..1) whose attempt_1 has the answer's size."""
+    cells: float
+    """Mean share of cells (0..1) that attempt_1 has right; 0 where the size is wrong."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one set of predictions, all between 0 and 1."""
+
+    task_fraction: dict[int, float]
+    """Number of grids allowed -> score; so are the next two."""
+    pair_fraction: dict[int, float]
+    whole_task: dict[int, float]
+    shape_accuracy: float
+    """Mean over test pairs, attempt_1."""
+    cell_accuracy: float
+    """Mean over test pairs, attempt_1; 0 where the size is wrong."""
+    num_tasks: int
+    num_pairs: int
+    num_unscored: int
+    """Test pairs left out because their answer is not known."""
+    tasks: dict[str, TaskScore]
+    """By task id, in its order."""
+
+
+class _PairScore(NamedTuple):
+    rank: float
+    shape: float
+    cells: float
+
+
+def answers(tasks: Iterable[Task]) -> dict[str, list[Grid | None]]:
+    """Test outputs by task id, in the order of the test inputs; None where not known."""
+    return {task.id: [pair.output for pair in task.test] for task in tasks}
+
+
+def num_known(known: Answers) -> int:
+    """Test pairs with a known answer."""
+    return sum(answer is not None for own in known.values() for answer in own)
+
+
+def is_right(grid: Grid | None, answer: Grid | None) -> bool | None:
+    """Whether `grid` equals `answer`; None if the answer is not known. Empty equals nothing."""
+    if answer is None:
+        return None
+    if grid is None or grid.size == 0 or grid.shape != answer.shape:
+        return False
+    return bool((grid == answer).all())
+
+
+def verdicts(
+    attempts: Sequence[Sequence[Grid]], known: Sequence[Grid | None]
+) -> list[tuple[bool | None, ...]]:
+    """For each test input, whether each of its grids is right (None: answer not known)."""
+    return [
+        tuple(is_right(grid, answer) for grid in grids)
+        for grids, answer in zip(attempts, known, strict=True)
+    ]
+
+
+def score(predictions: Mapping[str, Sequence[Sequence[Grid]]], known: Answers) -> Scores:
+    """Score ranked grids (task id -> test input -> grids, best first) against the answers.
+
+    Every test pair with a known answer counts: one without a prediction is wrong.
+
+    Raises:
+        DataError: no test pair has a known answer.
+    """
+    scored: dict[str, list[_PairScore]] = {}
+    for name, own in sorted(known.items()):
+        ranked = [*predictions.get(name, ()), *([()] * len(own))]
+        both = zip(ranked, own, strict=False)
+        if any(answer is not None for answer in own):
+            scored[name] = [_pair_score(grids, right) for grids, right in both if right is not None]
+    num_unscored = sum(map(len, known.values())) - num_known(known)
+    if not scored:
+        raise DataError(
+            f"nothing to score: {len(known)} tasks, {num_unscored} test pairs, no known answer; "
+            "give a solutions file or a test set with outputs"
+        )
+    pairs = [pair for own in scored.values() for pair in own]
+    share = {k: [_mean(p.rank < k for p in own) for own in scored.values()] for k in PASSES}
+    return Scores(
+        task_fraction={k: _mean(share[k]) for k in PASSES},
+        pair_fraction={k: _mean(p.rank < k for p in pairs) for k in PASSES},
+        whole_task={k: _mean(s == 1 for s in share[k]) for k in PASSES},
+        shape_accuracy=_mean(p.shape for p in pairs),
+        cell_accuracy=_mean(p.cells for p in pairs),
+        num_tasks=len(scored),
+        num_pairs=len(pairs),
+        num_unscored=num_unscored,
+        tasks={name: _task_score(own) for name, own in scored.items()},
+    )
+
+
+def scores_dict(scores: Scores, most: int = PASSES[-1]) -> dict[str, object]:
+    """The scores as JSON-ready values, for `scores.json`; `most` grids were kept per test input."""
+    content = asdict(scores)
+    for name in NAMED_SCORES:
+        content[name] = {f"pass@{k}": v for k, v in content[name].items() if k <= most}
+    return content
+
+
+def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
+    """The scores by name, in percent: one column per number of grids allowed, up to `most`."""
+    passes = [k for k in PASSES if k <= most]
+    unscored = f", {scores.num_unscored} without a known answer" if scores.num_unscored else ""
+    table = Table(title=f"{scores.num_tasks} tasks, {scores.num_pairs} test pairs{unscored}")
+    table.add_column("score (%)")
+    for k in passes:
+        table.add_column(f"pass@{k}", justify="right")
+    table.add_column("meaning", style="dim")
+    for name, meaning in NAMED_SCORES.items():
+        table.add_row(name, *(_percent(getattr(scores, name)[k]) for k in passes), meaning)
+    empty = [""] * (len(passes) - 1)
+    table.add_row("shape_accuracy", _percent(scores.shape_accuracy), *empty, "attempt_1 size right")
+    table.add_row("cell_accuracy", _percent(scores.cell_accuracy), *empty, "attempt_1 cells right")
+    return table
+
+
+def comparison_table(rows: Mapping[str, Scores]) -> Table:
+    """task_fraction of several rankings of the same tasks, in percent, one row each."""
+    table = Table(title="ablations, task_fraction (%)")
+    table.add_column("candidates of")
+    for k in PASSES:
+        table.add_column(f"pass@{k}", justify="right")
+    table.add_column("shape", justify="right")
+    for name, scores in rows.items():
+        passes = (_percent(scores.task_fraction[k]) for k in PASSES)
+        table.add_row(name, *passes, _percent(scores.shape_accuracy))
+    return table
+
+
+def task_table(scores: Scores) -> Table:
+    """One row per task: test pairs solved in two attempts, size and cells of attempt_1."""
+    table = Table(title="per task")
+    table.add_column("task")
+    for column in ("solved in two attempts", "shape (%)", "cells (%)"):
+        table.add_column(column, justify="right")
+    for name, own in scores.tasks.items():
+        style = "green" if own.solved == own.total else None
+        solved = f"{own.solved} of {own.total}"
+        table.add_row(name, solved, _percent(own.shape), _percent(own.cells), style=style)
+    return table
+
+
+def _pair_score(ranked: Sequence[Grid], answer: Grid) -> _PairScore:
+    rank = next((i for i, grid in enumerate(ranked) if is_right(grid, answer)), inf)
+    if not len(ranked) or ranked[0].shape != answer.shape:
+        return _PairScore(rank, 0.0, 0.0)
+    return _PairScore(rank, 1.0, float((ranked[0] == answer).mean()))
+
+
+def _task_score(pairs: Sequence[_PairScore]) -> TaskScore:
+    solved = sum(pair.rank < ATTEMPTS for pair in pairs)
+    return TaskScore(
+        solved, len(pairs), *(_mean(part) for part in list(zip(*pairs, strict=True))[1:])
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
