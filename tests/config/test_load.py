@@ -3,10 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from arctrm.config import BuildConfig, EvalConfig, PretrainConfig, SolveConfig
-from arctrm.config.load import load_config
+from arctrm.config import (
+    COMMANDS,
+    DataBuildConfig,
+    EvalConfig,
+    JointConfig,
+    PretrainConfig,
+    SolveConfig,
+    differences,
+)
+from arctrm.config.load import load_config, shipped_configs
 from arctrm.errors import ConfigError
-from arctrm.training.provenance import run_record, write_run_record
+from arctrm.system import write_run_record
 
 
 @pytest.fixture
@@ -21,9 +29,9 @@ def toml(tmp_path, monkeypatch):
     return write
 
 
-def sentence(*, model=PretrainConfig, files=(), overrides=(), extra=None, environ=None) -> str:
+def sentence(*, model=PretrainConfig, files=(), overrides=(), flags=None, environ=None) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_config(model, files, overrides, extra, environ or {})
+        load_config(model, files, overrides, flags, environ or {})
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -33,7 +41,7 @@ def sentence(*, model=PretrainConfig, files=(), overrides=(), extra=None, enviro
 
 
 def test_without_layers_the_defaults_of_the_model_hold():
-    for model in (BuildConfig, PretrainConfig, EvalConfig, SolveConfig):
+    for model in COMMANDS.values():
         assert load_config(model, environ={}) == model()
 
 
@@ -42,19 +50,19 @@ def test_each_layer_wins_over_the_one_below(toml):
         "files": [toml("seed = 1"), toml("seed = 2", "b.toml")],
         "environ": {"ARCTRM_SEED": "3"},
         "overrides": ["seed=4", "seed=5"],
-        "extra": {"seed": 6},
+        "flags": {"--seed": ("seed", 6)},
     }
     arguments = {"environ": {}}
-    for layer, seed in {"files": 2, "environ": 3, "overrides": 5, "extra": 6}.items():
+    for layer, seed in {"files": 2, "environ": 3, "overrides": 5, "flags": 6}.items():
         arguments[layer] = given[layer]
         assert load_config(PretrainConfig, **arguments).seed == seed
 
 
 def test_files_are_merged_key_by_key_and_lists_are_replaced(toml):
-    first = toml('[trm]\nhidden_size = 64\nnum_heads = 2\n[data]\nsubsets = ["training"]')
-    second = toml('[trm]\nnum_heads = 4\n[data]\nsubsets = ["evaluation"]', "b.toml")
+    first = toml('[trunk]\nhidden_size = 64\nnum_heads = 2\n[data]\nsubsets = ["training"]')
+    second = toml('[trunk]\nnum_heads = 4\n[data]\nsubsets = ["evaluation"]', "b.toml")
     config = load_config(PretrainConfig, [first, second], environ={})
-    assert (config.trm.hidden_size, config.trm.num_heads) == (64, 4)
+    assert (config.trunk.hidden_size, config.trunk.num_heads) == (64, 4)
     assert config.data.subsets == ("evaluation",)
 
 
@@ -75,9 +83,9 @@ def test_a_later_layer_displaces_the_key_that_its_own_excludes(toml):
 
 
 def test_environment_names_find_keys_whatever_their_case():
-    environ = {"ARCTRM_TRM__H_CYCLES": "2", "ARCTRM_TRAINING__SCHEDULE__BUDGET": "90s"}
+    environ = {"ARCTRM_TRUNK__LOOPS": "2", "ARCTRM_TRAINING__SCHEDULE__BUDGET": "90s"}
     config = load_config(PretrainConfig, environ=environ)
-    assert config.trm.H_cycles == 2
+    assert config.trunk.loops == 2
     assert config.training.schedule.budget == 90
 
 
@@ -86,19 +94,19 @@ def test_variables_are_toml_values_or_bare_text():
         "ARCTRM_DATA__SUBSETS": "['training', 'my.json',]",
         "ARCTRM_DATA__TEST_SET": "training",
         "ARCTRM_DATA__WEIGHTS": "{training = 2}",
-        "ARCTRM_TRM__QK_NORM": "false",
+        "ARCTRM_TRUNK__INJECTION": "false",
         "ARCTRM_TRACKING__RUN_NAME": "2024",
     }
     config = load_config(PretrainConfig, environ=environ)
     assert config.data.subsets == ("training", "my.json")
     assert config.data.test_set == "training"
     assert config.data.weights == {"training": 2}
-    assert config.trm.qk_norm is False
+    assert config.trunk.injection is False
     assert config.tracking.run_name == "2024"
 
 
 def test_variables_of_another_command_and_the_debug_switch_are_left_alone():
-    environ = {"ARCTRM_TRM__HIDDEN_SIZE": "64", "ARCTRM_DEBUG": "1", "ARCTRM_SEED": ""}
+    environ = {"ARCTRM_TRUNK__HIDDEN_SIZE": "64", "ARCTRM_DEBUG": "1", "ARCTRM_SEED": ""}
     assert load_config(SolveConfig, environ=environ) == SolveConfig()
 
 
@@ -110,7 +118,7 @@ def test_overrides_are_toml_values_or_bare_text():
             'data.subsets=["training", "my.json"]',
             "data.test_set=training",
             "data.weights={training = 2}",
-            "trm.qk_norm=false",
+            "trunk.injection=false",
             "training.schedule.budget=10m",
             "tracking.run_name=2024",
             "out=runs/a=b",
@@ -120,7 +128,7 @@ def test_overrides_are_toml_values_or_bare_text():
     assert config.data.subsets == ("training", "my.json")
     assert config.data.test_set == "training"
     assert config.data.weights == {"training": 2}
-    assert config.trm.qk_norm is False
+    assert config.trunk.injection is False
     assert config.training.schedule.budget == 600
     assert config.tracking.run_name == "2024"
     assert config.out == Path("runs/a=b")
@@ -131,23 +139,28 @@ def test_a_key_can_be_unset_in_every_layer(toml):
         {"files": [toml('data.test_set = ""')], "environ": {}},
         {"overrides": ["data.test_set=null"], "environ": {}},
         {"environ": {"ARCTRM_DATA__TEST_SET": "null"}},
-        {"extra": {"data.test_set": ""}, "environ": {}},
+        {"flags": {"--test-set": ("data.test_set", "")}, "environ": {}},
     ):
-        assert load_config(BuildConfig, **arguments).data.test_set is None
+        assert load_config(DataBuildConfig, **arguments).data.test_set is None
 
 
 def test_flags_that_were_not_given_change_nothing(toml):
     file = toml('seed = 3\nout = "x"')
-    config = load_config(BuildConfig, [file], extra={"seed": None, "out": None}, environ={})
+    config = load_config(
+        DataBuildConfig,
+        [file],
+        flags={"--seed": ("seed", None), "--out": ("out", None)},
+        environ={},
+    )
     assert (config.seed, config.out) == (3, Path("x"))
 
 
 def test_the_run_record_holds_every_key_and_validates_again(tmp_path):
-    config = load_config(PretrainConfig, (), ["trm.hidden_size=64"], environ={})
-    write_run_record(tmp_path, run_record(config))
+    config = load_config(PretrainConfig, (), ["trunk.hidden_size=64"], environ={})
+    write_run_record(tmp_path, config)
     written = json.loads((tmp_path / "config.json").read_text())["config"]
     assert written == config.model_dump(mode="json")
-    assert written["trm"]["hidden_size"] == 64
+    assert written["trunk"]["hidden_size"] == 64
     assert PretrainConfig.model_validate_json(json.dumps(written)) == config
     assert load_config(PretrainConfig, environ={}, record=tmp_path / "config.json") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -173,35 +186,36 @@ def test_a_folder_or_a_binary_file_is_not_a_configuration(toml, tmp_path):
 
 
 def test_a_syntax_error_is_named_with_its_line(toml):
-    assert sentence(files=[toml("seed = 1\n\n[trm\n")]).startswith(
-        "a.toml, line 3: not valid TOML, "
-    )
+    assert sentence(files=[toml("seed = 1\n\n[trm\n")]).startswith("a.toml: not valid TOML, ")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[trm]\nhiden_size = 64", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
+        (
+            "[trunk]\nhiden_size = 64",
+            "unknown key trunk.hiden_size; did you mean trunk.hidden_size?",
+        ),
         (
             "hidden_size = 64",
-            "unknown key hidden_size; did you mean trm.hidden_size or reader.hidden_size?",
+            "unknown key hidden_size; did you mean trunk.hidden_size?",
         ),
         (
             "[solver]\nx = 1",
-            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, "
-            "tracking",
+            "unknown key solver; allowed here: seed, out, data, trunk, reader, trm, training, "
+            "tracking, voice, checkpoint",
         ),
         (
             "[tracking]\nx = 1",
             "unknown key tracking.x; allowed in tracking: wandb, project, run_name",
         ),
         (
-            '[trm]\nhidden_size = "512"',
-            "trm.hidden_size = '512', allowed is a whole number; the default is 512",
+            '[trunk]\nhidden_size = "512"',
+            "trunk.hidden_size = '512', allowed is a whole number; the default is 512",
         ),
         ("seed = true", "seed = true, allowed is a whole number; the default is 0"),
         ("seed = 1.5", "seed = 1.5, allowed is a whole number; the default is 0"),
-        ("trm = 5", "trm = 5, allowed is a table; write it as [trm]"),
+        ("trunk = 5", "trunk = 5, allowed is a table; write it as [trunk]"),
         (
             'data.subsets = "training"',
             'data.subsets = \'training\', allowed is a list such as ["a", "b"]; '
@@ -224,7 +238,7 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             "training.optimiser.muon_lr = nan",
-            "training.optimiser.muon_lr = NaN, allowed is a number above 0.0; the default is 0.006",
+            "training.optimiser.muon_lr = NaN, allowed is a finite number; the default is 0.006",
         ),
         (
             'training.schedule.budget = "20x"',
@@ -232,23 +246,31 @@ def test_a_syntax_error_is_named_with_its_line(toml):
             "or '1.5h'",
         ),
         (
-            "[trm]\nhidden_size = 510",
-            "trm.hidden_size = 510 is not a multiple of 4 x trm.num_heads = 32; use 480 or 512",
+            "[trunk]\nhidden_size = 510",
+            "trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = 64; use 448 or 512",
         ),
         (
-            "[trm.scaling]\nfactors = [[2, 2], [1, 1]]",
-            "scaling.factors = [[2, 2], [1, 1]]: none, or one that changes nothing; give pairs "
-            "[rows, columns] such as [[2, 2], [1, 2]]",
+            "[data.scaling]\nfactors = [[2, 2], [1, 1]]",
+            "data.scaling.factors = [[2, 2], [1, 1]]: none, or one that changes nothing; give "
+            "pairs [rows, columns] such as [[2, 2], [1, 2]]",
         ),
         (
-            '[reader.scaling]\nshapes = ["pad", "lines", "pad"]',
-            "scaling.shapes = ['pad', 'lines', 'pad'] names a shape twice; name each once",
+            '[data.scaling]\nshapes = ["pad", "lines", "pad"]',
+            "data.scaling.shapes = ['pad', 'lines', 'pad'] names a shape twice; name each once",
         ),
         (
-            '[trm]\nlayout = "reference"\ncondition_cells = false\nscaling.share = 0.2',
-            "trm.scaling.share = 0.2 with trm.layout = 'reference' and trm.task_embedding = "
-            "'shared': TRM could not be told of it; set trm.scaling.share = 0, or trm.layout = "
-            "'compact' and trm.task_embedding = 'shared'",
+            "trunk.num_layers = 257",
+            "trunk.num_layers = 257, allowed is a number of at most 256; the default is 4",
+        ),
+        (
+            'voice = "trm"\ntrm.draft_share = 0.5',
+            "trm.draft_share = 0.5 with voice = 'trm': drafts are written by a reader and refined "
+            "by TRM; set voice = 'both' or trm.draft_share = 0",
+        ),
+        (
+            "training.tokens_per_batch = 2000",
+            "training.tokens_per_batch = 2000 with trm.share = 0.5 leaves one voice 1000 tokens, "
+            "and the largest pair has 1863; use 3727 or more",
         ),
         (
             '[training.schedule]\nbudget = "10m"\nmax_steps = 5',
@@ -267,34 +289,35 @@ def test_the_sentence_names_the_layer_that_the_key_came_from(toml):
     environ = {"ARCTRM_SEED": "-3"}
     assert sentence(files=[bad], environ=environ).startswith("environment ARCTRM_SEED: seed = -3,")
     assert sentence(environ=environ, overrides=["seed=-4"]).startswith("--set: seed = -4,")
-    assert sentence(overrides=["seed=-4"], extra={"seed": -5}).startswith("--seed: seed = -5,")
-    flag = sentence(model=BuildConfig, extra={"data.num_aug": -1})
+    assert sentence(overrides=["seed=-4"], flags={"--seed": ("seed", -5)}).startswith(
+        "--seed: seed = -5,"
+    )
+    flag = sentence(model=DataBuildConfig, flags={"--num-aug": ("data.num_aug", -1)})
     assert flag.startswith("--num-aug: data.num_aug = -1,")
 
 
 def test_fields_that_contradict_name_every_layer_they_came_from(toml):
-    file = toml("[trm]\nhidden_size = 510")
-    assert sentence(files=[file], overrides=["trm.num_heads=7"]).startswith(
-        "a.toml and --set: trm.hidden_size = 510 is not a multiple of 4 x trm.num_heads = 28"
+    file = toml("[trunk]\nhidden_size = 510")
+    assert sentence(files=[file], overrides=["trunk.num_heads=7"]).startswith(
+        "a.toml and --set: trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = 56"
     )
-    assert sentence(model=BuildConfig, extra={"data.subsets": ("training",)}).startswith(
-        "--subsets: data.test_set = 'evaluation' is not among data.subsets = ['training']"
-    )
+    assert sentence(
+        model=DataBuildConfig, flags={"--subsets": ("data.subsets", ("training",))}
+    ).startswith("--subsets: data.test_set = 'evaluation' is not among data.subsets = ['training']")
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("ARCTRM_SEDE", "unknown key sede; did you mean seed?"),
-        ("ARCTRM_TRM__HIDEN_SIZE", "unknown key trm.hiden_size; did you mean trm.hidden_size?"),
         (
-            "ARCTRM_TRM_NUM_HEADS",
-            "unknown key trm_num_heads; did you mean trm.num_heads or reader.num_heads?",
+            "ARCTRM_TRUNK__HIDEN_SIZE",
+            "unknown key trunk.hiden_size; did you mean trunk.hidden_size?",
         ),
         (
             "ARCTRM_SOLVER__X",
-            "unknown key solver; allowed here: seed, out, model, data, trm, reader, training, "
-            "tracking",
+            "unknown key solver; allowed here: seed, out, data, trunk, reader, trm, training, "
+            "tracking, voice, checkpoint",
         ),
         ("ARCTRM_SEED__X", 'seed = {"x": 1}, allowed is a whole number; the default is 0'),
     ],
@@ -311,22 +334,75 @@ def test_a_text_where_a_variable_wants_a_list_gives_the_sentence():
 
 
 def test_a_table_of_another_command_is_refused_with_that_command(toml):
-    assert sentence(model=BuildConfig, files=[toml("[trm]\nhidden_size = 64")]) == (
-        "a.toml: unknown key trm; trm belongs to arctrm pretrain and arctrm joint, "
+    assert sentence(model=DataBuildConfig, files=[toml("[trunk]\nhidden_size = 64")]) == (
+        "a.toml: unknown key trunk; trunk belongs to arctrm pretrain and arctrm joint, "
         "allowed here: seed, out, data"
     )
 
 
 def test_an_override_without_a_value_is_refused():
-    for override in ("seed", "=3", "trm..x=1"):
+    for override in ("seed", "=3", "trunk..x=1"):
         assert sentence(overrides=[override]).startswith(
             f"--set: got {override!r}, allowed is KEY=VALUE;"
         )
 
 
 def test_of_several_mistakes_the_first_is_told_and_the_others_counted(toml):
-    text = '[trm]\nhidden_size = "big"\nnum_heads = 0\nhalting = 1'
+    text = '[trunk]\nhidden_size = "big"\nnum_heads = 0\nhalting = 1'
     message = sentence(files=[toml(text)])
-    assert message.startswith("a.toml: unknown key trm.halting;")
+    assert message.startswith("a.toml: unknown key trunk.halting;")
     assert message.endswith("(2 more errors)")
-    assert sentence(overrides=["seed=x", "trm.num_layers=0"]).endswith("(1 more error)")
+    assert sentence(overrides=["seed=x", "trunk.num_layers=0"]).endswith("(1 more error)")
+
+
+# -- shipped files, and what a resumed run may change
+
+
+def test_a_bare_name_finds_a_shipped_configuration_unless_there_is_such_a_file(toml):
+    assert "smoke" in shipped_configs()
+    assert load_config(PretrainConfig, [Path("smoke")], environ={}).trunk.hidden_size == 64
+    assert load_config(PretrainConfig, [Path("smoke.toml")], environ={}).trunk.hidden_size == 64
+    own = toml("trunk.hidden_size = 128", "smoke.toml")
+    assert load_config(PretrainConfig, [own], environ={}).trunk.hidden_size == 128
+    assert sentence(files=[Path("smoek")]) == ("smoek: there is no such file; did you mean smoke?")
+
+
+def test_what_a_resumed_run_may_not_change_is_listed_with_both_values():
+    then = PretrainConfig().model_dump(mode="json")
+    assert differences(then, PretrainConfig()) == []
+    free = load_config(
+        PretrainConfig,
+        (),
+        [
+            *("out=runs/b", "training.schedule.max_steps=7", "training.compile=off"),
+            *("training.log_every=1", "tracking.wandb=true", "trunk.gradient_checkpointing=true"),
+        ],
+        environ={},
+    )
+    assert differences(then, free) == []
+    other = load_config(
+        PretrainConfig, (), ["trunk.loops=2", "data.weights={training=2}"], environ={}
+    )
+    assert sorted(differences(then, other)) == [
+        "data.weights.training = None then, 2.0 now",
+        "trunk.loops = 3 then, 2 now",
+    ]
+
+
+def test_a_stored_configuration_may_lack_a_newer_key_but_not_hold_an_unknown_one():
+    then = EvalConfig().model_dump(mode="json")
+    del then["inference"]["views"]
+    assert differences(then, EvalConfig()) == []
+    assert differences(then, EvalConfig(inference={"views": 8})) == [
+        "inference.views = 64 then, 8 now"
+    ]
+    then["judge"]["rank"] = "votes"
+    assert differences(then, EvalConfig()) == ["judge.rank = votes then, None now"]
+
+
+def test_an_older_key_may_name_what_the_run_had_anyway():
+    then = JointConfig().model_dump(mode="json")
+    assert differences(then, JointConfig(trm_hidden_size=512)) == []
+    assert differences(then, JointConfig(trm_hidden_size=256)) == [
+        "trunk.hidden_size = 512 then, 256 now"
+    ]

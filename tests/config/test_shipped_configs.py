@@ -1,8 +1,8 @@
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomli
 
 import arctrm
 from arctrm.config import BaselineConfig, EvalConfig, JointConfig, PretrainConfig, SolveConfig
@@ -23,6 +23,7 @@ MODELS = {
     "joint_llama": JointConfig,
     "pretrain": PretrainConfig,
     "pretrain_reader": PretrainConfig,
+    "pretrain_trm": PretrainConfig,
     "smoke": PretrainConfig,
     "solve": SolveConfig,
 }
@@ -53,43 +54,16 @@ def test_the_configs_of_baseline_eval_and_solve_say_what_the_defaults_are(name):
     assert load_config(MODELS[name], [CONFIGS / f"{name}.toml"], environ={}) == MODELS[name]()
 
 
-def known_to(older, newer):
-    """The part of `newer` that `older` has, too."""
-    return {
-        key: known_to(value, newer[key]) if isinstance(value, dict) else newer[key]
-        for key, value in older.items()
-        if key in newer
-    }
+def test_the_trunk_of_the_one_hour_runs_is_that_of_the_bundled_weights():
+    bundled = json.loads((BUNDLED / "checkpoint.json").read_text())["config"]
+    stored = bundled.get("trunk", bundled.get("reader"))
+    for name in ("arc1_1h", "arc2_1h"):
+        trunk = load_config(JointConfig, [CONFIGS / f"{name}.toml"], environ={}).trunk
+        for key, value in trunk.model_dump().items():
+            assert stored.get(key, value) == value, key
 
 
-def test_the_pretrain_config_is_what_trained_the_bundled_trm():
-    """But for the data that is not bundled and the length of the run, and before it was joined."""
-    bundled = json.loads((BUNDLED / "checkpoint.json").read_text())
-    recipe = {key: bundled["notes"]["parts"]["trm"][key] for key in ("data", "training")}
-    config = load_config(PretrainConfig, [CONFIGS / "pretrain.toml"], environ={})
-    shipped = config.model_dump(mode="json")
-    known = {key: known_to(recipe[key], shipped[key]) for key in recipe}  # fields may be newer
-    recipe = {key: {k: recipe[key][k] for k in known[key]} for key in recipe}
-    for settings in (recipe, known):
-        settings["data"]["subsets"] = settings["data"]["subsets"][:2]
-        settings["data"]["weights"].pop("concept_arc", None)
-        del settings["training"]["schedule"]["budget"]
-        del settings["training"]["log_every"]
-    assert known == recipe
-    own = bundled["config"]["trm"] | {"halt_max_steps": shipped["trm"]["halt_max_steps"]}
-    assert known_to(own, shipped["trm"]) == own
-
-
-def test_the_reader_of_the_recipe_is_that_of_the_bundled_weights():
-    bundled = json.loads((BUNDLED / "checkpoint.json").read_text())
-    config = load_config(JointConfig, [CONFIGS / "arc1_1h.toml"], environ={})
-    shipped = config.model_dump(mode="json")
-    assert known_to(bundled["config"]["reader"], shipped["reader"]) == bundled["config"]["reader"]
-    trained = bundled["notes"]["parts"]["reader"]["training"]["optimiser"]
-    assert shipped["recipe"]["reader_training"]["optimiser"] == trained
-
-
-def test_the_recipe_leaves_out_the_known_leaks_and_the_first_training_tasks_by_hash():
+def test_the_one_hour_run_leaves_out_the_known_leaks_and_the_first_training_tasks_by_hash():
     config = load_config(JointConfig, [CONFIGS / "arc1_1h.toml"], environ={})
     held_out = held_out_ids((task.id for task in load_tasks("training")), 60)
     assert sorted(config.data.exclude) == sorted({*KNOWN_LEAKS, *held_out})
@@ -98,7 +72,7 @@ def test_the_recipe_leaves_out_the_known_leaks_and_the_first_training_tasks_by_h
 def test_smoke_and_debug_are_small_enough_for_a_cpu():
     for name in ("smoke", "debug"):
         config = load_config(PretrainConfig, [CONFIGS / f"{name}.toml"], environ={})
-        assert config.trm.hidden_size <= 64
+        assert config.trunk.hidden_size <= 64
         assert (config.training.schedule.max_steps or 1000) <= 60
-        table = tomli.loads((CONFIGS / f"{name}.toml").read_text())
+        table = tomllib.loads((CONFIGS / f"{name}.toml").read_text())
         assert table["data"]["max_tasks"] <= 30

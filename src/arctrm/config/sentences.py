@@ -99,7 +99,7 @@ def _origin(path: Key, settings: Settings, message: str = "") -> str:
     below |= {
         new: f"{settings[old,].origin} {old}"
         for old, new in KNOWN_KEYS.items()
-        if (old,) in settings and new[: len(path)] == path
+        if (old,) in settings and new not in settings and new[: len(path)] == path
     }
     named = [origin for known, origin in below.items() if ".".join(known) in message]
     origins = dict.fromkeys(o for o in named or below.values() if o != "default")
