@@ -1,0 +1,274 @@
+"""The trunk: one LLaMA, gone through several times, that reads (writes grids) and refines (TRM).
+
+Its blocks are LLaMA's: RMS norm, rotary attention, SwiGLU, no bias. Three things are its own. The
+blocks are looped (a universal transformer, arXiv 1807.03819). The vector that a token came with is
+added again before every pass, by a matrix of that pass (input injection, arXiv 1909.01377; TRM does
+so in every cycle). Rotary positions turn with column, row and part of the pair. A vector for the
+task, one for the view and one for the scale are added to every token (mdlARC's economy: one vector
+a task instead of its demonstrations).
+
+One forward serves training, decoding and refining: `Trunk.hidden`. What a token sees is a parameter
+(`model.attention`). The reader voice is `head` (the next token); the TRM voice is `own_head` (the
+colour of the cell itself), `halt_head`, `feedback` and `voice_emb` (`model.trm`).
+
+Legend: T tokens, R rows (sequences), D width, A heads, K head width, I inner width, V vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from arctrm.config import TrunkConfig
+from arctrm.data.task import NUM_COLOURS
+from arctrm.data.views import NUM_DIHEDRALS
+from arctrm.model.attention import Seen, attend
+from arctrm.model.layout import (
+    CHOICES,
+    DIHEDRAL,
+    INVERSE,
+    KEEPS_COLOURS,
+    SCALE,
+    SIDE,
+    TASK,
+    VOCABULARY,
+)
+
+INIT_STD = 0.02
+EPS = 1e-6
+HALT_BIAS = -5.0
+"""First halting logit: no row is done before the halting head has learned (as in TRM)."""
+END_OF_CHOICES = len(CHOICES) - 1
+"""All choices but the last (the end of a grid) are the first tokens."""
+TASK_TABLES = ("task_emb", "inverse_emb")
+"""Tensors with one row a task."""
+
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines, [T, 1, K] each, of the rotary positions."""
+
+
+class Block(nn.Module):
+    """A LLaMA decoder layer; q, k, v and gate, up are one matrix each."""
+
+    def __init__(self, width: int, inner: int, num_heads: int):
+        super().__init__()
+        self.num_heads, self.head_width = num_heads, width // num_heads
+        self.input_norm = nn.Parameter(torch.ones(width))
+        self.qkv_proj = _matrix(3 * width, width)
+        self.o_proj = _matrix(width, width)
+        self.post_norm = nn.Parameter(torch.ones(width))
+        self.gate_up_proj = _matrix(2 * inner, width)
+        self.down_proj = _matrix(width, inner)
+
+    def forward(self, x: Tensor, turn: Turn, seen: Seen, layer: int = 0) -> Tensor:
+        """[T, D] -> [T, D] in the dtype of `x`; `layer` counts passes, for a store."""
+        joined = linear(_norm(x, self.input_norm), self.qkv_proj)
+        joined = joined.view(-1, 3 * self.num_heads, self.head_width)
+        turned, value = joined.split((2 * self.num_heads, self.num_heads), dim=1)
+        cos, sin = turn
+        query, key = (turned * cos + _half_turn(turned) * sin).chunk(2, dim=1)
+        x = x + linear(attend(seen, layer, query, key, value).flatten(1), self.o_proj)
+        gate, up = linear(_norm(x, self.post_norm), self.gate_up_proj).chunk(2, dim=-1)
+        return x + linear(F.silu(gate) * up, self.down_proj)
+
+
+class Trunk(nn.Module):
+    """All that is learned of the tiny reader and TRM; `num_tasks` task embeddings.
+
+    `dtype` is the arithmetic of the blocks; parameters are float32 in training.
+    """
+
+    def __init__(self, config: TrunkConfig, num_tasks: int, num_scales: int = 0):
+        super().__init__()
+        self.config, self.num_tasks, self.num_scales = config, num_tasks, num_scales
+        self.dtype = torch.float32
+        width = config.hidden_size
+        self.embed_tokens = _table(VOCABULARY, width)
+        self.layers = nn.ModuleList(
+            Block(width, config.inner_size, config.num_heads) for _ in range(config.num_layers)
+        )
+        self.injections = _Layers(config.depth if config.injection else 0, width)
+        self.norm = nn.Parameter(torch.ones(width))
+        self.head = _matrix(VOCABULARY, width)
+        self.task_emb = _table(num_tasks, width)
+        self.inverse_emb = _table(num_tasks, width)
+        self.dihedral_emb = _table(NUM_DIHEDRALS, width)
+        self.colours_emb = _table(2, width)
+        self.scale_emb = _table(num_scales, width)
+        self.own_head = _matrix(NUM_COLOURS, width)
+        self.halt_head = nn.Linear(width, 1)
+        nn.init.zeros_(self.halt_head.weight)
+        nn.init.constant_(self.halt_head.bias, HALT_BIAS)
+        self.feedback = _Layers(1, width)
+        self.voice_emb = nn.Parameter(torch.zeros(width))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.device
+
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+        return self.config.hidden_size
+
+    def condition(self, rows: Tensor) -> Tensor:
+        """Vectors [R, D] added to every token of each row; `rows` int64 [R, 5], see `Condition`."""
+        tasks = torch.cat((self.task_emb, self.inverse_emb))
+        vectors = tasks.index_select(0, rows[:, TASK] + rows[:, INVERSE] * self.num_tasks)
+        vectors = vectors + self.dihedral_emb.index_select(0, rows[:, DIHEDRAL])
+        vectors = vectors + self.colours_emb.index_select(0, rows[:, KEEPS_COLOURS])
+        if not self.num_scales:
+            return vectors
+        none = self.scale_emb.new_zeros(1, self.width)
+        return vectors + torch.cat((none, self.scale_emb)).index_select(0, rows[:, SCALE])
+
+    def embed(self, tokens: Tensor, condition_TD: Tensor) -> Tensor:
+        """Embedded tokens [T, D] in `dtype`, of ids int64 [T] or distributions over ids [T, V].
+
+        Ids are multiplied as one-hot rows where a gradient is wanted: its gradient is a product
+        too, not a contended scatter.
+        """
+        if tokens.ndim == 1 and not torch.is_grad_enabled():
+            cells = F.embedding(tokens, self.embed_tokens).to(self.dtype)
+        else:
+            shown = F.one_hot(tokens, VOCABULARY) if tokens.ndim == 1 else tokens
+            cells = shown.to(self.dtype) @ self.embed_tokens.to(self.dtype)
+        return cells + condition_TD.to(self.dtype)
+
+    def hidden(self, x_TD: Tensor, positions_T: Tensor, seen: Seen) -> Tensor:
+        """Hidden states [T, D], after the final norm, of embedded tokens at packed positions."""
+        turn = self.rotary(positions_T)
+        source = F.rms_norm(x_TD, x_TD.shape[-1:], eps=EPS).to(x_TD.dtype)
+        x, num_blocks = x_TD, len(self.layers)
+        keeps_inputs_only = self.config.gradient_checkpointing and torch.is_grad_enabled()
+        for number in range(self.config.depth):
+            if self.config.injection:
+                x = x + linear(source, self.injections.layers[number])
+            block = self.layers[number % num_blocks]
+            if keeps_inputs_only:  # nothing in a block is random
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(block, x, turn, seen, number, **options)
+            elif isinstance(seen, tuple):  # one graph serves all loops of a compiled block
+                x = block(x, turn, seen)
+            else:
+                x = block(x, turn, seen, number)
+        return _norm(x, self.norm)
+
+    @torch.no_grad()
+    def rotary(self, positions_T: Tensor) -> Turn:
+        """Cosines and sines in `dtype`: 3/8 of the angles turn with the column, 3/8 with the row,
+        2/8 with the part.
+        """
+        half = self.width // self.config.num_heads // 2
+        part = half // 4
+        column = (half - part) // 2
+        counts = column, half - part - column, part
+        axes = (positions_T % SIDE, positions_T // SIDE % SIDE, positions_T // SIDE**2)
+        angles = []
+        for axis, count in zip(axes, counts, strict=True):
+            powers = torch.arange(count, device=axis.device, dtype=torch.float32) / count
+            angles.append(axis[:, None].float() * self.config.rope_base**-powers)
+        table = torch.cat(angles, dim=-1).repeat(1, 2)[:, None]
+        return table.cos().to(self.dtype), table.sin().to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of the reader voice, float32 [..., V]."""
+        return linear(hidden, self.head).float()
+
+    def grid_logits(self, hidden: Tensor) -> Tensor:
+        """The same of the 12 choices that spell a grid, float32 [..., 12]."""
+        weight = self.head.weight
+        weight = torch.cat((weight[:END_OF_CHOICES], weight[CHOICES[-1] :][:1]))
+        return F.linear(hidden, weight.to(hidden.dtype)).float()
+
+    def compile_blocks(self) -> None:
+        """torch.compile of every block, in place."""
+        for block in self.layers:
+            block.compile(dynamic=False)
+
+    @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> "Trunk":
+        """A frozen, uncompiled copy with the matrices of the blocks in `dtype`, for inference.
+
+        Tables stay in their dtype, as does everything that is in `dtype` already: such tensors
+        are shared, and later changes of them reach the copy.
+        """
+        with torch.device("meta"):
+            other = Trunk(self.config, self.num_tasks, self.num_scales)
+        state = {
+            name: tensor.detach() if name.endswith("_emb") else tensor.detach().to(dtype)
+            for name, tensor in self.state_dict().items()
+        }
+        other.load_state_dict(state, assign=True)
+        other.dtype = dtype
+        return other.requires_grad_(False).eval()
+
+
+class _Layers(nn.Module):
+    """Square matrices, zero at first, named so that they are optimised as those of blocks."""
+
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.layers = nn.ModuleList(_matrix(width, width) for _ in range(count))
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
+
+
+def llama_state(trunk: Trunk) -> dict[str, Tensor]:
+    """Weights of transformers' `LlamaForCausalLM` with loops x num_layers layers, for comparison.
+
+    Equal to the trunk in the reader voice where there is no injection, `seen` is causal, the
+    condition is zero and positions turn as LLaMA's do.
+    """
+    state = {
+        "model.embed_tokens.weight": trunk.embed_tokens,
+        "model.norm.weight": trunk.norm,
+        "lm_head.weight": trunk.head.weight,
+    }
+    for number in range(trunk.config.depth):
+        block = trunk.layers[number % len(trunk.layers)]
+        assert isinstance(block, Block)
+        q, k, v = block.qkv_proj.weight.chunk(3)
+        gate, up = block.gate_up_proj.weight.chunk(2)
+        named: Iterable[tuple[str, Tensor]] = (
+            ("self_attn.q_proj.weight", q),
+            ("self_attn.k_proj.weight", k),
+            ("self_attn.v_proj.weight", v),
+            ("self_attn.o_proj.weight", block.o_proj.weight),
+            ("mlp.gate_proj.weight", gate),
+            ("mlp.up_proj.weight", up),
+            ("mlp.down_proj.weight", block.down_proj.weight),
+            ("input_layernorm.weight", block.input_norm),
+            ("post_attention_layernorm.weight", block.post_norm),
+        )
+        state |= {f"model.layers.{number}.{name}": weight for name, weight in named}
+    return {name: weight.detach().clone() for name, weight in state.items()}
+
+
+def _matrix(num_rows: int, num_columns: int) -> nn.Linear:
+    matrix = nn.Linear(num_columns, num_rows, bias=False)
+    nn.init.normal_(matrix.weight, std=INIT_STD)
+    return matrix
+
+
+def _table(num_rows: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(num_rows, width) * INIT_STD)
+
+
+def linear(x: Tensor, matrix: nn.Module) -> Tensor:
+    """The product in the dtype of `x`."""
+    assert isinstance(matrix, nn.Linear)
+    bias = None if matrix.bias is None else matrix.bias.to(x.dtype)
+    return F.linear(x, matrix.weight.to(x.dtype), bias)
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
