@@ -5,7 +5,6 @@ what is as asked; sequences are packed in order and none is preferred.
 import numpy as np
 import pytest
 import torch
-from helpers import random_grid
 from larger import larger
 
 from arctrm.config import DataConfig, ScalingConfig
@@ -15,19 +14,17 @@ from arctrm.data.task import Pair, Task
 from arctrm.data.views import View, fixed_colours
 from arctrm.model.layout import (
     END,
-    FIRST_MARK,
     PAD,
     PAIR_TOKENS,
-    PREFIX,
     SEPARATOR,
     Condition,
-    Marks,
     pair_length,
     pair_tokens,
 )
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE
 from arctrm.train.source import INPUT, OUTPUT, PairSource
+from helpers import random_grid
 
 CPU = torch.device("cpu")
 TOKENS, SEQUENCES = 4096, 64
@@ -257,33 +254,7 @@ def test_other_rows_of_the_same_sizes_are_spelt_in_the_places_of_a_batch(base):
     assert (turned != batch.tokens).any()
 
 
-# -- hub readers
-
-
-def test_marks_of_a_hub_reader_stand_around_the_grids_and_a_soft_prefix_before_the_output(base):
-    a, b, c, d = range(FIRST_MARK, FIRST_MARK + 4)
-    marks = Marks(start=(a, b), before_input=(c,), before_output=(d, a))
-    sequences = make(base, "hub", marks=marks)
-    rows = sequences.draw(8)
-    plain = [int(n) for n in lengths(rows)]
-    rows[:, -1, s.SOFT] = 3
-    rows[:, -1, s.LENGTH] += 3
-    batch = sequences.pack(rows.flatten(0, 1), 8, 8 * TOKENS)
-    for number, (present, where) in enumerate(pieces(batch)):
-        assert where.stop - where.start == plain[number] + 3
-        tokens = batch.tokens[where].tolist()
-        expected = [a, b]
-        for row in present:
-            own = pair_tokens(as_seen(base, row))[0].tolist()
-            middle = own.index(SEPARATOR)
-            soft = [PREFIX] * int(row[s.SOFT])
-            expected += [c, *own[1:middle], d, a, *soft, *own[middle + 1 :]]
-        assert tokens == expected
-        first = where.start + tokens.index(PREFIX)
-        assert (batch.labels[first - 1 : first + 2] == IGNORE).all()
-        assert batch.labels[first + 2] == batch.tokens[first + 3] < 10
-        of_row = batch.row[where].bincount()[-1]
-        assert of_row == present[-1][s.LENGTH] == sequences.lengths(present[-1][None])[0]
+# -- pairs that come first
 
 
 def test_context_pairs_are_others_of_the_same_task_under_the_same_view(base):

@@ -61,16 +61,26 @@ def questions(
     shown = batch.tokens
     if drafts is not None and config.draft_share:
         drafted = draw_drafted(batch.rows, sequences.source, drafts, config.draft_share)
-        rows = batch.rows.clone()
-        rows[:, PAIR] += drafts.num_pairs * drafted
-        shown = torch.where(cells, sequences.tokens_of(batch, rows), shown)
-    of_draft = drafted[batch.own_row]
-    hidden = cells & ~of_draft & draw_hidden(batch.own_row, num_rows, config.hidden_whole)
-    shown = with_wrong_colours(shown, cells & ~of_draft, batch.row, config.noise)
-    shown = torch.where(hidden, HIDDEN, shown)
-    rows_of = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
+        with_drafts = batch.rows.clone()
+        with_drafts[:, PAIR] += drafts.num_pairs * drafted
+        shown = torch.where(cells, sequences.tokens_of(batch, with_drafts), shown)
+    rows = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
     labels = torch.where(cells, batch.tokens, IGNORE)
-    return Questions(rows_of, labels, batch.prompts, drafted)
+    return Questions(corrupted(rows, drafted, config), labels, batch.prompts, drafted)
+
+
+def corrupted(rows: Rows, drafted: Tensor, config: TRMConfig) -> Rows:
+    """Rows that show true answers with a part of their cells hidden, and a part of the others in
+    random colours; but for those that show a draft (bool [R]).
+    """
+    num_rows = len(drafted)
+    own_row = rows.row.clamp(max=num_rows - 1)
+    share, chance = torch.rand(2, num_rows, device=own_row.device)
+    share = torch.where(chance < config.hidden_whole, 1.0, share)
+    hidden = torch.rand(own_row.shape, device=own_row.device) < share[own_row]
+    cells = rows.cells & ~drafted[own_row]
+    shown = with_wrong_colours(rows.tokens, cells, rows.row, config.noise)
+    return rows._replace(tokens=torch.where(cells & hidden, HIDDEN, shown))
 
 
 @torch.no_grad()
@@ -89,13 +99,6 @@ def answer_cells(batch: Batch) -> Tensor:
     """bool [T]: the cells of the outputs."""
     is_output = part_of(batch.positions) == OUTPUT_PART
     return is_output & (batch.tokens < NUM_COLOURS) & (batch.row < len(batch.rows))
-
-
-def draw_hidden(row: Tensor, num_rows: int, whole: float) -> Tensor:
-    """bool [T]: cells to hide, of each row a share uniform in 0..1, or all of a share `whole`."""
-    share, chance = torch.rand(2, num_rows, device=row.device)
-    share = torch.where(chance < whole, 1.0, share)
-    return torch.rand(row.shape, device=row.device) < share[row]
 
 
 def with_wrong_colours(tokens: Tensor, cells: Tensor, row: Tensor, share: float) -> Tensor:

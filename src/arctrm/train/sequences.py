@@ -6,9 +6,6 @@ prompt is, and every later token sees the sequence up to itself. Sequences wait 
 keeps its order, so that a long one which does not fit now comes first next time. Shapes are static:
 a captured CUDA graph can replay the whole thing.
 
-Tokens are codes: those of the trunk, whose ids they are, and from `FIRST_MARK` on the tokens of a
-hub model's marks around the grids.
-
 Legend: T tokens, N sequences, K pairs in a sequence, R = N x K rows (pairs), n any rows.
 """
 
@@ -20,17 +17,17 @@ from torch import Tensor
 from arctrm.data.task import NUM_COLOURS
 from arctrm.model import layout
 from arctrm.model.attention import Spans, block_spans, spans
-from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, PAIR_TOKENS, SCALE, TASK, Marks
+from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, PAIR_TOKENS, SCALE, TASK
 from arctrm.train import scaling
 from arctrm.train.losses import IGNORE
 from arctrm.train.source import INPUT, OUTPUT, PairSource, same_colours
 
 # Columns of a row. The first are its condition (`layout.Condition`), whose last is the first of the
-# columns of `Scales`. Then: which pair, its place in the sequence, its tokens (0: no pair), the
-# vectors of a soft prefix before its output, and the colours of its view.
+# columns of `Scales`. Then: which pair, its place in the sequence, its tokens (0: no pair), and the
+# colours of its view.
 SHOWN = slice(SCALE, SCALE + scaling.NUM_COLUMNS)
-PAIR, INDEX, LENGTH, SOFT = range(SHOWN.stop, SHOWN.stop + 4)
-COLOURS = slice(SOFT + 1, SOFT + 1 + NUM_COLOURS)
+PAIR, INDEX, LENGTH = range(SHOWN.stop, SHOWN.stop + 3)
+COLOURS = slice(LENGTH + 1, LENGTH + 1 + NUM_COLOURS)
 NUM_COLUMNS = COLOURS.stop
 
 CONTEXT_WINDOW = 16
@@ -45,7 +42,7 @@ class Batch(NamedTuple):
     rows: Tensor
     """int64 [R, columns]."""
     tokens: Tensor
-    """int64 [T]: codes."""
+    """int64 [T]: ids of the trunk."""
     positions: Tensor
     """int64 [T]: packed positions."""
     labels: Tensor
@@ -83,22 +80,19 @@ class Sequences:
         by_blocks: bool = False,
         num_pairs: int = 1,
         longest: int = PAIR_TOKENS,
-        marks: Marks = Marks(),
     ):
         """`whole`: sequences are seen whole (TRM voice). `inverse_share` of them ask for the input
-        of an output. `by_blocks`: attention goes by blocks, for compiled code on a GPU. For hub
-        readers: up to `num_pairs` pairs and `longest` tokens a sequence, `marks` around grids.
+        of an output. `by_blocks`: attention goes by blocks, for compiled code on a GPU. A sequence
+        has up to `num_pairs` pairs and `longest` tokens.
         """
         self.source, self.dtype, self.device = source, dtype, source.device
         self.whole, self.inverse_share, self.by_blocks = whole, inverse_share, by_blocks
-        self.num_pairs, self.longest, self.marks = num_pairs, longest, marks
+        self.num_pairs, self.longest = num_pairs, longest
         order = source.pairs[:, TASK].argsort(stable=True)
         self.by_task = order[source.drawable[order]]
         counts = torch.bincount(source.pairs[self.by_task, TASK], minlength=len(source.fixed))
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
         self.scales = scaling.Scales(source.data.scaling, self.device)
-        self.head_codes = torch.tensor(marks.start + marks.before_input, device=self.device)
-        self.output_codes = torch.tensor(marks.before_output, device=self.device)
 
     def draw(self, count: int) -> Tensor:
         """`count` fresh sequences, int64 [count, K, columns]; the pair drawn by weight is last."""
@@ -163,20 +157,17 @@ class Sequences:
             rows[..., INVERSE] = inverse[:, None]
         if shown is not None:
             rows[..., SHOWN] = shown[:, None]
-        rows[..., INDEX] = 1
         lengths = self.lengths(rows.flatten(0, 1))[0].view_as(pairs) * (pairs >= 0)
         # Pairs that would make the sequence too long are left out, the first ones before others.
-        from_end = lengths.flip(1).cumsum(1).flip(1)
-        there = (from_end <= self.longest - len(self.marks.start)) & (lengths > 0)
+        there = (lengths.flip(1).cumsum(1).flip(1) <= self.longest) & (lengths > 0)
         rows[..., INDEX] = there.cumsum(1) - 1
-        rows[..., LENGTH] = self.lengths(rows.flatten(0, 1))[0].view_as(pairs) * there
+        rows[..., LENGTH] = lengths * there
         return rows
 
     def lengths(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [n] of complete pairs, and those before the output."""
         given, asked = (height * (width + 1) for height, width in self._sizes(rows))
-        asked_at = self._heads(rows) + given + len(self.marks.before_output) + rows[:, SOFT]
-        return asked_at + asked + 1, asked_at
+        return given + asked + 3, given + 2
 
     def next_batch(self, queue_NKC: Tensor, num_tokens: int) -> Batch:
         """Take as many sequences as fit from the queue, in order, and refill it in place."""
@@ -220,11 +211,6 @@ class Sequences:
         tokens, _, _ = self._tokens(rows[batch.own_row], batch.slot)
         return torch.where(batch.row < len(rows), tokens, layout.PAD)
 
-    def _heads(self, rows: Tensor) -> Tensor:
-        """Tokens [n] before each row's input."""
-        first = rows[:, INDEX] == 0
-        return len(self.marks.before_input) + first * len(self.marks.start)
-
     def _grids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The grids (offset, height, width) [n, 3] that are given and asked for in each row."""
         pair = self.source.pairs[rows[:, PAIR]]
@@ -245,31 +231,25 @@ class Sequences:
         token's row [T, columns].
         """
         (in_height, in_width), (out_height, out_width) = self._sizes(row)
-        head = self._heads(row)
-        separator = head + in_height * (in_width + 1)
-        soft = separator + len(self.marks.before_output)
-        body = soft + row[:, SOFT]
+        separator = 1 + in_height * (in_width + 1)
+        body = separator + 1
         end = body + out_height * (out_width + 1)
         after = slot >= separator
         width = torch.where(after, out_width, in_width)
-        place = (slot - torch.where(after, body, head)).clamp(min=0)
+        place = (slot - torch.where(after, body, 1)).clamp(min=0)
         y = torch.div(place, width + 1, rounding_mode="floor")
         x = place % (width + 1)
-        # Marks stand at (0, 0) of parts of their own, END below the last row.
-        opening, between = slot < head, after & (slot < body)
-        y, x = (torch.where(opening | between, 0, value) for value in (y, x))
+        opening, between = slot < 1, slot == separator
         inside = ~opening & ~between & (x < width) & (slot < end)
         tokens = torch.where(inside, self._colours(row, after, y, x, inside), layout.ROW_END)
         part = torch.where(after, layout.OUTPUT_PART, layout.INPUT_PART)
-        heads, marks = self.head_codes, self.output_codes
-        from_end = len(heads) - head  # later pairs have no start
-        for at, token, mark_part in (
-            (opening, heads[(slot + from_end).clamp(0, len(heads) - 1)], layout.START_PART),
-            (between, marks[(slot - separator).clamp(0, len(marks) - 1)], layout.SEPARATOR_PART),
-            (between & (slot >= soft), layout.PREFIX, layout.SEPARATOR_PART),
+        # START and SEPARATOR stand at (0, 0) of parts of their own, END below the last row.
+        for at, token, own_part in (
+            (opening, layout.START, layout.START_PART),
+            (between, layout.SEPARATOR, layout.SEPARATOR_PART),
             (slot == end, layout.END, layout.OUTPUT_PART),
         ):
-            tokens, part = torch.where(at, token, tokens), torch.where(at, mark_part, part)
+            tokens, part = torch.where(at, token, tokens), torch.where(at, own_part, part)
         part = part + row[:, INDEX] * layout.PARTS_PER_PAIR
         is_output = (slot >= body - 1) & (slot < end) & (slot + 1 < row[:, LENGTH])
         return tokens, (part * layout.SIDE + y) * layout.SIDE + x, is_output
