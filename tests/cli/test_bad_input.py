@@ -37,8 +37,8 @@ COMMANDS = {
     "data show": ["data", "show", "{}"],
     "data build": ["data", "build", "--subsets", "{}", "--test-set", "{}", "--out", "written"],
     "solve": ["solve", "{}", "--out", "written"],
-    "baseline": ["baseline", "--subset", "{}", "--out", "written"],
-    "eval": ["eval", "--set", "evaluation.test_set={}", "--out", "written"],
+    "baseline": ["baseline", "--test-set", "{}", "--out", "written"],
+    "eval": ["eval", "--test-set", "{}", "--out", "written"],
     "joint": ["joint", "--set", "data_path={}", "--out", "written"],
     "pretrain": [
         *("pretrain", "--set", 'data.subsets=["{}"]', "--set", "data.test_set="),

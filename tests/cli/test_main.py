@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import arctrm
 from arctrm.cli import describe_error, main
-from arctrm.cli.data import default_folder
+from arctrm.cli.threads import cpu_quota
+from arctrm.config import PretrainConfig
+from arctrm.console import plain, printable
+from arctrm.data.base_set import open_base_set
 from arctrm.errors import ArctrmError, TaskError
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +46,13 @@ def run(capfd):
     [
         (
             ["pretrain", "--config", "nope.toml"],
-            "error: nope.toml: there is no such file; --config wants a TOML file that exists\n",
+            "error: nope.toml: there is no such file; shipped are arc1_1h, arc2_1h, baseline, "
+            "debug, eval, joint, joint_llama, pretrain, pretrain_reader, pretrain_trm, smoke, "
+            "solve\n",
         ),
         (
-            ["pretrain", "--set", "trm.hiden_size=4"],
-            "error: --set: unknown key trm.hiden_size; did you mean trm.hidden_size?\n",
+            ["pretrain", "--set", "trunk.hiden_size=4"],
+            "error: --set: unknown key trunk.hiden_size; did you mean trunk.hidden_size?\n",
         ),
         (
             ["data", "build", "--num-aug", "-1"],
@@ -151,7 +156,7 @@ def test_an_interrupt_is_one_line_and_exit_130():
     """A real signal in a real process, sent in the middle of the command."""
     code = (
         f"{HEARD}; import os, sys; from arctrm.cli import main\n"
-        "import arctrm.data.build as b\n"
+        "import arctrm.data.base_set as b\n"
         "b.build = lambda *given: os.kill(os.getpid(), signal.SIGINT)\n"
         "main(['data', 'build'])"
     )
@@ -166,7 +171,8 @@ def test_an_interrupt_while_typer_is_imported_is_one_line_and_exit_130(tmp_path)
         [sys.executable, "-m", "arctrm", "--help"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ
+        | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
@@ -179,7 +185,7 @@ def test_data_build_writes_a_set_and_reports_it(run):
     code, out, _ = run("data", "build", "--config", "a.toml", "--num-aug", 7, "--out", "set")
     assert code == 0
     assert "30 tasks" in out
-    assert json.loads(Path("set/meta.json").read_text())["num_aug"] == 7
+    assert open_base_set(Path("set")).meta.num_aug == 7
 
 
 def test_the_default_folder_of_data_build_is_named_after_its_subsets(run):
@@ -187,8 +193,7 @@ def test_the_default_folder_of_data_build_is_named_after_its_subsets(run):
         "data", "build", "--subsets", "training", "--test-set", "", "--set", "data.max_tasks=2"
     )
     assert code == 0
-    assert Path("data/training/meta.json").is_file()
-    assert default_folder(("training", "more/tasks.json.gz")) == Path("data/training-tasks")
+    assert open_base_set(Path("data/training")).num_tasks == 2
 
 
 def test_a_dry_run_of_data_build_counts_and_writes_nothing(run):
@@ -246,8 +251,153 @@ def test_data_show_reports_an_unknown_source(run):
     assert err.count("\n") == 1
 
 
-def test_a_dry_run_of_pretrain_counts_and_writes_nothing(run):
-    code, out, _ = run("pretrain", "--config", CONFIGS / "debug.toml", "--dry-run")
-    assert code == 0
-    assert "parameters" in out
-    assert list(Path().iterdir()) == []
+# -- from flags to the configuration of the one function that a command calls
+
+
+def taken(monkeypatch, path):
+    """What the function at `path` is given instead of running."""
+    calls = []
+    monkeypatch.setattr(path, lambda *given, **named: calls.append((*given, named)))
+    return calls
+
+
+def test_a_training_command_gives_its_run_a_folder_and_says_how_it_runs(run, monkeypatch):
+    for command in ("pretrain", "joint"):
+        calls = taken(monkeypatch, f"arctrm.train.run.{command}")
+        assert run(command, "--seed", 0, "--set", "seed=3", "--dry-run")[0] == 0
+        ((config, named),) = calls
+        assert config.seed == 0
+        assert str(config.out).startswith(f"runs/{command}-")
+        assert named == {"resume": False, "dry_run": True}
+
+
+def test_a_run_is_resumed_with_the_configuration_that_its_folder_holds(run, monkeypatch):
+    calls = taken(monkeypatch, "arctrm.train.run.pretrain")
+    config = PretrainConfig(seed=5, trunk={"hidden_size": 64})
+    Path("a").mkdir()
+    Path("a/config.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    assert run("pretrain", "--out", "a", "--resume")[0] == 0
+    config, named = calls[0]
+    assert (config.seed, config.trunk.hidden_size, config.out) == (5, 64, Path("a"))
+    assert named == {"resume": True, "dry_run": False}
+
+
+def test_the_flags_of_eval_reach_their_keys(run, monkeypatch):
+    calls = taken(monkeypatch, "arctrm.solve.evaluate.evaluate")
+    Path("a.toml").write_text('checkpoint = "x"\n[evaluation]\nheld_out = 3')
+    arguments = ("--bundled", "--views", 4, "--test-set", "training", "--max-tasks", 2)
+    ablations = ("--ablate", "no-trm,no-reader", "--ablate", "no-trm")
+    assert run("eval", "--config", "a.toml", *arguments, *ablations, "--out", "o")[0] == 0
+    config, _ = calls[0]
+    assert (config.bundled, config.checkpoint, config.out) == (True, None, Path("o"))
+    assert (config.inference.views, config.evaluation.test_set) == (4, "training")
+    assert (config.evaluation.max_tasks, config.evaluation.held_out) == (2, 3)
+    assert config.evaluation.ablate == ("no-trm", "no-reader")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bundled", "--checkpoint", "x"], "checkpoint = 'x' contradicts bundled = true"),
+        (["--submission", "s.json", "--bundled"], "submission = 's.json' contradicts bundled"),
+        (["--submission", "s.json", "--ablate", "no-trm"], "contradicts evaluation.ablate"),
+        (["--submission", "s.json", "--resume", "--out", "o"], "--resume contradicts submission"),
+        (["--ablate", "no-x"], "'no-reader', 'no-trm' or 'no-coupling'"),
+    ],
+)
+def test_eval_refuses_flags_that_contradict_each_other(run, arguments, said):
+    code, out, err = run("eval", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_the_flags_of_baseline_reach_their_keys(run, monkeypatch):
+    calls = taken(monkeypatch, "arctrm.solve.baseline.baseline")
+    arguments = ("--model", "a/b", "--views", 3, "--attempts", 4, "--test-set", "training")
+    assert run("baseline", *arguments, "--out", "r.json")[0] == 0
+    config, _ = calls[0]
+    assert (config.hub.name, config.views, config.attempts) == ("a/b", 3, 4)
+    assert (config.evaluation.test_set, config.out) == ("training", Path("r.json"))
+    Path("r.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
+    assert run("baseline", "--out", "r.json", "--resume")[0] == 0
+    assert calls[1][0] == config
+    assert run("baseline", "--model", "a/b", "--checkpoint", "x")[0] == 2
+
+
+def test_the_flags_of_solve_reach_their_keys(run, monkeypatch):
+    calls = taken(monkeypatch, "arctrm.solve.solve.solve")
+    arguments = ("--budget", "2m", "--views", 3, "--attempts", 4, "--keep-going", "--check")
+    assert run("solve", "x.json", *arguments)[0] == 0
+    config, target, named = calls[0]
+    assert (config.budget, config.inference.views, config.max_attempts) == (120, 3, 4)
+    assert (config.keep_going, config.out, target) == (True, None, "x.json")
+    assert named == {"check": True, "trace": False, "dry_run": False}
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version") == (0, f"arctrm {arctrm.__version__}\n", "")
+
+
+# -- what reaches the terminal, and how threads wait
+
+
+def test_text_from_outside_is_neither_markup_nor_control():
+    text = "[red]a\x1b[2J\x07\u202eb\ud800\nc"
+    assert printable(text) == "[red]a\\x1b[2J\\x07\\u202eb\\ud800\nc"
+    shown = Console(width=80, force_terminal=False)
+    with shown.capture() as captured:
+        shown.print(plain(text))
+    assert captured.get() == printable(text) + "\n"
+    assert printable("x" * 10, limit=4) == "xxx…"
+
+
+def test_an_error_about_a_strange_name_is_one_line(run):
+    code, _, err = run("data", "show", "no\x1b[2J[red]\nwhere")
+    assert code == 2
+    assert err.startswith("error: no\\x1b[2J[red] where: no such file")
+
+
+WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "1"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_spin_shortly_unless_the_user_says_otherwise(given, then):
+    environ = {key: value for key, value in os.environ.items() if key not in WAITING}
+    code = (
+        "import json, os, sys\n"
+        "import arctrm.train, types\n"
+        "def said(*given, **named):\n"
+        f"    print(json.dumps({{k: os.environ[k] for k in {WAITING} if k in os.environ}}))\n"
+        "arctrm.train.run = types.SimpleNamespace(pretrain=said)\n"
+        "sys.modules['arctrm.train.run'] = arctrm.train.run\n"
+        "from arctrm.cli import main; main(['pretrain'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ | given
+    )
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)
+    settings.pop("OMP_NUM_THREADS", None)  # under the quota of this machine
+    assert settings == then
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1)]
+)
+def test_a_quota_is_read_as_cores(tmp_path, text, cores):
+    (tmp_path / "cpu.max").write_text(f"{text}\n")
+    assert cpu_quota(tmp_path) == cores
+    (tmp_path / "cpu.max").unlink()
+    assert cpu_quota(tmp_path) is None
+    (tmp_path / "cpu").mkdir()
+    quota, period = text.replace("max", "-1").split()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text(period)
+    assert cpu_quota(tmp_path) == cores

@@ -2,12 +2,20 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from arctrm.config.base import FREE, LISTED, Count, Names, Number, Rate, Share, StrictModel, Weight
+from arctrm.config.base import FREE, Count, Names, Number, Rate, Share, StrictModel, Weight
 
 Ablation = Literal["no-reader", "no-trm", "no-coupling"]
 """What `eval` can leave out."""
+
+
+def _names(value: object) -> object:
+    """Items that hold several names with commas between are split, and every name comes once."""
+    if not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
+        return value
+    return tuple(dict.fromkeys(name.strip() for item in value for name in item.split(",")))
+
 
 Views = Annotated[int, Field(ge=1, le=10**6)]
 
@@ -94,7 +102,9 @@ class TaskChoiceConfig(StrictModel):
 class EvaluationConfig(TaskChoiceConfig):
     """Which tasks `eval` answers and scores, and what is left out in further rows."""
 
-    ablate: Annotated[tuple[Ablation, ...], LISTED] = Field((), json_schema_extra=FREE)
+    ablate: Annotated[tuple[Ablation, ...], BeforeValidator(_names)] = Field(
+        (), json_schema_extra=FREE
+    )
     """Score again with one thing left out, each in turn: no-reader (TRM answers alone), no-trm (the
     reader answers alone), no-coupling (both answer, and TRM begins without drafts)."""
     keep_candidates: bool = Field(False, json_schema_extra=FREE)
