@@ -1,0 +1,250 @@
+"""Adapters between a hub model and TRM, which live in spaces of different widths.
+
+- `TextToLatentAdapter`: what the LLM has read -> first latents of every cell, and context slots;
+- `AlignedAdapter`: the LLM's state of each cell that it has read -> that very cell of TRM;
+- `LatentToTextAdapter`: TRM's latents -> a soft prefix of the LLM.
+
+All start as a whisper beside what TRM embeds itself, but not silent: a zero would keep the first
+gradient from the LLM. Rows are padded, with a mask.
+
+Legend: B rows, S states of a row, Q queries, A heads, K = D / A, H width of the LLM, D width of
+TRM, C context slots, P prefix vectors, N rows (= columns) of the canvas, T cells of a packed batch.
+"""
+
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arctrm.errors import ConfigError
+
+WHISPER = 0.1
+"""First deviation of what adapters add, where embeddings have 1."""
+SHARPNESS = 4.0
+"""First deviation of attention logits. At 1, queries average hundreds of states: all slots say
+nearly the same, and nearly the same for every task."""
+EMBEDDING_SCALE = 0.02
+"""Root mean square of the embeddings of a fresh language model; trained ones are near it."""
+NUM_BLOCKS = 2
+
+
+class Read(NamedTuple):
+    """What the learned queries have read: everything `TextToLatentAdapter` says follows from it."""
+
+    slots: Tensor
+    """[B, C, D]"""
+    rows: Tensor
+    """[B, N, D]: one vector per canvas row."""
+    columns: Tensor
+    """[B, N, D]: one vector per canvas column."""
+
+
+class TextToLatentAdapter(nn.Module):
+    """LLM -> TRM: learned queries read the sequence, one per slot, canvas row and canvas column.
+
+    A cell's latents come from its row and its column vector through a small head, so that the map
+    from 4096 wide states to 900 cells of 512 costs 8 million parameters; a dense one costs 1.9
+    billion.
+
+    Args:
+        llm_hidden_size: width H of the LLM.
+        trm_hidden_size: width D of TRM.
+        trm_seq_len: cells of the full canvas, a square number (900 = 30 x 30).
+        num_context_slots: vectors that `context` gives.
+        num_heads: heads of the cross-attention; must divide D.
+
+    Raises:
+        ConfigError: `trm_seq_len` is no square, or the heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        llm_hidden_size: int = 4096,
+        trm_hidden_size: int = 512,
+        trm_seq_len: int = 900,
+        num_context_slots: int = 16,
+        num_heads: int = 8,
+    ):
+        super().__init__()
+        self.side, width = isqrt(trm_seq_len), trm_hidden_size
+        if self.side**2 != trm_seq_len or not trm_seq_len:
+            raise ConfigError(
+                f"TextToLatentAdapter: trm_seq_len = {trm_seq_len} is not the number of cells of a "
+                "square canvas; use 900 (30 x 30)"
+            )
+        self.llm_hidden_size, self.num_context_slots = llm_hidden_size, num_context_slots
+        self.project = _linear(llm_hidden_size, width)
+        self.queries = _table(num_context_slots + 2 * self.side, width)
+        self.blocks = nn.ModuleList(_CrossBlock(width, num_heads) for _ in range(NUM_BLOCKS))
+        self.slot_head = _linear(width, width)
+        self.cell_head = _linear(width, 2 * width)
+
+    def forward(self, llm_hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z_H and z_L, each [B, N x N, D], cells row by row.
+
+        `llm_hidden` is [B, H] or [B, S, H] with a bool mask [B, S] (True: a state).
+        """
+        read = self.read(llm_hidden, mask)
+        z_H, z_L = self._latents(read.rows[:, :, None], read.columns[:, None])
+        return z_H.flatten(1, 2), z_L.flatten(1, 2)
+
+    def context(self, llm_hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Prefix slots [B, C, D]."""
+        return self.slots(self.read(llm_hidden, mask))
+
+    def read(self, llm_hidden: Tensor, mask: Tensor | None = None) -> Read:
+        """Read the sequence once, for callers who want the slots and some cells."""
+        if llm_hidden.ndim == 2:
+            llm_hidden = llm_hidden[:, None]
+        if mask is None:
+            mask = torch.ones(llm_hidden.shape[:2], dtype=torch.bool, device=llm_hidden.device)
+        hidden = _masked(llm_hidden, mask, self.llm_hidden_size, "TextToLatentAdapter")
+        keys = _norm(self.project(_norm(hidden)))
+        x = self.queries.expand(hidden.shape[0], -1, -1)
+        for block in self.blocks:
+            x = block(x, keys, mask)
+        return Read(*_norm(x).split((self.num_context_slots, self.side, self.side), dim=1))
+
+    def slots(self, read: Read) -> Tensor:
+        """Prefix slots [B, C, D] of what was read."""
+        return self.slot_head(read.slots) * WHISPER
+
+    def cells(self, read: Read, row_T: Tensor, y_T: Tensor, x_T: Tensor) -> tuple[Tensor, Tensor]:
+        """z_H and z_L, [T, D], of some cells (row, y, x) of what was read."""
+        return self._latents(read.rows[row_T, y_T], read.columns[row_T, x_T])
+
+    def _latents(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """z_H and z_L [..., D] of cells whose row and column vectors [..., D] broadcast."""
+        cell = _norm(row + column + row * column)
+        z_H, z_L = (self.cell_head(cell) * WHISPER).chunk(2, dim=-1)
+        return z_H, z_L
+
+
+class AlignedAdapter(nn.Module):
+    """LLM -> TRM, cell by cell: both spend one token on a cell, so nothing has to be learned about
+    where things are, and no cell sees another one's state.
+    """
+
+    def __init__(self, llm_hidden_size: int = 4096, trm_hidden_size: int = 512):
+        super().__init__()
+        self.llm_hidden_size = llm_hidden_size
+        self.norm = nn.LayerNorm(llm_hidden_size)
+        self.project = _linear(llm_hidden_size, trm_hidden_size)
+        self.to_z = _linear(trm_hidden_size, trm_hidden_size)
+        self.to_input = _linear(trm_hidden_size, trm_hidden_size)
+
+    def forward(self, llm_hidden: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, injection), [T, D] each, of states [T, H]; zero where bool `there` [T] is False."""
+        hidden = _masked(llm_hidden, there, self.llm_hidden_size, "AlignedAdapter")
+        x = self.project(self.norm(hidden)) * there[:, None]
+        return self.to_z(x) * WHISPER, self.to_input(x) * WHISPER
+
+
+class LatentToTextAdapter(nn.Module):
+    """TRM -> LLM: learned queries read both latents and become vectors among the embeddings.
+
+    Args:
+        trm_hidden_size: width D of TRM.
+        llm_hidden_size: width H of the LLM.
+        num_prefix: vectors P of the soft prefix.
+        num_heads: heads of the cross-attention; must divide D.
+        output_scale: first root mean square of the prefix: that of the LLM's embeddings.
+    """
+
+    def __init__(
+        self,
+        trm_hidden_size: int = 512,
+        llm_hidden_size: int = 4096,
+        num_prefix: int = 4,
+        num_heads: int = 8,
+        output_scale: float = EMBEDDING_SCALE,
+    ):
+        super().__init__()
+        self.trm_hidden_size, self.output_scale = trm_hidden_size, output_scale
+        self.queries = _table(num_prefix, trm_hidden_size)
+        self.from_H, self.from_L = (_linear(trm_hidden_size, trm_hidden_size) for _ in "HL")
+        self.block = _CrossBlock(trm_hidden_size, num_heads)
+        self.project = _linear(trm_hidden_size, llm_hidden_size)
+
+    def forward(self, z_H: Tensor, z_L: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Soft prefix [B, P, H] of latents [B, S, D]; bool mask [B, S] (True: read this one).
+
+        A row with nothing to read gives a learned constant.
+        """
+        if mask is None:
+            mask = torch.ones(z_H.shape[:2], dtype=torch.bool, device=z_H.device)
+        own = (_masked(z, mask, self.trm_hidden_size, "LatentToTextAdapter") for z in (z_H, z_L))
+        high, low = (_norm(z) for z in own)
+        keys = _norm(self.from_H(high) + self.from_L(low))
+        x = self.block(self.queries.expand(len(keys), -1, -1), keys, mask)
+        return self.project(_norm(x)) * self.output_scale
+
+
+class _CrossBlock(nn.Module):
+    """Queries read the keys, then think: pre-norm cross-attention and SwiGLU (inner width D).
+
+    Every row also has one learned key and value: a row without anything to attend to gives a
+    learned constant, and never a division by zero.
+    """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ConfigError(
+                f"adapter: width {width} is not a multiple of num_heads = {num_heads}; "
+                f"use {width // num_heads * num_heads or num_heads} or another number of heads"
+            )
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (_linear(width, width) for _ in range(4))
+        self.gate_up, self.down = _linear(width, 2 * width), _linear(width, width)
+        self.sharpness = nn.Parameter(torch.full((num_heads, 1), SHARPNESS))
+        self.null = nn.Parameter(torch.randn(2, num_heads, width // num_heads))
+
+    def forward(self, x_BQD: Tensor, keys_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+        """The queries [B, Q, D] after reading the keys where the bool mask is True."""
+        heads = (self.num_heads, -1)
+        q = _norm(self.query(_norm(x_BQD)).unflatten(-1, heads)) * self.sharpness
+        k = _norm(self.key(keys_BSD).unflatten(-1, heads))
+        v = self.value(keys_BSD).unflatten(-1, heads)
+        null_key, null_value = self.null.expand(len(k), 1, -1, -1, -1).unbind(2)
+        k, v = torch.cat((_norm(null_key), k), 1), torch.cat((null_value, v), 1)
+        allowed = F.pad(mask_BS, (1, 0), value=True)[:, None, None]  # (B, 1, 1, 1 + S)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        x_BQD = x_BQD + self.out(read.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(_norm(x_BQD)).chunk(2, dim=-1)
+        return x_BQD + self.down(F.silu(gate) * up)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A matrix without bias that keeps the deviation of its input."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.trunc_normal_(layer.weight, std=inputs**-0.5)
+    return layer
+
+
+def _table(rows: int, width: int) -> nn.Parameter:
+    """Learned vectors, small beside what attention adds to them."""
+    return nn.Parameter(torch.randn(rows, width) * width**-0.5)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def _masked(x: Tensor, mask: Tensor, width: int, name: str) -> Tensor:
+    """`x` [..., width] in float32 with zeros where the bool mask [...] is False.
+
+    What lies there is replaced, not multiplied: padding may hold anything, NaN included.
+
+    Raises:
+        ConfigError: the width is another than the adapter was made for, or the mask does not fit.
+    """
+    if x.shape[-1] != width or mask.shape != x.shape[:-1]:
+        raise ConfigError(
+            f"{name}: got vectors {list(x.shape)} with a mask {list(mask.shape)}, expected width "
+            f"{width} and one mask value per vector; use the adapter made for this model"
+        )
+    return torch.where(mask[..., None], x.float(), 0.0)

@@ -1,0 +1,378 @@
+"""Any causal language model of the Hugging Face hub as a reader: frozen, LoRA or fully trained.
+
+The model is used as it is (composed, not subclassed) and is no submodule: state dicts, optimisers
+and averages see only what is trained of it. Grids are spelt by 12 ids (`reader.hub_prompts`), and
+the head is applied to these alone, so that a vocabulary of 128,000 costs nothing. Pairs in the
+layout of the trunk (`model.layout`) are read with words of the model where the layout has marks.
+
+Legend: R prompts, S tokens, P soft prefix vectors, T tokens of the layout, D width, V vocabulary,
+12 choices.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, LlamaModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from arctrm.config import HubConfig
+from arctrm.data.task import Grid, Pair
+from arctrm.errors import CheckpointError
+from arctrm.model.layout import PREFIX, Condition, Prompt
+from arctrm.reader.grammar import MAX_OUTPUT_TOKENS, GridState
+from arctrm.reader.hub_prompts import (
+    HubPrompt,
+    chat_prompt,
+    find_spelling,
+    new_prompt,
+    pairs_prompt,
+)
+
+CACHE = (
+    "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+)
+"""The argument by which transformers' models take a cache; the second name goes with 5.40."""
+SEQUENCES_AT_ONCE = 8
+"""Packed sequences of about one length that are padded to the longest of them."""
+
+
+class HubReader(nn.Module):
+    """A causal LM and its tokenizer; follows `Reader`.
+
+    Parameters are what is trained: none, the LoRA matrices, or every weight, below `pretrained`.
+    """
+
+    model: Any
+    asks_inverse = follows_drafts = False
+    batch_rows, capacity = 8, sys.maxsize
+
+    def __init__(self, model: Any, tokenizer: Any, config: HubConfig):
+        super().__init__()
+        self.__dict__["model"] = model  # not a submodule
+        self.tokenizer, self.config, self.name = tokenizer, config, config.name
+        self.spelling = find_spelling(tokenizer, config.cells, config.name)
+        self.choices = torch.tensor(self.spelling.choices, device=self.device)
+        self.pretrained = nn.Module()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                _add_parameter(self.pretrained, name, parameter)
+        self._checkpointed: list[nn.Module] = []
+        if config.gradient_checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+            self._checkpointed = list(layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in; states and logits come out there, also with a device map."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that the model has an embedding for."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+        return self.model.config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the model can hold: prompt, prefix and new ones together."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) or 2**31
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Bound on a prompt: the configured one, else what leaves room for the largest grid."""
+        room = max(self.max_tokens - MAX_OUTPUT_TOKENS, self.max_tokens // 2)
+        return min(self.config.max_tokens or room, self.max_tokens)
+
+    def prompt(
+        self,
+        query: Grid,
+        condition: Condition = Condition(),
+        pairs: Sequence[Pair] = (),
+        where: str = "prompt",
+    ) -> HubPrompt:
+        """The prompt that asks for the output of `query` after `pairs`; those that do not fit are
+        left out, and its `note` says so. Raises ConfigError where the query alone does not fit.
+        """
+        return pairs_prompt(self.spelling, query, pairs, self.max_prompt_tokens, where)
+
+    def chat_prompt(self, query: Grid, pairs: Sequence[Pair], where: str = "prompt") -> HubPrompt:
+        """The same in plain language through the chat template. Raises ConfigError without one."""
+        bound = self.max_prompt_tokens
+        return chat_prompt(self.tokenizer, query, pairs, bound, where, self.name)
+
+    def opened(self, sizes: Sequence[int]) -> "HubReader":
+        """Itself: there is nothing to prepare."""
+        return self
+
+    def store(self, prompts: Sequence[Prompt], room: Sequence[int]) -> "HubStore":
+        """An empty store; its cache grows as needed, so `room` says nothing."""
+        return HubStore(self, prompts)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] in the dtype of the weights."""
+        return self.model.get_input_embeddings()(ids)
+
+    def run(
+        self, embedded_RSD: Tensor, positions_RS: Tensor, mask: Tensor, cache: Any = None
+    ) -> Tensor:
+        """Hidden states after the final norm, float32 [R, S, D].
+
+        Without a cache it can be differentiated; with one the tokens are appended to it, always in
+        evaluation mode. `mask` int64 [R, tokens so far]: 0 on padding.
+        """
+        pauses = self.model.training and cache is not None
+        if pauses:
+            self.model.eval()
+        for layer in self._checkpointed:  # transformers checkpoints layers in training mode only
+            layer.training = cache is None and torch.is_grad_enabled()
+        out = self.model.get_decoder()(
+            inputs_embeds=embedded_RSD.to(self.dtype),
+            attention_mask=mask,
+            position_ids=positions_RS,
+            use_cache=cache is not None,
+            **{CACHE: cache},
+        )
+        if pauses:
+            self.model.train()
+        return out.last_hidden_state.float().to(self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., V] of hidden states [..., D].
+
+        The model itself is asked, with its decoder replaced by what the decoder gave before, so
+        that whatever it does there (soft caps, scales) is done.
+        """
+        rows = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.dtype)
+        with _replaced(self.model.get_decoder(), lambda *_, **__: MoeModelOutputWithPast(rows)):
+            logits = self.model(inputs_embeds=rows, use_cache=False).logits
+        return logits.float().to(self.device).view(*hidden.shape[:-1], -1)
+
+    def grid_logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [..., 12] of the choices that spell a grid."""
+        head = self.model.get_output_embeddings()
+        index = self.choices.to(head.weight.device)
+        bias = None if getattr(head, "bias", None) is None else head.bias[index]
+        with _replaced(head, lambda x: F.linear(x.to(head.weight), head.weight[index], bias)):
+            return self.logits(hidden)
+
+    def run_packed(
+        self, tokens_T: Tensor, offsets: Tensor, soft_TD: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states float32 [T, D] of packed sequences of pairs in tokens of the layout.
+
+        Sequence n is tokens offsets[n] : offsets[n + 1] and begins with START. The state of START
+        and SEPARATOR is that of the last word read there; PREFIX tokens are read as the vectors
+        `soft_TD` [T, D]. States of tokens in no sequence are zero.
+        """
+        bounds, device = offsets.cpu().numpy(), self.device
+        tokens = tokens_T.cpu().numpy()
+        begins = bounds[:-1][np.diff(bounds) > 0]
+        ids, last = self.spelling.spelt(tokens, begins)
+        owner = np.searchsorted(last, np.arange(len(ids)))
+        first = np.append(-1, last)[bounds] + 1
+        order = sorted(range(len(bounds) - 1), key=lambda n: first[n] - first[n + 1])
+        hidden = torch.zeros(len(ids), self.width, device=device)
+        order = [n for n in order if first[n + 1] > first[n]]
+        for group in range(0, len(order), SEQUENCES_AT_ONCE):
+            chosen = order[group : group + SEQUENCES_AT_ONCE]
+            rows = [torch.arange(first[n], first[n + 1]) for n in chosen]
+            places = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)
+            mask, index = places >= 0, places.clamp(min=0)
+            embedded = self.embed(torch.from_numpy(ids).to(device)[index])
+            if soft_TD is not None:
+                token = torch.from_numpy(owner).to(device)[index]
+                is_soft = (tokens_T[token] == PREFIX)[..., None]
+                embedded = torch.where(is_soft, soft_TD[token].to(embedded), embedded)
+            positions = torch.arange(index.shape[1], device=device).expand_as(index)
+            states = self.run(embedded, positions, mask.long())
+            hidden = hidden.index_copy(0, index[mask], states[mask])
+        return hidden[torch.from_numpy(last).to(device)]
+
+    def padded(
+        self, prompts: Sequence[Prompt], new: Sequence[Sequence[int]] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [R, S, D], positions and mask int64 [R, S] of prompts, their soft prefixes
+        and `new` ids behind them; padded on the left.
+        """
+        rows = []
+        for number, prompt in enumerate(prompts):
+            pieces = [self.embed(torch.from_numpy(prompt.tokens).to(self.device))]
+            if isinstance(prompt, HubPrompt) and prompt.soft is not None:
+                pieces.append(prompt.soft.to(pieces[0]))
+            if new and len(new[number]):
+                pieces.append(self.embed(torch.tensor(new[number], device=self.device)))
+            rows.append(torch.cat(pieces))
+        embedded = pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        place = torch.arange(embedded.shape[1], device=self.device)
+        positions = place - embedded.shape[1] + lengths[:, None]
+        return embedded, positions.clamp(min=0), (positions >= 0).long()
+
+    def last_states(self, prompts: Sequence[Prompt], new: Sequence[Sequence[int]]) -> Tensor:
+        """State float32 [R, D] of the last of prompt, soft prefix and `new` ids; differentiable."""
+        return self.run(*self.padded(prompts, new))[:, -1]
+
+    def embedding_scale(self) -> float:
+        """Root mean square of the embeddings of the tokens that spell grids."""
+        return float(self.embed(self.choices).detach().float().square().mean().sqrt())
+
+    def train(self, mode: bool = True) -> "HubReader":
+        """Training mode (dropout of LoRA); a frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.model.train(mode and self.config.mode != "frozen")
+        return self
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The trained tensors by the model's names, for a checkpoint; none of a frozen model."""
+        return {name: p.detach() for name, p in self.pretrained.named_parameters()}
+
+    def load_trained_state(self, state: dict[str, Tensor], where: str) -> None:
+        """Load what `trained_state` gave. Raises CheckpointError where names or shapes differ."""
+        try:
+            self.pretrained.load_state_dict(state)
+        except RuntimeError as error:
+            fault = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{where}: the trained tensors are not those of the reader {self.name} with "
+                f"hub.mode = {self.config.mode!r}: {fault}"
+            ) from error
+
+    def trainable_copy(self) -> "HubReader":
+        """The same reader with trained parameters of its own, float32; all else is there once."""
+        shared = [self.tokenizer, *self.model.parameters(), *self.model.buffers()]
+        memo: dict[int, Any] = {id(one): one for one in shared}
+        for parameter in self.parameters():
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+        return deepcopy(self, memo)
+
+
+class HubStore:
+    """Keys and values of prompts in lock step; follows `Store`.
+
+    An append makes the cache longer for all rows; a row without a token there has a masked place.
+    Layers with a sliding window count places: behind many masked places of its own a row would see
+    too little.
+    """
+
+    def __init__(self, reader: HubReader, prompts: Sequence[Prompt]):
+        self.reader, self.prompts = reader, prompts
+        self.cache = DynamicCache()  # without a config: no layer forgets, the mask makes windows
+        self.rows = list(range(len(prompts)))
+        """Prompt of each row of the cache."""
+        self.given_up: set[int] = set()
+        self.mask = np.zeros((0, 0), dtype=np.int64)
+        self.prompt_places = 0
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """See `Store.read`."""
+        return self.reader.grid_logits(self.read_states())
+
+    @torch.no_grad()
+    def append(self, rows: Tensor, choices: Tensor, states: GridState) -> Tensor:
+        """See `Store.append`."""
+        at = np.array([self.rows.index(row) for row in rows.tolist()])
+        first = np.flatnonzero(np.diff(at, prepend=-1))
+        rank = np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at)))
+        there = np.zeros((len(self.rows), rank.max() + 1), dtype=bool)
+        there[at, rank] = True
+        ids = torch.zeros(there.shape, dtype=torch.long, device=self.reader.device)
+        index = tuple(torch.from_numpy(part).to(ids.device) for part in (at, rank))
+        ids[index] = self.reader.choices[choices]
+        return self.reader.grid_logits(self.append_states(ids, there)[index])
+
+    def rewind(self, row: int, length: int) -> None:
+        """See `Store.rewind`; places that no row needs any more leave the cache."""
+        own = self.mask[self.rows.index(row), self.prompt_places :]
+        own[np.flatnonzero(own)[length:]] = 0
+        kept = int(np.flatnonzero(self.mask.any(0))[-1]) + 1
+        self.mask = self.mask[:, :kept]
+        for layer in cast(Any, self.cache.layers):
+            layer.keys, layer.values = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+
+    def release(self, rows: Sequence[int]) -> None:
+        """See `Store.release`; the cache is made smaller when half of its rows are given up."""
+        self.given_up |= set(rows)
+        kept = [at for at, row in enumerate(self.rows) if row not in self.given_up]
+        if 0 < len(kept) <= len(self.rows) / 2:
+            self._select(kept)
+            self.rows = [self.rows[at] for at in kept]
+
+    def read_states(self) -> Tensor:
+        """Read all prompts; states [R, D] of their last tokens."""
+        keys = [(p.tokens.tobytes(), id(getattr(p, "soft", None))) for p in self.prompts]
+        different = [number for number, key in enumerate(keys) if keys.index(key) == number]
+        embedded, positions, mask = self.reader.padded([self.prompts[i] for i in different])
+        last = self.reader.run(embedded, positions, mask, self.cache)[:, -1]
+        self.mask, self.prompt_places = mask.cpu().numpy(), mask.shape[1]
+        index = [different.index(keys.index(key)) for key in keys]
+        if len(different) < len(keys):
+            self._select(index)
+        return last[index]
+
+    def append_states(self, ids_RS: Tensor, there_RS: np.ndarray) -> Tensor:
+        """States [R, S, D] after appending ids where bool `there_RS`."""
+        positions = self.mask.sum(1, keepdims=True) + there_RS.cumsum(1) - 1
+        self.mask = np.concatenate((self.mask, there_RS), axis=1)
+        positions, mask = (torch.from_numpy(x).to(ids_RS) for x in (positions, self.mask))
+        return self.reader.run(self.reader.embed(ids_RS), positions, mask, self.cache)
+
+    def _select(self, index: Sequence[int]) -> None:
+        places: Any = torch.tensor(index, device=self.reader.device)
+        self.cache.reorder_cache(places)
+        self.mask = self.mask[list(index)]
+
+
+def with_soft(prompts: Sequence[Prompt], soft_RPD: Tensor | None) -> list[Prompt]:
+    """Prompts with a soft prefix each."""
+    if soft_RPD is None:
+        return list(prompts)
+    return [
+        new_prompt(prompt.tokens, condition=prompt.condition, soft=soft)
+        for prompt, soft in zip(prompts, soft_RPD, strict=True)
+    ]
+
+
+def _add_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Modules in modules, so that a parameter has the dotted name that it is listed under."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(last, parameter)
+
+
+@contextmanager
+def _replaced(module: nn.Module, answer: Callable) -> Iterator[None]:
+    """Let `module` be computed by `answer`."""
+    before = module.__dict__.get("forward")  # accelerate sets one on the instance
+    module.forward = answer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]

@@ -1,0 +1,257 @@
+"""Prompts of hub models: the tokens that spell a grid in any tokenizer, pairs and chat around them.
+
+A grid is spelt by ids, one for each cell: "123" stays three tokens where the tokenizer would
+make one of it. The ids are looked up in the vocabulary under every form that a lone character takes
+there: as it is, in byte-level letters, behind a mark for the space, as a byte. No query is cut:
+where a prompt is too long, whole demonstrations are left out, the longest first.
+
+Legend: T tokens of the layout of pairs (`model.layout`), N ids of the model, P prefix vectors.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from arctrm.data.task import NUM_COLOURS, Grid, Pair
+from arctrm.errors import ConfigError
+from arctrm.model.layout import CHOICES, SEPARATOR, START, VOCABULARY, Prompt, pair_tokens
+
+SPACE_MARKS = ("Ġ", "▁", " ")
+"""How vocabularies write the space before a token: byte-level, SentencePiece, plain."""
+BYTE_LETTERS = {"\n": "Ċ"}
+"""How byte-level vocabularies write characters that do not print."""
+ROW_ENDS = {"\n": "a newline", ";": "';'", "|": "'|'", ",": "','"}
+"""What ends a row, in order of preference."""
+WAY_OUT = (
+    "use a reader whose tokenizer has one (Llama 3, Qwen 2.5 and 3, Gemma and Mistral do) or the "
+    "tiny reader"
+)
+INSTRUCTIONS = (
+    "Every pair of grids below follows the same rule. A grid is written as one line per row, with "
+    "one digit from 0 to 9 per cell. Find the rule, apply it to the last input, and answer with "
+    "the output grid only, written in the same way."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class HubPrompt(Prompt):
+    """A prompt in ids of a hub model."""
+
+    soft: Tensor | None = None
+    """Soft prefix [P, D], read after the tokens."""
+    layout: np.ndarray | None = None
+    """int64 [T]: the same pairs in tokens of the layout; None for a text."""
+    note: str = ""
+    """One sentence for the user where demonstrations were left out."""
+    text: str = ""
+    """The text of a chat prompt."""
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The ids of a tokenizer that spell pairs of grids."""
+
+    choices: tuple[int, ...]
+    """Ids of the 12 choices: colours 0..9, row end, end."""
+    start: tuple[int, ...]
+    """What the tokenizer puts before any text."""
+    input_mark: tuple[int, ...]
+    """Read where the layout has START; ends with a row end."""
+    output_mark: tuple[int, ...]
+    """Read where the layout has SEPARATOR; ends with a row end."""
+    how: str
+    """For people: what the tokens are."""
+
+    def spelt(
+        self, tokens_T: np.ndarray, begins: Sequence[int] | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [N], and the place of the last id of each token, int64 [T].
+
+        Texts begin at the tokens `begins`. Tokens without an id (a soft prefix) are read as id 0.
+        """
+        own = dict(zip(CHOICES, ((one,) for one in self.choices), strict=True))
+        own |= {START: self.input_mark, SEPARATOR: self.output_mark}
+        spelt = [own.get(token, (0,)) for token in range(VOCABULARY)]
+        spelt += [(*self.start, *one) for one in spelt]
+        kinds = tokens_T.copy()
+        kinds[list(begins)] += VOCABULARY
+        lengths = np.array([len(one) for one in spelt])
+        first = lengths.cumsum() - lengths
+        ends = lengths[kinds].cumsum()
+        skipped = np.repeat(first[kinds] - ends + lengths[kinds], lengths[kinds])
+        flat = np.array([id_ for one in spelt for id_ in one])
+        return flat[skipped + np.arange(len(skipped))], ends - 1
+
+
+def find_spelling(tokenizer: Any, cells: str = "auto", name: str = "the tokenizer") -> Spelling:
+    """Look the ids up; `cells` as `HubConfig.cells`: bare digits ("restricted", preferred by
+    "auto") or digits with the space before them ("separated"). Raises ConfigError if a digit, a
+    row end or an end has no id of its own.
+    """
+    digits = [str(colour) for colour in range(NUM_COLOURS)]
+    kinds = {
+        "restricted": [_bare(tokenizer, digit) for digit in digits],
+        "separated": [  # some decoders drop the space
+            _token(tokenizer, [mark + digit for mark in SPACE_MARKS], (" " + digit, digit))
+            for digit in digits
+        ],
+    }
+    complete = [kind for kind, ids in kinds.items() if len({*ids} - {None}) == NUM_COLOURS]
+    kind = next((one for one in complete if cells in ("auto", one)), None)
+    if kind is None:
+        ids = kinds["restricted" if cells == "auto" else cells]
+        wanted = "with a space before it" if cells == "separated" else "of its own"
+        other = f"set cells = {complete[0]!r} or " if complete else ""
+        raise ConfigError(
+            f"{name}: the tokenizer has no token {wanted} for the digit "
+            f"{ids.index(None) if None in ids else 0}, and a grid is spelt with one token per "
+            f"cell; {other}{WAY_OUT}"
+        )
+    colours = tuple(token for token in kinds[kind] if token is not None)
+    found = ((_bare(tokenizer, character), shown) for character, shown in ROW_ENDS.items())
+    lack = "token for a newline (nor for ; | or ,), and every row of a grid"
+    row_end, row_name = _free(found, colours, name, lack)
+    special = [f"{kind}_token" for kind in ("eos", "sep", "bos", "pad")]
+    ends = [(getattr(tokenizer, f"{s}_id", None), str(getattr(tokenizer, s, ""))) for s in special]
+    ends += [(_bare(tokenizer, character), repr(character)) for character in "#;|"]
+    end, end_name = _free(ends, (*colours, row_end), name, "end-of-text token, and a grid")
+    start = tuple(i for i in text_ids(tokenizer, "") if i in tokenizer.all_special_ids)
+    words = (tokenizer.encode(word, add_special_tokens=False) for word in ("input", "output"))
+    before_input, before_output = ((*word, row_end) for word in words)
+    shown = "bare digits" if kind == "restricted" else "digits with the space before them"
+    how = f"cells are {shown}, rows end with {row_name}, a grid with {end_name}"
+    return Spelling((*colours, row_end, end), start, before_input, before_output, how)
+
+
+def merges_digits(tokenizer: Any) -> bool:
+    """Whether the tokenizer writes several digits in a row as fewer tokens."""
+    digits = "0123456789" * 2
+    return len(tokenizer.encode(digits, add_special_tokens=False)) < len(digits)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that goes on: with what comes before any text, without what ends it."""
+    ids = list(tokenizer.encode(text))
+    while ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        ids.pop()
+    return ids
+
+
+def new_prompt(ids: Sequence[int] | np.ndarray, **others: Any) -> HubPrompt:
+    """Tokens one after another; the output follows them."""
+    return HubPrompt(np.array(ids, dtype=np.int64), np.arange(len(ids)), len(ids), **others)
+
+
+def pairs_prompt(
+    spelling: Spelling, query: Grid, pairs: Sequence[Pair], max_tokens: int, where: str
+) -> HubPrompt:
+    """The prompt that asks for the output of `query` after `pairs`, at most `max_tokens` long.
+    Raises ConfigError, which begins with `where`, if the query alone is longer.
+    """
+    parts = [pair_tokens(pair)[0] for pair in (*pairs, Pair(query))]
+    sizes = [len(spelling.spelt(part, [])[0]) for part in parts]
+    fixed = len(spelling.start) + sizes.pop()
+    needs = lambda kept: fixed + sum(sizes[i] for i in kept)
+    kept, note = _keep(sizes, needs, max_tokens, where)
+    layout = np.concatenate([parts[i] for i in (*kept, -1)])
+    return new_prompt(spelling.spelt(layout, [0])[0], layout=layout, note=note)
+
+
+def chat_prompt(
+    tokenizer: Any, query: Grid, pairs: Sequence[Pair], max_tokens: int, where: str, name: str
+) -> HubPrompt:
+    """The same question in plain language, through the model's chat template.
+    Raises ConfigError if the model `name` has none, or the query alone is too long.
+    """
+    between = " " if merges_digits(tokenizer) else ""
+    check_chat_template(tokenizer, name)
+
+    def rendered(kept: Sequence[int]) -> str:
+        shown = [INSTRUCTIONS]
+        for number, pair in enumerate((pairs[index] for index in kept), 1):
+            shown.append(f"Demonstration {number}\nInput:\n{grid_text(pair.input, between)}")
+            if pair.output is not None:
+                shown[-1] += f"\nOutput:\n{grid_text(pair.output, between)}"
+        asked = "\n\n".join([*shown, f"Test\nInput:\n{grid_text(query, between)}\nOutput:"])
+        message = {"role": "user", "content": asked}
+        try:
+            return tokenizer.apply_chat_template(
+                [message], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program of the model's makers
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"{name}: the chat template cannot be rendered ({reason}); set prompt = 'grid'"
+            ) from error
+
+    def ids(kept: Sequence[int]) -> list[int]:
+        return list(tokenizer.encode(rendered(kept), add_special_tokens=False))
+
+    sizes = [pair.input.size + (0 if pair.output is None else pair.output.size) for pair in pairs]
+    kept, note = _keep(sizes, lambda kept: len(ids(kept)), max_tokens, where)
+    return new_prompt(ids(kept), note=note, text=rendered(kept))
+
+
+def check_chat_template(tokenizer: Any, name: str) -> None:
+    """Refuse (ConfigError) a tokenizer that cannot write a conversation."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{name}: the tokenizer has no chat template, which prompt = 'chat' needs; set "
+            "prompt = 'grid' or use the instruction-tuned version of the model"
+        )
+
+
+def grid_text(grid: Grid, between: str = "") -> str:
+    """One line for each row; `between` stands between cells."""
+    return "\n".join(between.join(map(str, row)) for row in grid.tolist())
+
+
+def _keep(
+    sizes: Sequence[int], needs: Callable[[Sequence[int]], int], max_tokens: int, where: str
+) -> tuple[list[int], str]:
+    """Numbers of the demonstrations that stay, in order, and a note on the others."""
+    kept = list(range(len(sizes)))
+    while (needed := needs(kept)) > max_tokens:
+        if not kept:
+            raise ConfigError(
+                f"{where}: the query alone takes {needed} tokens, allowed are {max_tokens}; raise "
+                "max_tokens or use a reader with a longer context"
+            )
+        kept.remove(max(kept, key=lambda i: (sizes[i], i)))
+    gone = [f"train[{i}]" for i in range(len(sizes)) if i not in kept]
+    note = (
+        f"{where}: {len(gone)} of {len(sizes)} demonstrations do not fit into {max_tokens} tokens "
+        f"and were left out: {', '.join(gone)}"
+    )
+    return kept, note if gone else ""
+
+
+def _free(
+    found: Iterable[tuple[int | None, str]], taken: Sequence[int], name: str, lack: str
+) -> tuple[int, str]:
+    for token, shown in found:
+        if token is not None and token not in taken:
+            return token, shown
+    raise ConfigError(f"{name}: the tokenizer has no {lack} ends with one; {WAY_OUT}")
+
+
+def _bare(tokenizer: Any, character: str) -> int | None:
+    """The id that stands for this character and nothing else, if the vocabulary has one."""
+    forms = [character, BYTE_LETTERS.get(character, character), f"<0x{ord(character):02X}>"]
+    # Encoded alone, SentencePiece may put its mark before it: as a token of its own, or as part.
+    last = list(tokenizer.encode(character, add_special_tokens=False))[-1:]
+    pieces = tokenizer.convert_ids_to_tokens(last)
+    forms += [p for p in pieces if len(p) == 1 or not p.startswith(SPACE_MARKS)]
+    return _token(tokenizer, forms, (character,))
+
+
+def _token(tokenizer: Any, forms: Sequence[str], decoded: Sequence[str]) -> int | None:
+    for form in forms:
+        token = tokenizer.convert_tokens_to_ids(form)  # "unknown" where there is none
+        known = token is not None and tokenizer.convert_ids_to_tokens(token) == form
+        if known and tokenizer.decode([token]) in decoded:
+            return token
+    return None

@@ -1,0 +1,216 @@
+"""What a hub answers, what a folder lacks: each is one sentence. A small hub stands in for it."""
+
+import importlib.util
+import json
+import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from arctrm.config import HubConfig
+from arctrm.errors import CheckpointError, ConfigError, UserError
+from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
+from hub_models import WIDTH, save_model, words, wrapped
+
+ANSWERS = {
+    "/org/gated/": (403, "GatedRepo"),
+    "/org/absent/": (401, "RepoNotFound"),
+    "/org/model/": (404, "RevisionNotFound"),
+    "/org/empty/": (404, "EntryNotFound"),
+    "/org/broken/": (410, None),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does, from the table."""
+
+    def answer(self):
+        status, code = next(a for path, a in ANSWERS.items() if path in self.path + "/")
+        self.send_response(status)
+        if code is not None:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = answer
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, and an empty cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    point_to(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def point_to(monkeypatch, cache, address):
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def sentence(name, kind=UserError):
+    with pytest.raises(kind) as error:
+        load_hub_reader(HubConfig(name=str(name)))
+    said = str(error.value)
+    assert said.startswith(f"{name}: ")
+    assert "\n" not in said
+    assert error.value.exit_code == 2
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("org/gated", "accept its licence at https://huggingface.co/org/gated and log in with `hf"),
+        ("org/absent", "the Hugging Face hub has no model of that name that you may see; check"),
+        ("org/model", "has no such revision; leave revision out"),
+        ("org/empty", "has no config.json that names a kind of model; give a model in the format"),
+        ("org/broken", "the Hugging Face hub refused to send it"),
+    ],
+)
+def test_each_refusal_of_the_hub_is_a_sentence(name, said, hub):
+    assert said in sentence(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    point_to(monkeypatch, tmp_path, f"http://127.0.0.1:{port}")
+    assert "is not in the cache" in sentence("org/model")
+    assert "cannot be reached; connect to the network" in sentence("org/model")
+
+
+def test_offline_and_not_cached_is_a_sentence(monkeypatch, tmp_path):
+    point_to(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "(and unset HF_HUB_OFFLINE), or give a local folder" in sentence("org/model")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("suffix", ["", "-Instruct"])
+def test_llama_3_2_8b_is_refused_with_ids_that_exist_without_asking_the_network(suffix, no_network):
+    name = f"meta-llama/Llama-3.2-8B{suffix}"
+    assert sentence(name) == (
+        f"{name}: does not exist; use meta-llama/Llama-3.2-1B{suffix}, "
+        f"meta-llama/Llama-3.2-3B{suffix} or meta-llama/Llama-3.1-8B{suffix}"
+    )
+
+
+def test_a_local_folder_is_loaded_without_the_network(no_network, tmp_path):
+    reader = load_hub_reader(HubConfig(name=str(save_model(tmp_path))))
+    assert reader.width == empty_hub_model(HubConfig(name=str(tmp_path)))[1] == WIDTH
+
+
+def test_a_name_that_no_hub_can_have_is_a_sentence(no_network):
+    assert "check the spelling" in sentence("what is this?")
+
+
+def test_a_tokenizer_without_digits_is_refused_before_the_weights_are_read(folder):
+    wrapped(words("input", "output")).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    assert "has no token of its own for the digit 0" in sentence(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model to damage."""
+    return save_model(tmp_path / "model")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path, folder):
+    assert "is not the folder of a model: it has no config.json" in sentence(tmp_path)
+    assert "is a file; give the folder of the model" in sentence(folder / "config.json")
+    for name in (tmp_path / "absent", "./absent", "a/b/c"):
+        assert "there is no such folder" in sentence(name)
+
+
+def test_damaged_folders_are_one_sentence_each(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert "its weights cannot be read" in sentence(folder, kind=CheckpointError)
+    weights.unlink()
+    assert "has no weights in safetensors files" in sentence(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "has no weights in safetensors files" in sentence(folder)  # nothing is unpickled
+    weights.write_bytes(whole)
+    save_file({k: v for k, v in load_file(weights).items() if "norm" not in k}, weights)
+    said = sentence(folder, kind=CheckpointError)
+    assert "the weights do not fit config.json: 5 tensors do not, " in said
+    weights.write_bytes(whole)
+    (folder / "tokenizer.json").write_text("{")
+    assert "its tokenizer cannot be read" in sentence(folder)
+    (folder / "tokenizer.json").unlink()
+    assert "has no tokenizer that can be read; it needs a tokenizer.json" in sentence(folder)
+    (folder / "config.json").write_text("{")
+    assert "its config.json cannot be read" in sentence(folder)
+
+
+REMOTE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+@pytest.mark.parametrize(
+    ("said", "config"),
+    [
+        ("is a model of type t5, not a causal", {"model_type": "t5", "architectures": ["T5Model"]}),
+        (
+            "is a BertForMaskedLM, not a causal",
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        ),
+        ("does not know this kind of model; upgrade", {"model_type": "llama9"}),
+        ("needs Python code that comes with", {"model_type": "own", "auto_map": REMOTE}),
+        (
+            "6 tensors do not, 'model.layers.0.mlp.down_proj.weight' is of shape "
+            "(32, 48), expected is (32, 64); download or save the model again",
+            {"intermediate_size": 64},
+        ),
+    ],
+)
+def test_models_of_other_kinds_and_sizes_are_refused(said, config, folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    assert said in sentence(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "gpu"}, "hub.device = 'gpu' is no device here ("),
+        ({"device": "cuda:9"}, "hub.device = 'cuda:9' is no device here ("),
+        ({"mode": "lora"}, "needs the package peft, which is not installed; run `pip install"),
+        ({"prompt": "chat"}, "the tokenizer has no chat template, which prompt = 'chat' needs"),
+    ],
+)
+def test_what_cannot_be_had_here_is_refused(options, said, folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: None if n == "peft" else find(n))
+    with pytest.raises(ConfigError) as error:
+        load_hub_reader(HubConfig(name=str(folder), **options))
+    assert said in str(error.value)
