@@ -25,8 +25,8 @@ from arctrm.data.task import Grid, Task
 from arctrm.errors import ConfigError, DataError
 from arctrm.solve import results, scoring
 from arctrm.solve.propose import Advance, Candidate, by_key, refine, to_refine, write, written
-from arctrm.solve.questions import Key, Question, all_questions, load_test_set
-from arctrm.solve.rank import Grids, Ranked, Scores, attempts, judged, rank
+from arctrm.solve.questions import Key, Question, all_questions, keys_of, load_test_set
+from arctrm.solve.rank import Grids, Scores, judged, rank
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, write_run_record
@@ -34,9 +34,6 @@ from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, 
 PROMPTS_AT_ONCE = 64
 """Prompts of a part of the tasks: some batches of a CPU, or of a hub model."""
 SCORES, ABLATIONS = "scores.json", "ablations.json"
-
-Known = dict[str, list[Grid | None]]
-"""Answers by task id."""
 
 
 def evaluate(
@@ -68,8 +65,9 @@ def evaluate(
             f"voice ({', '.join(solver.voices)}), so there is nothing to leave out; give a "
             "checkpoint with both"
         )
+    run = _Run(config, solver, accelerator, tasks, known, store, rows, out)
     if dry_run:
-        _print_plan(config, solver, tasks, known, store)
+        run.print_plan()
         return None
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
@@ -80,50 +78,60 @@ def evaluate(
     store.begin(config, solver.name, weights_fingerprint(solver.model), writes=is_main)
     # 2. and 3. Part by part; what is ranked is kept.
     try:
-        parts = _parts(store.left(tasks, rows), solver, config)
-        run = _Run(config, solver, accelerator, quiet=len(parts) > 1)
+        parts = run.parts()
         for part in parts:
-            for row, records, seconds in run.answer(
-                part, [r for r in rows if not store.has(r, part)]
-            ):
+            for row, records, seconds in run.answer(part, many=len(parts) > 1):
                 store.add(row, records, seconds)
-            if run.quiet and is_main:
+            if len(parts) > 1 and is_main:
                 left = len(store.left(tasks, rows))
                 note(f"answered: {len(tasks) - left} of {len(tasks)} tasks")
     except KeyboardInterrupt:
         if not (done := len(tasks) - len(store.left(tasks))):
             raise
-        raise KeyboardInterrupt(
-            f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}; go on with "
-            "--resume"
-        ) from None
+        kept = f"stopped after {done} of {len(tasks)} tasks, which are kept in {out}"
+        raise KeyboardInterrupt(f"{kept}; go on with --resume") from None
     # 4. Scores.
     accelerator.end_training()
     if not is_main:
         return None
-    scores = _report(config, solver, out, tasks, known, store, rows)
+    scores = run.report()
     store.finish(tasks)
     return scores
 
 
-# ---- answering
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Run:
-    """The processes that answer together; the main one shows how far they are."""
+    """An evaluation, by one of the processes that answer together."""
 
     config: EvalConfig
     solver: Solver
     accelerator: Accelerator
-    quiet: bool
+    tasks: list[Task]
+    known: scoring.Answers
+    store: Store
+    rows: Sequence[str]
+    out: Path
+    many: bool = False
     """Whether there are many parts: finished bars would fill the screen, and go."""
 
+    def parts(self) -> list[list[Task]]:
+        """What is left to answer, in tasks that are answered together, one part after another.
+
+        All at once where that is quick, on a GPU with a model of our own. Else some prompts at a
+        time, the largest test inputs first: what does not fit into memory should say so at once.
+        """
+        tasks = self.store.left(self.tasks, self.rows)
+        if self.solver.device.type == "cuda" and not self.solver.reads_pairs:
+            return [tasks] if tasks else []
+        size = max(1, PROMPTS_AT_ONCE // self.config.inference.views)
+        ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
+        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
     def answer(
-        self, tasks: list[Task], rows: Sequence[str]
+        self, tasks: list[Task], many: bool
     ) -> Iterator[tuple[str, list[tuple[Task, dict[str, Any]]], float]]:
-        """For each row: its name, the record of each task, and process-seconds."""
-        config, solver, began = self.config, self.solver, time.monotonic()
+        """For each row that lacks tasks: its name, the record of each task, process-seconds."""
+        config, solver, began, self.many = self.config, self.solver, time.monotonic(), many
         mine = self.share(all_questions(solver, tasks, config.inference.views, config.seed))
         read: list[Candidate] = []
         drafts, reader = None, solver.reader
@@ -133,8 +141,10 @@ class _Run:
             texts = self.work("reading", len(mine), say)
             read, drafts = written(mine, texts), [text.grid for text in texts]
         deaf: list[Candidate] | None = None
-        """What TRM says that hears nothing; the same in two rows."""
-        for row in rows:
+        """What TRM says that hears nothing."""
+        for row in self.rows:
+            if self.store.has(row, tasks):
+                continue
             if row in ("no-reader", "no-coupling") and deaf is None:
                 deaf = self.refine(mine, None)
             own = self.refine(mine, drafts) if row == EVERYTHING else deaf or []
@@ -173,8 +183,8 @@ class _Run:
         """What this process makes of its `total` items, with a progress bar on the main one."""
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         screen = progress_console()
-        hidden = not self.accelerator.is_main_process or (self.quiet and not screen.is_terminal)
-        with Progress(*columns, console=screen, disable=hidden, transient=self.quiet) as progress:
+        hidden = not self.accelerator.is_main_process or (self.many and not screen.is_terminal)
+        with Progress(*columns, console=screen, disable=hidden, transient=self.many) as progress:
             bar = progress.add_task("", total=total)
             return work(lambda done: progress.advance(bar, done))
 
@@ -182,95 +192,96 @@ class _Run:
         """What all processes found."""
         return gather_object(found) if self.accelerator.num_processes > 1 else found
 
+    @property
+    def max_steps(self) -> int | None:
+        """Supervision steps of TRM, where there is one."""
+        refiner = self.solver.refiner
+        return None if refiner is None else self.config.inference.steps or refiner.halt_max_steps
+
+    def report(self) -> scoring.Scores | None:
+        """Write what came out, and print it."""
+        config, solver, tasks, out = self.config, self.solver, self.tasks, self.out
+        records = {row: [self.store.rows[row][task.id] for task in tasks] for row in self.rows}
+        ranked = {row: results.from_records(own) for row, own in records.items()}
+        results.write_submission(out, tasks, ranked[EVERYTHING])
+        if config.evaluation.keep_candidates:
+            results.write_candidates(out / results.CANDIDATES, tasks, ranked[EVERYTHING])
+        if not scoring.num_known(self.known):
+            where = plain(out / results.SUBMISSION)
+            note(f"no answers are known: {where} is written, nothing is scored")
+            return None
+        scores = {
+            r: scoring.score(_predictions(tasks, own), self.known) for r, own in ranked.items()
+        }
+        everything, own = scores[EVERYTHING], records[EVERYTHING]
+        per_task = sum(record["seconds"] for record in own) / len(tasks)
+        steps, answers = (sum(record["trm_steps"][i] for record in own) for i in (0, 1))
+        told = {
+            "checkpoint": solver.name,
+            "voices": solver.voices,
+            "views": config.inference.views,
+            "steps": self.max_steps,
+            "avg_trm_steps": steps / answers if answers else None,
+            "judge": config.judge.model_dump() if solver.reader is not None else None,
+            "seed": config.seed,
+            "device": str(solver.device),
+            "seconds_per_task": per_task,
+        }
+        _write_json(out / SCORES, told | scoring.scores_dict(everything))
+        console().print(scoring.task_table(everything), scoring.scores_table(everything))
+        if len(self.rows) > 1:
+            rows = {row: scoring.scores_dict(one) for row, one in scores.items()}
+            _write_json(out / ABLATIONS, rows)
+            console().print(scoring.comparison_table(scores))
+        kind = "GPU" if solver.device.type == "cuda" else "CPU"
+        note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
+        return everything
+
+    def print_plan(self) -> None:
+        """What would be done."""
+        inputs, views = sum(len(task.test) for task in self.tasks), self.config.inference.views
+        done = len(self.tasks) - len(self.store.left(self.tasks))
+        _print_rows(
+            ("checkpoint", self.solver.name),
+            ("voices", ", ".join(self.solver.voices)),
+            ("tasks, test inputs", f"{len(self.tasks)}, {inputs}"),
+            *([("answered before", str(done))] if done else []),
+            ("in the id map", str(sum(self.solver.row_of(t) is not None for t in self.tasks))),
+            ("answers known", str(scoring.num_known(self.known))),
+            ("questions", f"{inputs * views:,} ({views} views)"),
+            *([("supervision steps, at most", str(self.max_steps))] if self.max_steps else []),
+        )
+
 
 def _record(
-    task: Task, candidates: Mapping[Key, list[Candidate]], ranked: Mapping[Key, list[Ranked]]
+    task: Task, candidates: Mapping[Key, list[Candidate]], ranked: results.Rankings
 ) -> dict[str, Any]:
-    keys = [Key(task.id, index) for index in range(len(task.test))]
-    steps = [one.steps for key in keys for one in candidates.get(key, ()) if one.steps is not None]
+    found = [one.steps for key in keys_of([task]) for one in candidates.get(key, ())]
+    steps = [count for count in found if count is not None]
     return {"trm_steps": [sum(steps), len(steps)], **results.as_record(task, ranked)}
 
 
-def _parts(tasks: list[Task], solver: Solver, config: EvalConfig) -> list[list[Task]]:
-    """Tasks that are answered together, one part after another.
-
-    All at once where that is quick, on a GPU with a model of our own. Else some prompts at a time,
-    the largest test inputs first: what does not fit into memory should say so at once.
-    """
-    if solver.device.type == "cuda" and not solver.reads_pairs:
-        return [tasks] if tasks else []
-    size = max(1, PROMPTS_AT_ONCE // config.inference.views)
-    ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
-    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
-
-
-# ---- results
-
-
-def _report(
-    config: EvalConfig,
-    solver: Solver,
-    out: Path,
-    tasks: list[Task],
-    known: Known,
-    store: Store,
-    rows: Sequence[str],
-) -> scoring.Scores | None:
-    records = {row: [store.rows[row][task.id] for task in tasks] for row in rows}
-    ranked = {row: results.from_records(own) for row, own in records.items()}
-    results.write_submission(out, tasks, ranked[EVERYTHING])
-    if config.evaluation.keep_candidates:
-        results.write_candidates(out / results.CANDIDATES, tasks, ranked[EVERYTHING])
-    if not scoring.num_known(known):
-        where = plain(out / results.SUBMISSION)
-        note(f"no answers are known: {where} is written, nothing is scored")
-        return None
-    scores = {row: scoring.score(_predictions(tasks, own), known) for row, own in ranked.items()}
-    everything, own = scores[EVERYTHING], records[EVERYTHING]
-    per_task = sum(record["seconds"] for record in own) / len(tasks)
-    steps, answers = (sum(record["trm_steps"][i] for record in own) for i in (0, 1))
-    told = {
-        "checkpoint": solver.name,
-        "voices": solver.voices,
-        "views": config.inference.views,
-        "steps": _max_steps(solver, config),
-        "avg_trm_steps": steps / answers if answers else None,
-        "judge": config.judge.model_dump() if solver.reader is not None else None,
-        "seed": config.seed,
-        "device": str(solver.device),
-        "seconds_per_task": per_task,
-    }
-    _write_json(out / SCORES, told | scoring.scores_dict(everything))
-    console().print(scoring.task_table(everything), scoring.scores_table(everything))
-    if len(rows) > 1:
-        _write_json(out / ABLATIONS, {row: scoring.scores_dict(one) for row, one in scores.items()})
-        console().print(scoring.comparison_table(scores))
-    kind = "GPU" if solver.device.type == "cuda" else "CPU"
-    note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
-    return everything
-
-
-def _predictions(
-    tasks: Sequence[Task], ranked: Mapping[Key, list[Ranked]]
-) -> dict[str, list[list[Grid]]]:
+def _predictions(tasks: Sequence[Task], ranked: results.Rankings) -> dict[str, list[list[Grid]]]:
     """What is scored: the two grids that are submitted, and those that come after them."""
     return {
         task.id: [
-            [one.grid for one in ranked[Key(task.id, index)][: scoring.PASSES[-1]]]
-            or [attempts((), pair.input)[0]]
-            for index, pair in enumerate(task.test)
+            [one.grid for one in ranked[key][: scoring.PASSES[-1]]] or [pair.input]
+            for key, pair in zip(keys_of([task]), task.test, strict=True)
         ]
         for task in tasks
     }
 
 
 def _score_submission(
-    config: EvalConfig, given: Path, out: Path, tasks: list[Task], known: Known, dry_run: bool
+    config: EvalConfig,
+    given: Path,
+    out: Path,
+    tasks: list[Task],
+    known: scoring.Answers,
+    dry_run: bool,
 ) -> scoring.Scores | None:
-    """Score a submission; tasks of the test set that it does not answer are not solved.
-
-    The way of a competition: answer challenges that come without solutions, score when these are
-    there.
+    """Score a submission, as in a competition: answered without solutions, scored when these are
+    there. Tasks that it does not answer are not solved.
     """
     path = given / results.SUBMISSION if given.is_dir() else given
     content, test_set = results.read_submission(path), config.evaluation.test_set
@@ -287,12 +298,9 @@ def _score_submission(
                 f"test inputs in {test_set}; a submission has one entry for each, in their order"
             )
     if dry_run:
-        answered, num_known = f"{len(tasks)}, {len(found)}", str(scoring.num_known(known))
-        _print_rows(
-            ("submission", str(given)),
-            ("tasks, answered there", answered),
-            ("answers known", num_known),
-        )
+        answered = ("tasks, answered there", f"{len(tasks)}, {len(found)}")
+        num_known = ("answers known", str(scoring.num_known(known)))
+        _print_rows(("submission", str(given)), answered, num_known)
         return None
     scores = scoring.score(found, known)
     _open_folder(out, config)
@@ -305,35 +313,11 @@ def _score_submission(
     return scores
 
 
-def _print_plan(
-    config: EvalConfig, solver: Solver, tasks: list[Task], known: Known, store: Store
-) -> None:
-    """What `evaluate` would run."""
-    inputs, views = sum(len(task.test) for task in tasks), config.inference.views
-    done, steps = len(tasks) - len(store.left(tasks)), _max_steps(solver, config)
-    _print_rows(
-        ("checkpoint", solver.name),
-        ("voices", ", ".join(solver.voices)),
-        ("tasks, test inputs", f"{len(tasks)}, {inputs}"),
-        *([("answered before", str(done))] if done else []),
-        ("in the id map", str(sum(solver.row_of(task) is not None for task in tasks))),
-        ("answers known", str(scoring.num_known(known))),
-        ("questions", f"{inputs * views:,} ({views} views)"),
-        *([("supervision steps, at most", str(steps))] if steps else []),
-    )
-
-
 def _print_rows(*rows: tuple[str, str]) -> None:
     table = Table(title="eval (dry run)", title_justify="left", show_header=False)
     for name, value in rows:
         table.add_row(name, plain(value))
     console().print(table)
-
-
-def _max_steps(solver: Solver, config: EvalConfig) -> int | None:
-    """Supervision steps of TRM, where there is one."""
-    refiner = solver.refiner
-    return None if refiner is None else config.inference.steps or refiner.halt_max_steps
 
 
 def _open_folder(out: Path, config: EvalConfig) -> None:

@@ -1,13 +1,9 @@
 """What answering leaves on the disk: answers so far, candidates, the submission.
 
-    unfinished.jsonl    answers of a command that may be interrupted; gone when all are scored
-    candidates.json.gz  all that `eval` ranked, so that rankings can be compared without a model
-    submission.json     two grids for every test input, in the ARC Prize (Kaggle) format
-
-`unfinished.jsonl` holds a head (configuration, name and fingerprint of the weights), then one line
-for each answered task of each row (an ablation is a row of its own). Lines are only ever added, and
-whole: whenever the process dies, at most the last one is torn. No answer of the test set is in any
-of these files.
+`unfinished.jsonl` is there while a command may be interrupted: a head (configuration, name and
+fingerprint of the weights), then one line for each answered task of each row (an ablation is a row
+of its own). Lines are only added, and whole: whenever the process dies, at most the last is torn.
+No answer of the test set is in any of these files.
 """
 
 import gzip
@@ -222,7 +218,8 @@ def _ranked(one: Mapping[str, Any]) -> Ranked:
 
 
 def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None:
-    """Write submission.json, two grids for every test input of `tasks`, in one step:
+    """Write submission.json, two grids for every test input of `tasks`, in one step, in the ARC
+    Prize (Kaggle) format:
 
     {task id: [{"attempt_1": [[0, 1], ...], "attempt_2": [[...], ...]}, ... one per test input]}
     """

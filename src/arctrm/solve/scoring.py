@@ -183,7 +183,7 @@ def task_table(scores: Scores) -> Table:
 
 def _pair_score(ranked: Sequence[Grid], answer: Grid) -> _PairScore:
     rank = next((i for i, grid in enumerate(ranked) if is_right(grid, answer)), inf)
-    if not len(ranked) or ranked[0].shape != answer.shape:
+    if not len(ranked) or not ranked[0].size or ranked[0].shape != answer.shape:
         return _PairScore(rank, 0.0, 0.0)
     return _PairScore(rank, 1.0, float((ranked[0] == answer).mean()))
 

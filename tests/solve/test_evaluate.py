@@ -1,0 +1,301 @@
+"""`eval` answers every test input with one set of weights; only scoring reads the answers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from arctrm.checkpoints import latest_checkpoint
+from arctrm.config import EvalConfig
+from arctrm.data.task import Pair
+from arctrm.errors import CheckpointError, ConfigError, DataError, UserError
+from arctrm.solve import evaluate as module
+from arctrm.solve.evaluate import evaluate
+from arctrm.solve.results import CANDIDATES, UNFINISHED, read_candidates, read_submission
+
+VIEWS = 3
+ABLATIONS = ["no-reader", "no-trm", "no-coupling"]
+
+
+def config(checkpoint, test_set, out, **more) -> EvalConfig:
+    evaluation = {"test_set": str(test_set), "keep_candidates": True}
+    return EvalConfig.model_validate(
+        {
+            "checkpoint": checkpoint,
+            "out": out,
+            "evaluation": evaluation | more.pop("evaluation", {}),
+            "inference": {"views": VIEWS, "dtype": "float32"} | more.pop("inference", {}),
+            "judge": {"scoring_views": 2} | more.pop("judge", {}),
+            **more,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def settings(trained, tmp_path_factory):
+    """Everything, and every ablation."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return config(trained.run, trained.folder, out, evaluation={"ablate": ABLATIONS})
+
+
+@pytest.fixture(scope="module")
+def scores(settings):
+    return evaluate(settings)
+
+
+def read(out, name):
+    return json.loads((out / name).read_text())
+
+
+def elsewhere(settings, out, **evaluation):
+    own = settings.evaluation.model_copy(update=evaluation)
+    return settings.model_copy(update={"out": out, "evaluation": own})
+
+
+# -- what is written
+
+
+def test_scores_submission_and_record_are_written(settings, scores, trained):
+    told = read(settings.out, "scores.json")
+    assert told["task_fraction"]["pass@2"] == scores.task_fraction[2]
+    assert told["num_tasks"] == len(trained.known)
+    assert told["voices"] == ["reader", "trm"]
+    assert (told["views"], told["steps"], told["seed"]) == (VIEWS, 3, 0)
+    assert 1 <= told["avg_trm_steps"] <= 3
+    assert told["judge"]["scoring_views"] == 2
+    assert told["seconds_per_task"] > 0
+    assert read(settings.out, "config.json")["config"]["inference"]["views"] == VIEWS
+    submitted = read_submission(settings.out / "submission.json")
+    assert {name: len(own) for name, own in submitted.items()} == {
+        task.id: len(task.test) for task in trained.known
+    }
+    assert not (settings.out / UNFINISHED).exists()
+
+
+def test_the_submission_is_what_is_scored(settings, scores, trained, tmp_path):
+    again = config(None, trained.folder, tmp_path / "late", evaluation={"keep_candidates": False})
+    for given in (settings.out, settings.out / "submission.json"):
+        late = evaluate(again.model_copy(update={"submission": given}))
+        for k in (1, 2):
+            assert late.task_fraction[k] == scores.task_fraction[k]
+        assert late.cell_accuracy == scores.cell_accuracy
+    told = read(tmp_path / "late", "scores.json")
+    assert set(told["task_fraction"]) == {"pass@1", "pass@2"}
+
+
+def test_both_voices_propose_and_every_row_leaves_out_what_it_says(settings, scores):
+    rows = read(settings.out, "ablations.json")
+    assert list(rows) == ["everything", *ABLATIONS]
+    assert rows["everything"]["task_fraction"] == read(settings.out, "scores.json")["task_fraction"]
+    kept = read_candidates(settings.out / CANDIDATES)
+    sources = {
+        source for inputs in kept.values() for own in inputs for r in own for source in r.votes_by
+    }
+    assert sources == {"reader", "trm", "joint"}
+    for inputs in kept.values():
+        for own in inputs:
+            votes = {"reader": 0, "joint": 0}
+            for one in own:
+                for source in votes:
+                    votes[source] += one.votes_by.get(source, 0)
+            assert votes["reader"] == votes["joint"]  # each draft is refined
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [("no-reader", {"trm"}), ("no-trm", {"reader"}), ("no-coupling", {"reader", "trm"})],
+)
+def test_an_ablation_asks_only_who_is_left(settings, tmp_path, monkeypatch, row, expected):
+    found, judges = {}, {}
+    real = module.rank
+
+    def spied(solver, tasks, candidates, config, judge):
+        sources = {one.source for own in candidates.values() for one in own}
+        name = ["everything", row][len(found)]
+        found[name], judges[name] = sources, judge
+        return real(solver, tasks, candidates, config, judge)
+
+    monkeypatch.setattr(module, "rank", spied)
+    few = elsewhere(settings, tmp_path / "out", ablate=(row,), max_tasks=1)
+    evaluate(few)
+    assert found["everything"] == {"reader", "trm", "joint"}
+    assert found[row] == expected
+    assert (judges[row] is None) == (row == "no-reader")
+
+
+def test_a_held_out_answer_changes_no_answer(settings, scores, trained, tmp_path, write_tasks):
+    changed = [
+        replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
+        for task in trained.known
+    ]
+    folder = write_tasks(tmp_path / "tasks", changed)
+    other = elsewhere(settings, tmp_path / "out", test_set=str(folder), ablate=())
+    evaluate(other)
+    assert (tmp_path / "out/submission.json").read_bytes() == (
+        settings.out / "submission.json"
+    ).read_bytes()
+
+
+# -- tasks
+
+
+def test_a_kaggle_file_without_answers_is_answered_and_scored_when_solutions_come(
+    settings, scores, trained, tmp_path, capsys
+):
+    listed = lambda pairs: [{"input": p.input.tolist()} for p in pairs]
+    challenges, solutions = {}, {}
+    for task in trained.known:
+        shown = listed(task.demonstrations)
+        for one, pair in zip(shown, task.demonstrations, strict=True):
+            one["output"] = pair.output.tolist()
+        challenges[task.id] = {"train": shown, "test": listed(task.test)}
+        solutions[task.id] = [pair.output.tolist() for pair in task.test]
+    (tmp_path / "arc_challenges.json").write_text(json.dumps(challenges))
+    (tmp_path / "known.json").write_text(json.dumps(solutions))
+    given = {"test_set": str(tmp_path / "arc_challenges.json"), "ablate": ()}
+    assert evaluate(elsewhere(settings, tmp_path / "blind", **given)) is None
+    assert "nothing is scored" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "blind/scores.json").exists()
+    assert read_submission(tmp_path / "blind/submission.json").keys() == challenges.keys()
+    own = {"solutions": str(tmp_path / "known.json"), "keep_candidates": False}
+    blind = tmp_path / "blind"
+    late = config(None, given["test_set"], tmp_path / "late", submission=blind, evaluation=own)
+    assert evaluate(late).task_fraction[2] == scores.task_fraction[2]
+
+
+def test_unknown_tasks_are_answered_and_said_to_be(
+    settings, trained, tmp_path, capsys, write_tasks
+):
+    tasks = [trained.known[0], *trained.others]
+    folder = write_tasks(tmp_path / "tasks", tasks)
+    evaluate(elsewhere(settings, tmp_path / "out", test_set=str(folder), ablate=()))
+    assert read_submission(tmp_path / "out/submission.json").keys() == {t.id for t in tasks}
+    assert "3 of 4 tasks are not in the id map" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_older_score_does_not_stay_beside_a_new_submission(
+    settings, trained, tmp_path, write_tasks
+):
+    (tmp_path / "scores.json").write_text("{}")
+    unanswered = [task.without_answers() for task in trained.known[:1]]
+    folder = write_tasks(tmp_path / "tasks", unanswered)
+    few = elsewhere(settings, tmp_path, test_set=str(folder), ablate=())
+    assert evaluate(few) is None
+    assert (tmp_path / "submission.json").exists()
+    assert not (tmp_path / "scores.json").exists()
+
+
+# -- interruptions
+
+
+def interrupted(settings, monkeypatch, after, resume=False):
+    """An evaluation that is stopped when it ranks for the time number `after`."""
+    real, seen = module.rank, []
+
+    def stopping(*arguments):
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(arguments[1][0].id)
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "rank", stopping)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            evaluate(settings, resume=resume)
+    return seen, str(stop.value)
+
+
+@pytest.fixture
+def one_task_at_once(monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS_AT_ONCE", VIEWS)
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    settings, scores, tmp_path, monkeypatch, one_task_at_once
+):
+    own = elsewhere(settings, tmp_path / "out", ablate=("no-trm",))
+    first, said = interrupted(own, monkeypatch, 3)  # a task, and another in one of two rows
+    assert f"stopped after 2 of 4 tasks, which are kept in {tmp_path / 'out'}" in said
+    assert "--resume" in said
+    assert not (tmp_path / "out/scores.json").exists()
+    with pytest.raises(DataError, match="holds answers of an interrupted run"):
+        evaluate(own)
+    second, _ = interrupted(own, monkeypatch, 2, resume=True)
+    assert evaluate(own, resume=True).task_fraction == scores.task_fraction
+    answered = [*first, *second]
+    assert len(set(answered)) == 3  # of two tasks nothing is answered twice
+    assert (tmp_path / "out/submission.json").read_bytes() == (
+        settings.out / "submission.json"
+    ).read_bytes()
+    rows, before = read(tmp_path / "out", "ablations.json"), read(settings.out, "ablations.json")
+    assert rows == {name: before[name] for name in ("everything", "no-trm")}
+    assert not (tmp_path / "out" / UNFINISHED).exists()
+
+
+def test_parts_change_no_answer(settings, scores, tmp_path, one_task_at_once):
+    evaluate(elsewhere(settings, tmp_path / "out"))
+    whole, parts = (read_candidates(out / CANDIDATES) for out in (settings.out, tmp_path / "out"))
+    for name, inputs in whole.items():
+        for own, others in zip(inputs, parts[name], strict=True):
+            for one, other in zip(own, others, strict=True):
+                assert np.array_equal(one.grid, other.grid)
+                assert one.views_by == other.views_by
+                assert one.reader_scores == pytest.approx(other.reader_scores, abs=1e-3)
+
+
+# -- refusals
+
+
+def test_a_dry_run_counts_and_answers_nothing(settings, tmp_path, capsys):
+    assert evaluate(elsewhere(settings, tmp_path / "out"), dry_run=True) is None
+    assert not (tmp_path / "out").exists()
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"({VIEWS} views)" in told
+    assert "supervision steps, at most" in told
+
+
+def test_what_cannot_be_used_leaves_nothing_behind(settings, trained, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError):
+        evaluate(elsewhere(settings, out).model_copy(update={"checkpoint": tmp_path / "nowhere"}))
+    with pytest.raises(DataError, match=r"evaluation\.tasks names 'ffffffff'"):
+        evaluate(elsewhere(settings, out, tasks=("ffffffff",)))
+    with pytest.raises(ConfigError, match="give --out"):
+        evaluate(settings.model_copy(update={"out": None}))
+    assert not out.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        evaluate(elsewhere(settings, tmp_path / "file"))
+
+
+def test_the_folder_of_a_training_run_is_not_written_to(settings, trained):
+    before = sorted(path.name for path in trained.run.iterdir())
+    with pytest.raises(DataError, match="training run"):
+        evaluate(elsewhere(settings, trained.run))
+    assert sorted(path.name for path in trained.run.iterdir()) == before
+
+
+def test_ablations_of_one_voice_are_refused(settings, tmp_path, trained):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained.run, run)
+    path = latest_checkpoint(run) / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"voices": ["reader"]}))
+    alone = settings.model_copy(update={"checkpoint": run, "out": tmp_path / "out"})
+    with pytest.raises(ConfigError, match="nothing to leave out"):
+        evaluate(alone)
+
+
+def test_a_submission_of_other_tasks_is_refused(settings, scores, trained, tmp_path, write_tasks):
+    folder = write_tasks(tmp_path / "others", trained.others)
+    own = {"keep_candidates": False}
+    late = config(None, folder, tmp_path / "late", submission=settings.out, evaluation=own)
+    with pytest.raises(DataError, match="answers none of the 3 tasks"):
+        evaluate(late)
+    doubled = [replace(task, test=task.test * 2) for task in trained.known]
+    folder = write_tasks(tmp_path / "doubled", doubled)
+    own = late.evaluation.model_copy(update={"test_set": str(folder)})
+    with pytest.raises(DataError, match="one entry for each, in their order"):
+        evaluate(late.model_copy(update={"evaluation": own}))
