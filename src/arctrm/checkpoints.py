@@ -20,10 +20,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -32,13 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctrm import __version__
-from arctrm.config import (
+from arctrm.config.base import StrictModel
+from arctrm.config.data import DataConfig
+from arctrm.config.model import (
     TINY,
     CouplingConfig,
-    DataConfig,
     HubConfig,
     ReaderConfig,
-    StrictModel,
     TRMConfig,
     TrunkConfig,
 )
@@ -47,6 +46,9 @@ from arctrm.errors import CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
 from arctrm.quantise import GROUP, dequantise_all, is_quantised, quantise
 from arctrm.system import clear_abandoned, disk_errors, flush_to_disk, temporary
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 FORMAT_VERSION = 2
 META, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
@@ -89,36 +91,25 @@ class CheckpointMeta(StrictModel):
     """Contents of `checkpoint.json`; writing fills in the second half."""
 
     version: int = FORMAT_VERSION
-    """Format of the folder."""
-    step: int = Field(ge=0)
-    """Optimiser steps taken."""
-    elapsed: float = Field(ge=0)
-    """Seconds of training, those before a resume included."""
-    examples: int = Field(ge=0)
-    """Examples (rows x supervision steps) seen, over all processes."""
-    config: dict[str, Any]
-    """The resolved configuration."""
-    voices: tuple[Literal["reader", "trm"], ...]
-    """Voices of the trunk that were trained."""
+    step: int = Field(ge=0)  # optimiser steps taken
+    elapsed: float = Field(ge=0)  # seconds of training, those before a resume included
+    examples: int = Field(ge=0)  # rows seen, over all processes
+    config: dict[str, Any]  # resolved
+    voices: tuple[Literal["reader", "trm"], ...]  # of the trunk, that were trained
     task_ids: tuple[str, ...]
     """Row of the task embeddings to task id."""
     task_fingerprints: tuple[str, ...]
     """Row of the task embeddings to the fingerprint of the task's demonstrations."""
     git_revision: str = "unknown"
-    """Revision of arctrm that trained."""
     data_fingerprint: str = ""
-    """Fingerprint of the data trained on."""
     notes: dict[str, Any] = Field(default_factory=dict)
     """Free: where the weights started, scores, a model card."""
 
-    world_size: int = Field(1, ge=1)
-    """Processes that wrote it."""
-    ema: bool = False
-    """Whether model.safetensors holds a moving average beside the weights."""
+    world_size: int = Field(1, ge=1)  # processes that wrote it
+    ema: bool = False  # model.safetensors holds a moving average beside the weights
     int8_group: int | None = Field(None, ge=1, le=2**16)
     """Columns of a row that share a scale in the matrices stored as integers; None: no integers."""
-    files: dict[str, int] = Field(default_factory=dict)
-    """File name to its size in bytes."""
+    files: dict[str, int] = Field(default_factory=dict)  # name to size in bytes
     arctrm_version: str = ""
     torch_version: str = ""
 
@@ -143,11 +134,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run folder (its latest), a checkpoint folder or a bundle folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """The checkpoint meant by a run folder (its latest), a checkpoint or a bundle folder."""
     if (path / META).is_file():
         return path
     latest = latest_checkpoint(path)
@@ -161,69 +148,60 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 def read_meta(path: Path) -> CheckpointMeta:
-    """What a run's latest checkpoint, a checkpoint or a bundle says; version 1 as version 2.
-
-    Raises:
-        CheckpointError: missing, not JSON, from a newer format, or not a checkpoint's metadata.
-    """
+    """What a run's latest checkpoint, a checkpoint or a bundle says; version 1 as version 2."""
     return _read(resolve_checkpoint(path))[1]
 
 
 def read_model(
-    path: Path, *, ema: bool = True, expected: Mapping[str, Iterable[int]] | None = None
+    path: Path,
+    *,
+    ema: bool = True,
+    expected: Mapping[str, Iterable[int]] | None = None,
+    part: str = "",
 ) -> dict[str, Tensor]:
     """Weights of a run's latest checkpoint, a checkpoint or a bundle: float32 on the CPU.
 
-    With `ema`, the moving average; the weights as trained where the run kept no average. Where
-    names and shapes are `expected`, they are compared before a tensor is read.
-
-    Raises:
-        CheckpointError: a file is missing, truncated, or not what the metadata or you expect.
+    With `ema`, the moving average; the weights as trained where the run kept no average. Names and
+    shapes that are `expected` are compared before a tensor is read. `part`: only names that begin
+    so. Errors: a file is missing, truncated, or not what the metadata or you expect.
     """
     folder = resolve_checkpoint(path)
     told, meta = _read(folder)
-    prefix = "ema." if ema and meta.ema else "weights."
-    with _opened(folder, MODEL, meta) as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+
+    def of_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        new = upgraded(told, tensors, folder)[1]
+        return {name: tensor for name, tensor in new.items() if name.startswith(part)}
+
+    def check(header: dict[str, Tensor]) -> None:
         if expected is not None:
-            shapes = {name: file.get_slice(name).get_shape() for name in names}
-            header = {
-                n.removeprefix(prefix): torch.empty(s, device="meta") for n, s in shapes.items()
-            }
-            check_names(expected, upgraded(told, header, folder)[1], folder / MODEL)
-        stored = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            check_names(expected, of_part(header), folder / MODEL)
+
+    prefix = "ema." if ema and meta.ema else "weights."
+    tensors = _load(folder, MODEL, meta, prefix, check)
     scales = _load(folder, MODEL, meta, "scales.")
-    tensors = dequantise_all(stored, scales, meta.int8_group, folder / MODEL)
-    return upgraded(told, {name: t.float() for name, t in tensors.items()}, folder)[1]
+    tensors = dequantise_all(tensors, scales, meta.int8_group, folder / MODEL)
+    return of_part({name: tensor.float() for name, tensor in tensors.items()})
 
 
 def read_trunk(path: Path) -> tuple[Trunk, CheckpointMeta]:
     """The trunk alone of a checkpoint, float32 on the CPU; errors as `read_model`."""
     folder = resolve_checkpoint(path)
     meta = read_meta(folder)
-    with torch.device("meta"):  # compared before anything of the configured size is made
+    with torch.device("meta"):
         trunk = meta.trained.new_trunk(len(meta.task_ids))
-    weights = {
-        name.removeprefix("trunk."): tensor
-        for name, tensor in read_model(folder).items()
-        if name.startswith("trunk.")
-    }
-    check_names({n: t.shape for n, t in trunk.state_dict().items()}, weights, folder / MODEL)
-    trunk.load_state_dict(weights, assign=True)
+    wanted = {f"trunk.{name}": tensor.shape for name, tensor in trunk.state_dict().items()}
+    weights = read_model(folder, expected=wanted, part="trunk.")
+    trunk.load_state_dict({n.removeprefix("trunk."): t for n, t in weights.items()}, assign=True)
     return trunk, meta
 
 
-def read_trainer(path: Path) -> dict[str, Tensor]:
-    """State that all processes of a run share; errors as `read_model`."""
-    told, meta = _read(path)
+def read_state(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """What all processes of a run share, and what was process `rank`'s own, if it was there."""
+    told, meta = _read(folder)
     if told["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: a run of format version 1; {OLDER} resumes it")
-    return _load(path, TRAINER, meta)
-
-
-def read_rank(path: Path, rank: int) -> dict[str, Tensor]:
-    """State of process `rank`; errors as `read_model`."""
-    return _load(path, f"rank_{rank}.safetensors", _read(path)[1])
+        raise CheckpointError(f"{folder}: a run of format version 1; {OLDER} resumes it")
+    own = _load(folder, f"rank_{rank}.safetensors", meta) if rank < meta.world_size else None
+    return _load(folder, TRAINER, meta), own
 
 
 def check_names(
@@ -232,19 +210,16 @@ def check_names(
     path: Path,
     expected_by: str = "the model",
 ) -> None:
-    """Compare names and shapes of tensors.
-
-    Raises:
-        CheckpointError: names the first missing, first unexpected and first differing tensor.
-    """
+    """Compare names and shapes of tensors; the error names the first of each kind that differs."""
     want = {name: tuple(shape) for name, shape in expected.items()}
     have = {name: tuple(tensor.shape) for name, tensor in got.items()}
     missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((want, have), (have, want)))
     differing = [name for name in want if have.get(name, want[name]) != want[name]]
-    faults = [f"{len(missing)} tensors missing, first {missing[0]!r}"] if missing else []
-    faults += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
-    for name in differing[:1]:
-        faults += [f"{name!r} has shape {have[name]}, {expected_by} expects {want[name]}"]
+    faults = [
+        *(f"{len(missing)} tensors missing, first {name!r}" for name in missing[:1]),
+        *(f"{len(unexpected)} unexpected, first {name!r}" for name in unexpected[:1]),
+        *(f"{n!r} has shape {have[n]}, {expected_by} expects {want[n]}" for n in differing[:1]),
+    ]
     if faults:
         raise CheckpointError(
             f"{path}: does not fit {expected_by}: {'; '.join(faults)}; "
@@ -261,9 +236,6 @@ def upgraded(
     """Metadata and weights of version 1 as version 2 has them; those of version 2 as they are.
 
     A tiny reader becomes a trunk whose TRM voice is untrained; a TRM and adapters beside it go.
-
-    Raises:
-        CheckpointError: there is no tiny reader, or one that is no more.
     """
     if told["version"] != 1:
         return told, dict(tensors)
@@ -272,73 +244,57 @@ def upgraded(
     kind = config.get("llama_model") if is_joint else config.get("model")
     if kind != (TINY if is_joint else "reader") or not notes.get("task_fingerprints"):
         raise CheckpointError(f"{where}: format version 1 without a tiny reader; {OLDER} reads it")
-    said = notes.get("parts", {}).get("reader", {})
-    new = {
+    said = notes.get("parts", {}).get("reader", {})  # of a hybrid: how its reader was trained
+    data = {**config["data"], "scaling": reader["scaling"]}
+    tables = (("trunk", TrunkConfig, reader), ("reader", ReaderConfig, reader))
+    new = {key: told[key] for key in CheckpointMeta.model_fields if key in told} | {
         "version": FORMAT_VERSION,
         **{key: said.get(key, told[key]) for key in ("step", "elapsed", "examples")},
         "config": {
             "seed": said.get("seed", config["seed"]),
             "voice": "reader",
-            "trunk": {key: reader[key] for key in TrunkConfig.model_fields if key in reader},
-            "reader": {"input_attention": "causal", **reader},
             "trm": {},
-            "data": {**config["data"], "scaling": reader["scaling"]},
+            **{
+                table: {key: held[key] for key in model.model_fields if key in held}
+                for table, model, held in (*tables, ("data", DataConfig, data))
+            },
         },
         "voices": ("reader",),
         "task_fingerprints": notes["task_fingerprints"],
         "notes": {"upgraded": "from version 1: the TRM voice is untrained", "reader": said},
         "files": {name: record["size"] for name, record in told["files"].items()},
     }
-    same = ("task_ids", "git_revision", "data_fingerprint", "world_size", "ema", "int8_group")
-    new |= {key: told[key] for key in (*same, "arctrm_version", "torch_version") if key in told}
-    kept = {"trunk": TrunkConfig, "reader": ReaderConfig, "data": DataConfig}
-    for table, model in kept.items():
-        known = {*model.model_fields, *(key.partition(".")[2] for key in RETIRED)}
-        held = new["config"][table]
-        new["config"][table] = {key: held[key] for key in held if key in known}
     first = "reader." if is_joint else ""
     old = {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
     return new, _trunk_of_version_1(old) if tensors else {}
 
 
-_NAMES = {
-    "embed_tokens": ("llama.model.embed_tokens.weight",),
-    "norm": ("llama.model.norm.weight",),
-    "head.weight": ("llama.lm_head.weight",),
-    "task_emb": ("puzzle_emb.weights",),
-    "inverse_emb": ("inverse_emb.weights",),
-    "dihedral_emb": ("dihedral_emb.weights",),
-    "colours_emb": ("colour_flag_emb.weights",),
-    "scale_emb": ("scale_emb.weights",),
-}
-_LAYER_NAMES = {
-    "qkv_proj.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
-    "o_proj.weight": ("self_attn.o_proj.weight",),
-    "gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "down_proj.weight": ("mlp.down_proj.weight",),
-    "input_norm": ("input_layernorm.weight",),
-    "post_norm": ("post_attention_layernorm.weight",),
-}
-"""Name in version 2 -> those of the matrices that it consists of in version 1."""
+_RENAMED = (
+    (r"^llama\.(model\.)?|self_attn\.|mlp\.|\.weights$", ""),
+    (r"^(embed_tokens|norm)\.weight", r"\1"),
+    (r"input_layernorm\.weight", "input_norm"),
+    (r"post_attention_layernorm\.weight", "post_norm"),
+    (r"^lm_head", "head"),
+    (r"^injection\.", "injections."),
+    (r"^puzzle_emb", "task_emb"),
+    (r"^colour_flag_emb", "colours_emb"),
+)
+_FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
 def _trunk_of_version_1(old: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = dict(_NAMES)
-    for name in old:
-        if found := re.fullmatch(r"injection\.(layers\.\d+\.weight)", name):
-            names[f"injections.{found[1]}"] = (name,)
-        if found := re.fullmatch(r"llama\.model\.(layers\.\d+)\.input_layernorm\.weight", name):
-            for new, parts in _LAYER_NAMES.items():
-                names[f"{found[1]}.{new}"] = tuple(f"llama.model.{found[1]}.{p}" for p in parts)
-    # (A part that is absent leaves its name out: whoever loads the trunk says what is missing.)
-    trunk = {
-        new: torch.cat([old[part] for part in parts])
-        for new, parts in names.items()
-        if all(part in old for part in parts)
-    }
+    trunk = dict(old)
+    for pattern, new in _RENAMED:
+        trunk = {re.sub(pattern, new, name): tensor for name, tensor in trunk.items()}
+    for fused, parts in _FUSED.items():
+        for first in [name for name in trunk if name.endswith(f".{parts[0]}.weight")]:
+            names = [first.replace(parts[0], part) for part in parts]
+            if all(name in trunk for name in names):  # else whoever loads the trunk says so
+                joined = torch.cat([trunk.pop(name) for name in names])
+                trunk[first.replace(parts[0], f"{fused}_proj")] = joined
     norm, head, tasks = (trunk[name] for name in ("norm", "head.weight", "task_emb"))
-    trunk.setdefault("inverse_emb", torch.zeros_like(tasks))
-    trunk.setdefault("scale_emb", tasks[:0])
+    trunk.pop("mosaic_emb", None)
+    trunk = {"inverse_emb": torch.zeros_like(tasks), "scale_emb": tasks[:0]} | trunk
     trunk |= {
         "own_head.weight": head[:NUM_COLOURS].clone(),
         "halt_head.weight": norm.new_zeros(1, len(norm)),
@@ -358,24 +314,21 @@ def write_checkpoint(
     model: Mapping[str, Tensor],
     trainer: Mapping[str, Tensor],
     rank_state: Mapping[str, Tensor],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    processes: "Accelerator",
     keep_last: int = 2,
 ) -> Path:
     """Write `<run>/checkpoints/step_<meta.step>` so that a kill at any moment loses nothing.
 
     Every process calls this with its own `rank_state`; only process 0 writes the rest: `model`
-    ("weights.*" and "ema.*"), `trainer` (what all share), the metadata. `barrier` waits for all.
+    ("weights.*" and "ema.*"), `trainer` (what all share), the metadata.
 
     Raises:
-        ResourceError: the disk is full; the temporary folder is gone, older checkpoints are whole.
-        CheckpointError: the folder cannot be written.
+        ResourceError, CheckpointError: as `system.disk_errors`; older checkpoints are whole.
     """
     parent = run / "checkpoints"
     final = parent / f"step_{meta.step:08d}"
     aside = parent / (_ASIDE + final.name)  # one name for all processes: the run is locked
+    rank, barrier = processes.process_index, processes.wait_for_everyone
     own = {f"rank_{rank}.safetensors": rank_state}
     try:
         with disk_errors(parent):
@@ -388,7 +341,7 @@ def write_checkpoint(
                 _write_tensors(aside / name, tensors)
             barrier()
             if rank == 0:
-                _write_meta(aside, meta.model_copy(update={"world_size": world_size}))
+                _write_meta(aside, meta, world_size=processes.num_processes)
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(aside, final)
                 flush_to_disk(parent)
@@ -405,27 +358,23 @@ def write_checkpoint(
 
 
 def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
-    """Write what solving needs of a checkpoint to the new folder `out`: one set of weights.
-
-    The moving average, where there is one, becomes the weights: matrices in 8 bits, the rest in
-    bfloat16. `notes` are added to the metadata. Errors as `read_model` and `write_checkpoint`.
+    """Write what solving needs of a checkpoint to the new folder `out`: the moving average, where
+    there is one; matrices in 8 bits, the rest in bfloat16. `notes` are added to the metadata.
     """
     folder = resolve_checkpoint(checkpoint)
-    meta = read_meta(folder)
-    tensors: dict[str, Tensor] = {}
+    meta, tensors = read_meta(folder), {}
     for name, tensor in read_model(folder).items():
         if is_quantised(name, tensor):
             tensors[f"weights.{name}"], tensors[f"scales.{name}"] = quantise(tensor)
         else:
             tensors[f"weights.{name}"] = tensor.to(torch.bfloat16)
     added = {"exported": "ema" if meta.ema else "weights", **notes}
-    changes = {"notes": meta.notes | added, "int8_group": GROUP, "version": FORMAT_VERSION}
     aside = temporary(out)
     try:
         with disk_errors(out.parent):
             aside.mkdir(parents=True)
             _write_tensors(aside / MODEL, tensors)
-            _write_meta(aside, meta.model_copy(update=changes))
+            _write_meta(aside, meta, notes=meta.notes | added, int8_group=GROUP)
             os.rename(aside, out)
             flush_to_disk(out.parent)
     finally:
@@ -434,10 +383,7 @@ def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write copies (safetensors refuses tensors that share memory), readable as files usually are.
-
-    safetensors leaves a file that only its owner may read; the umask decides elsewhere.
-    """
+    """Write copies (safetensors refuses tensors that share memory), readable as the umask says."""
     path.touch()
     mode = path.stat().st_mode
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -446,17 +392,13 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     flush_to_disk(path)
 
 
-def _write_meta(folder: Path, meta: CheckpointMeta) -> None:
+def _write_meta(folder: Path, meta: CheckpointMeta, **changes: object) -> None:
     files = sorted(folder.glob("*.safetensors"))
     with safe_open(folder / MODEL, framework="pt") as file:
         ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118
-    filled = {
-        "files": {path.name: path.stat().st_size for path in files},
-        "ema": ema,
-        "arctrm_version": __version__,
-        "torch_version": torch.__version__,
-    }
-    text = meta.model_copy(update=filled).model_dump_json(indent=1)
+    changes |= {"files": {path.name: path.stat().st_size for path in files}, "ema": ema}
+    changes |= {"arctrm_version": __version__, "torch_version": torch.__version__}
+    text = meta.model_copy(update=changes).model_dump_json(indent=1)
     (folder / META).write_text(text, encoding="utf-8")
     flush_to_disk(folder / META)
     flush_to_disk(folder)
@@ -475,47 +417,44 @@ def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
     file = folder / META
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-        version = told["version"]
-        if version > FORMAT_VERSION:
+        if told["version"] > FORMAT_VERSION:
             raise CheckpointError(
-                f"{file}: format version {version} is newer than {FORMAT_VERSION}, the newest this "
-                "arctrm reads; upgrade arctrm"
+                f"{file}: format version {told['version']} is newer than {FORMAT_VERSION}, the "
+                "newest this arctrm reads; upgrade arctrm"
             )
-        new = upgraded(told, {}, folder)[0]
         for key, value in RETIRED.items():
             table, _, name = key.partition(".")
-            got = new["config"].get(table, {}).pop(name, value)
+            got = told["config"].get(table, {}).pop(name, value)
             if got != value:
                 raise CheckpointError(
                     f"{folder}: {key} = {got!r}, where only {value!r} is left; {OLDER} reads it"
                 )
-        meta = CheckpointMeta.model_validate(new)
+        meta = CheckpointMeta.model_validate(upgraded(told, {}, folder)[0])
+        Trained.model_validate(meta.config)
         if len(meta.task_ids) != len(meta.task_fingerprints):
             raise ValueError(f"{len(meta.task_fingerprints)} fingerprints of {len(meta.task_ids)}")
-        Trained.model_validate(meta.config)
         return told, meta
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, got = ".".join(map(str, first["loc"])), first["input"]
-        shown = "" if isinstance(got, dict | list) else f" = {got!r}"
-        raise CheckpointError(
-            f"{file}: {key}{shown}: {first['msg']}; use another checkpoint"
-        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CheckpointError(
             f"{file}: not a checkpoint's metadata ({reason}); use another checkpoint"
         ) from error
 
 
-@contextmanager
-def _opened(folder: Path, name: str, meta: CheckpointMeta) -> Iterator[Any]:
-    """One file of a checkpoint, if it is the one that was written.
-
-    Raises:
-        CheckpointError: it is not part of the checkpoint, missing, truncated or damaged.
+def _load(
+    folder: Path,
+    name: str,
+    meta: CheckpointMeta,
+    prefix: str = "",
+    check: Callable[[dict[str, Tensor]], None] = lambda header: None,
+) -> dict[str, Tensor]:
+    """Tensors of a file that begin with `prefix`, which is removed; `check` sees them before they
+    are read, on the meta device.
     """
     path, size = folder / name, meta.files.get(name)
     if size is None:
@@ -527,21 +466,16 @@ def _opened(folder: Path, name: str, meta: CheckpointMeta) -> Iterator[Any]:
         got = path.stat().st_size
         if got != size:
             what = "truncated" if got < size else "not the file that was written"
-            raise CheckpointError(
-                f"{path}: {what} ({got} bytes, {size} expected); use another checkpoint"
-            )
+            problem = f"{path}: {what} ({got} bytes, {size} expected); use another checkpoint"
+            raise CheckpointError(problem)
         with safe_open(path, framework="pt") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; use another checkpoint") from error
+            held = {n.removeprefix(prefix): n for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
+            shapes = {name: file.get_slice(n).get_shape() for name, n in held.items()}
+            check({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+            return {name: file.get_tensor(n) for name, n in held.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); use another checkpoint") from error
-
-
-def _load(folder: Path, name: str, meta: CheckpointMeta, prefix: str = "") -> dict[str, Tensor]:
-    with _opened(folder, name, meta) as file:
-        wanted = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
-        return {key.removeprefix(prefix): file.get_tensor(key) for key in wanted}
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
+        raise CheckpointError(f"{path}: {what}; use another checkpoint") from error
 
 
 if __name__ == "__main__":

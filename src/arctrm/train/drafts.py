@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arctrm.config import TRMConfig
+from arctrm.data.base_set import BaseSet
 from arctrm.data.task import MAX_SIDE, Grid, Pair
 from arctrm.data.views import View
 from arctrm.model.layout import NUM_CONDITIONS, Condition, grid_length
@@ -19,7 +20,7 @@ from arctrm.reader.decoding import decode
 from arctrm.reader.protocol import Reader
 from arctrm.train import sequences as layout
 from arctrm.train.sequences import Sequences
-from arctrm.train.source import INPUT, OUTPUT
+from arctrm.train.source import OUTPUT
 
 ROOM = MAX_SIDE * MAX_SIDE
 """Cells kept for each draft."""
@@ -29,16 +30,30 @@ it says; some room keeps wrong sizes possible."""
 
 
 class Question(NamedTuple):
-    """What the reader is asked for one draft."""
+    """What a reader is asked: the output of the last pair of a sequence."""
 
     view: View
-    pairs: list[Pair]
+    pairs: tuple[Pair, ...]
     """Pairs that come before in the sequence, as the view shows them (hub readers)."""
     query: Grid
     """The input as the view shows it."""
     condition: Condition
     answer: Grid
-    """In the task's own colours and orientation; the reader does not see it."""
+    """As the view shows it; the reader does not see it."""
+
+
+def questions_of(base: BaseSet, rows_NKC: Tensor) -> list[Question]:
+    """The questions of sequences (not shown larger, none inverse)."""
+    found = []
+    for *before, last in rows_NKC.cpu():
+        view = View(int(last[layout.DIHEDRAL]), tuple(last[layout.COLOURS].tolist()))
+        pairs = [base.pair(int(row[layout.PAIR])) for row in before if row[layout.LENGTH] > 0]
+        asked = base.pair(int(last[layout.PAIR]))
+        shown = [(view.apply(p.input), view.apply(p.output)) for p in (*pairs, asked)]
+        condition = Condition(*last[:NUM_CONDITIONS].tolist())
+        context = tuple(Pair(*grids) for grids in shown[:-1])
+        found.append(Question(view, context, shown[-1][0], condition, shown[-1][1]))
+    return found
 
 
 class DraftPool:
@@ -92,13 +107,13 @@ class DraftPool:
 
     @torch.no_grad()
     def refresh(self, count: int) -> float:
-        """Draft at most `count` random pairs anew, each under a random view; the share of drafts
-        that are right.
+        """Draft at most `count` pairs anew, drawn by their weights, each under a random view; the
+        share of drafts that are right.
 
         Random numbers come from torch's generator of the device, so that a resumed run goes on.
         """
-        drawn = self.source.drawable.nonzero()[:, 0]
-        chosen = drawn[torch.randperm(len(drawn), device=drawn.device)[:count]]
+        uniform = torch.rand(count, device=self.source.device, dtype=torch.float64)
+        chosen = self.source.draw_pairs(uniform).unique()
         asked, reader = self.questions(chosen), self.reader
         prompts = [reader.prompt(one.query, one.condition, one.pairs) for one in asked]
         temperature = self.config.draft_temperature
@@ -112,9 +127,8 @@ class DraftPool:
         )
         num_right = 0
         for pair, question, one in zip(chosen.tolist(), asked, found, strict=True):
-            draft = None if one.grid is None else question.view.inverse(one.grid)
-            right = draft is not None and np.array_equal(draft, question.answer)
-            self.write(pair, draft, right)
+            right = one.grid is not None and np.array_equal(one.grid, question.answer)
+            self.write(pair, None if one.grid is None else question.view.inverse(one.grid), right)
             num_right += right
         return num_right / max(len(found), 1)
 
@@ -126,31 +140,10 @@ class DraftPool:
         if self.sequences.num_pairs > 1:
             others = self.sequences.others(chosen, uniform[1])[:, : self.sequences.num_pairs - 1]
             pairs = torch.cat((others, pairs), dim=1)
-        drawn = self.sequences.sequences(pairs, *views).cpu()
-        cells = self.source.cells[: self.begin].cpu().numpy()
-        table = self.source.pairs[: self.num_pairs].cpu()
-        return [_question(rows, table, cells) for rows in drawn]
-
-
-def _question(rows_KC: Tensor, table: Tensor, cells: np.ndarray) -> Question:
-    *before, last = rows_KC
-    view = View(int(last[layout.DIHEDRAL]), tuple(last[layout.COLOURS].tolist()))
-
-    def grids(row: Tensor) -> tuple[Grid, Grid]:
-        places = table[row[layout.PAIR]].tolist()
-        own = (places[INPUT], places[OUTPUT])
-        given, asked = (cells[at : at + h * w].reshape(h, w) for at, h, w in own)
-        return given, asked
-
-    shown = [Pair(*map(view.apply, grids(row))) for row in before if row[layout.LENGTH] > 0]
-    query, answer = grids(last)
-    condition = Condition(*last[:NUM_CONDITIONS].tolist())
-    return Question(view, shown, view.apply(query), condition, answer)
+        return questions_of(self.source.base, self.sequences.sequences(pairs, *views))
 
 
 def _bound(question: Question) -> int:
     """Tokens that a draft may have."""
-    height, width = (
-        min(MAX_SIDE, n + SPARE_SIDE) for n in question.view.apply(question.answer).shape
-    )
+    height, width = (min(MAX_SIDE, side + SPARE_SIDE) for side in question.answer.shape)
     return grid_length(height, width) + 1

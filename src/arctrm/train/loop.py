@@ -26,8 +26,7 @@ from arctrm.checkpoints import (
     check_names,
     latest_checkpoint,
     read_model,
-    read_rank,
-    read_trainer,
+    read_state,
     write_checkpoint,
 )
 from arctrm.config import PAIR_TOKENS, ScheduleConfig, TrainingConfig
@@ -279,10 +278,8 @@ def save(run: Run) -> Path:
         model,
         trainer,
         state,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        barrier=run.accelerator.wait_for_everyone,
-        keep_last=run.config.keep_last,
+        run.accelerator,
+        run.config.keep_last,
     )
 
 
@@ -298,9 +295,9 @@ def restore(run: Run, folder: Path, meta: CheckpointMeta) -> None:
     run.model.load_state_dict(read_model(folder, ema=False, expected=shapes))
     if run.ema is not None:
         run.ema.load(read_model(folder, expected=shapes))
-    run.optimisers.load(read_trainer(folder))
-    if run.accelerator.process_index < meta.world_size:
-        state = read_rank(folder, run.accelerator.process_index)
+    trainer, state = read_state(folder, run.accelerator.process_index)
+    run.optimisers.load(trainer)
+    if state is not None:
         carry = {name: tuple(tensor.shape) for name, tensor in run.carry.items()}
         held = {name: tensor for name, tensor in state.items() if name.startswith("carry.")}
         check_names(carry, held, folder, "this run")

@@ -66,12 +66,12 @@ class FlatGradients:
 
 
 class Muon(Optimizer):
-    """The update of `torch.optim.Muon` in batched products: Newton-Schulz of one matrix at a time
-    takes longer to launch than to compute, so matrices of one shape (or its transpose) are a stack.
+    """The update of `torch.optim.Muon` (orthogonalised Nesterov momentum, decoupled weight decay)
+    in batched products: Newton-Schulz of one matrix takes longer to launch than to compute, so
+    matrices of one shape, or its transpose, are a stack.
 
-    Orthogonalised Nesterov momentum with decoupled weight decay; the rate of an [R, C] matrix is
-    `lr` x sqrt(max(1, R / C)). `lr` is a number, or a tensor of no dimension on the device of the
-    matrices. Newton-Schulz runs in `dtype`.
+    The rate of an [R, C] matrix is `lr` (a number, or a tensor of no dimension) x
+    sqrt(max(1, R / C)). Newton-Schulz runs in `dtype`.
     """
 
     def __init__(
@@ -199,31 +199,27 @@ class Optimisers:
         Raises:
             CheckpointError: state of other parameters; the optimisers are left as they were.
         """
-        held = {tuple(name.split(".")[:2]) for name in state}
-        own = [(n, i, p) for n, o in self.all.items() for i, p in enumerate(_parameters(o))]
-        if held != {(name, str(index)) for name, index, _ in own}:
+        places = {
+            f"{name}.{index}": (optimiser, p)
+            for name, optimiser in self.all.items()
+            for index, p in enumerate(_parameters(optimiser))
+        }
+        held = {name.rpartition(".")[0] for name in state}
+        fits = held == places.keys() and all(
+            not tensor.ndim or tensor.shape == places[name.rpartition(".")[0]][1].shape
+            for name, tensor in state.items()
+        )
+        if not fits:
             raise CheckpointError(
-                f"optimiser state of {len(held)} parameters, {len(own)} are trained; resume with "
-                "the configuration of the checkpoint"
+                f"the optimiser state is of {len(held)} parameters, or of other shapes than the "
+                f"{len(places)} that are trained; resume with the configuration of the checkpoint"
             )
-        shapes = {(name, str(index)): p.shape for name, index, p in own}
         for name, tensor in state.items():
-            wanted = shapes[tuple(name.split(".")[:2])]
-            if tensor.ndim and tensor.shape != wanted:
-                raise CheckpointError(
-                    f"optimiser state {name!r} has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(wanted)}; resume with the configuration of the checkpoint"
-                )
-        for name, optimiser in self.all.items():
-            on_device = bool(optimiser.param_groups[0].get("fused"))
-            for index, p in enumerate(_parameters(optimiser)):
-                first = f"{name}.{index}."
-                for key in [key for key in state if key.startswith(first)]:
-                    # A step count stays on the CPU unless the optimiser is fused.
-                    is_count = key.endswith(".step") and not on_device
-                    place = torch.device("cpu") if is_count else p.device
-                    part = state[key].to(place, copy=True)
-                    optimiser.state[p][key.removeprefix(first)] = part
+            place, _, key = name.rpartition(".")
+            optimiser, p = places[place]
+            # A step count stays on the CPU unless the optimiser is fused.
+            on_cpu = key == "step" and not optimiser.param_groups[0].get("fused")
+            optimiser.state[p][key] = tensor.to("cpu" if on_cpu else p.device, copy=True)
 
 
 def _parameters(optimiser: Optimizer) -> list[Tensor]:
@@ -313,9 +309,8 @@ class Update:
 
 
 class LateGraph:
-    """Work whose first call runs eagerly, which makes its buffers; the second captures it.
-
-    Every call does the work exactly once: capturing runs nothing, the replay after it does.
+    """Work whose first call runs eagerly, which makes its buffers; the second captures it (which
+    runs nothing), and it and all later ones replay.
     """
 
     def __init__(self, work: Callable[[], None], prepare: Callable[[], None]):
@@ -324,15 +319,12 @@ class LateGraph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
-        """Run, or capture and replay, or replay."""
-        if not self.is_warm:
-            self.work()
-            self.is_warm = True
-            return
-        if self.graph is None:
+        """Do the work once."""
+        if self.is_warm and self.graph is None:
             self.prepare()
             self.graph = captured(self.work)
-        self.graph.replay()
+        self.graph.replay() if self.graph else self.work()
+        self.is_warm = True
 
 
 def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:

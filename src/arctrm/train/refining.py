@@ -52,18 +52,25 @@ class Questions(NamedTuple):
 
 
 def questions(
-    batch: Batch, sequences: Sequences, config: TRMConfig, drafts: Drafts | None = None
+    batch: Batch,
+    sequences: Sequences,
+    config: TRMConfig,
+    drafts: Drafts | None = None,
+    drafted: Tensor | None = None,
 ) -> Questions:
-    """First answers for a packed batch of one pair a sequence, at random as `config` says."""
-    num_rows, device = len(batch.rows), batch.tokens.device
-    cells = answer_cells(batch)
-    drafted = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    shown = batch.tokens
-    if drafts is not None and config.draft_share:
-        drafted = draw_drafted(batch.rows, sequences.source, drafts, config.draft_share)
-        with_drafts = batch.rows.clone()
-        with_drafts[:, PAIR] += drafts.num_pairs * drafted
-        shown = torch.where(cells, sequences.tokens_of(batch, with_drafts), shown)
+    """First answers for a packed batch of one pair a sequence, at random as `config` says.
+
+    `drafted`, bool [R]: the rows that show a draft, instead of some at random.
+    """
+    cells, shown = answer_cells(batch), batch.tokens
+    if drafts is None:
+        drafted = torch.zeros(len(batch.rows), dtype=torch.bool, device=shown.device)
+    else:
+        if drafted is None:
+            drafted = draw_drafted(batch.rows, sequences.source, drafts, config.draft_share)
+        tokens = sequences.tokens_of(batch, with_drafts(batch.rows, drafts, drafted))
+        shown = torch.where(cells, tokens, shown)
+    assert drafted is not None
     rows = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
     labels = torch.where(cells, batch.tokens, IGNORE)
     return Questions(corrupted(rows, drafted, config), labels, batch.prompts, drafted)
@@ -107,6 +114,13 @@ def with_wrong_colours(tokens: Tensor, cells: Tensor, row: Tensor, share: float)
         return tokens
     changed = cells & (row % 2 == 0) & (torch.rand(tokens.shape, device=tokens.device) < share)
     return torch.where(changed, torch.randint_like(tokens, NUM_COLOURS), tokens)
+
+
+def with_drafts(rows: Tensor, drafts: Drafts, drafted: Tensor) -> Tensor:
+    """Rows [R, columns] of which the `drafted` ones (bool [R]) have their draft as the output."""
+    rows = rows.clone()
+    rows[:, PAIR] += drafts.num_pairs * drafted
+    return rows
 
 
 def draw_drafted(rows: Tensor, source: PairSource, drafts: Drafts, share: float) -> Tensor:

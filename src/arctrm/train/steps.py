@@ -31,7 +31,7 @@ from arctrm.train.source import PairSource
 VOICES = ("reader", "trm")
 READER, TRM = range(len(VOICES))
 OF_BOTH = ("rows", "cell_loss", "exact", "shape", "cell_accuracy", "attempts", "tokens")
-OF_TRM = ("halt_loss", "trm_steps", "drafted", "draft_tokens")
+OF_TRM = ("halt_loss", "trm_steps", "drafted", "draft_tokens", "written_loss")
 COUNTS = (*OF_BOTH, *OF_TRM)
 """What `Step.counts` sums up for each voice, in this order: rows, sums over rows, and tokens."""
 OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
@@ -114,7 +114,7 @@ class ReaderStep(_PackedStep):
         logits = self.trunk.logits(read(self.trunk, batch._replace(tokens=tokens)))
         losses = row_counts(logits, batch.labels, batch.row, len(batch.rows))
         (losses.mean * self.scale).backward()
-        count(self.counts[READER], losses, batch)
+        count(self.counts[READER], losses, batch.row)
 
 
 class TrmStep(_PackedStep):
@@ -176,7 +176,7 @@ class TrmStep(_PackedStep):
             "drafted": drafted,
             "draft_tokens": drafted * (batch.rows[:, LENGTH] - batch.prompts[:num_rows]),
         }
-        count(self.counts[TRM], losses, batch, more)
+        count(self.counts[TRM], losses, batch.row, more)
 
 
 def read(trunk: Trunk, batch: Batch) -> Tensor:
@@ -191,17 +191,19 @@ def new_counts(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def count(sums: Tensor, losses: RowCounts, batch: Batch, more: Mapping[str, Tensor] = {}) -> None:
-    """Add a batch to the sums of its voice; `more`: further counts of rows, [R] each."""
+def count(sums: Tensor, losses: RowCounts, row_T: Tensor, more: Mapping[str, Tensor] = {}) -> None:
+    """Add a batch to the sums of its voice; `row_T`: row of each token, `more`: further counts of
+    rows, [R] each.
+    """
     of_rows = {
-        **more,
         "rows": losses.real,
         "cell_loss": losses.loss,
         "exact": losses.exact,
         "shape": losses.shape,
         "cell_accuracy": losses.cell_accuracy,
         "attempts": losses.real,
-        "tokens": batch.row < len(batch.rows),
+        "tokens": row_T < len(losses.real),
+        **more,
     }
     found = {name: values.sum().double() for name, values in of_rows.items()}
     zero = torch.zeros_like(sums[0])

@@ -1,0 +1,334 @@
+"""Muon sees the matrices of the layers one by one and moves as torch's; AdamW takes the rest."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from arctrm.config import OptimiserConfig, TrunkConfig
+from arctrm.errors import CheckpointError
+from arctrm.model.trunk import Trunk
+from arctrm.train.optim import (
+    EMA,
+    FlatGradients,
+    LateGraph,
+    Muon,
+    Optimisers,
+    Update,
+    trained_parameters,
+)
+
+CONFIG = OptimiserConfig(muon_lr=0.02, adamw_lr=0.01, weight_decay=0.1)
+NUM_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
+SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (8, 40), (48, 16), (1, 12)]
+"""Squares, both ways of a shape, one way only, a row."""
+
+
+def new_model(device="cpu"):
+    torch.manual_seed(0)
+    trunk = Trunk(TrunkConfig(hidden_size=16, num_heads=2, num_layers=2, loops=1), 3)
+    return nn.ModuleDict({"trunk": trunk}).to(device)
+
+
+def new_update(device="cpu", clip_norm=1.0, config=CONFIG):
+    trained = trained_parameters(new_model(device))
+    gradients = FlatGradients(trained)
+    return Update(gradients, Optimisers(trained, config), EMA(trained, 0.9), clip_norm)
+
+
+def fill(gradients, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gradients.flat.copy_(torch.randn(gradients.flat.shape, generator=generator))
+
+
+def is_matrix(name):
+    return ".layers." in name and not name.endswith("norm")
+
+
+def parts_of(name):
+    return next((n for key, n in NUM_PARTS.items() if key in name), 1)
+
+
+# -- one gradient
+
+
+def test_every_gradient_is_a_view_of_one_buffer_that_backward_adds_to():
+    trained = trained_parameters(new_model())
+    gradients = FlatGradients(trained)
+    assert gradients.flat.numel() == sum(p.numel() for p in trained.values())
+    fill(gradients, 0)
+    assert torch.equal(torch.cat([p.grad.flatten() for p in trained.values()]), gradients.flat)
+    gradients.zero()
+    for _ in range(2):
+        (trained["trunk.norm"].sum() * 2).backward()
+    assert trained["trunk.norm"].grad.tolist() == [4.0] * 16
+    assert gradients.flat.sum() == 4 * 16
+
+
+def test_empty_tables_and_frozen_weights_are_left_out():
+    model = new_model()
+    model["trunk"].head.requires_grad_(False)
+    assert model["trunk"].scale_emb.numel() == 0
+    names = set(trained_parameters(model))
+    assert {"trunk.scale_emb", "trunk.head.weight"}.isdisjoint(names)
+    assert len(names) == len(list(model.parameters())) - 2
+
+
+def test_clipping_scales_to_the_norm_and_leaves_a_small_gradient_alone():
+    gradients = FlatGradients({"p": nn.Parameter(torch.zeros(2))})
+    gradients.flat.copy_(torch.tensor([3.0, 4.0]))
+    gradients.clip(10.0)
+    assert gradients.flat.tolist() == pytest.approx([3.0, 4.0])
+    gradients.clip(1.0)
+    assert gradients.flat.tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
+
+
+# -- Muon
+
+
+def matrices(shapes=SHAPES):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def draw_gradients(parameters, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def train(optimiser, seeds):
+    parameters = optimiser.param_groups[0]["params"]
+    for seed in seeds:
+        draw_gradients(parameters, seed)
+        optimiser.step()
+    return parameters
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_updates_are_those_of_torchs_muon(weight_decay):
+    rates = {"lr": 0.02, "weight_decay": weight_decay, "momentum": 0.9}
+    expected = train(torch.optim.Muon(matrices(), **rates), range(4))
+    got = train(Muon(matrices(), **rates), range(4))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # 8 bits of an update of up to 0.02 x 4
+
+
+def test_in_float32_a_stack_is_what_its_matrices_are_one_by_one():
+    together = train(Muon(matrices(), lr=0.02, dtype=torch.float32), range(4))
+    for index, got in enumerate(together):
+        draws = matrices()
+        alone = Muon([draws[index]], lr=0.02, dtype=torch.float32)
+        for seed in range(4):
+            draw_gradients(draws, seed)
+            alone.step()
+        torch.testing.assert_close(draws[index], got)
+
+
+def test_a_rate_in_a_tensor_is_the_same_rate():
+    rate = torch.tensor(0.5)
+    optimiser = Muon(matrices(), lr=rate)
+    rate.fill_(0.02)
+    expected = train(Muon(matrices(), lr=0.02), [0])
+    for a, b in zip(expected, train(optimiser, [0]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(shapes):
+    optimiser = Muon(matrices(shapes), lr=0.02)
+    train(optimiser, [0])
+    with Operations() as counted:
+        optimiser.step()
+    return counted.count
+
+
+def test_the_number_of_operations_depends_on_shapes_and_not_on_matrices():
+    few = operations([(16, 16), (16, 48), (48, 16)])
+    assert operations([(16, 16), (16, 48), (48, 16)] * 9) == few
+    assert operations([(16, 16)] * 3) < few
+
+
+# -- who gets what
+
+
+def test_muon_gets_each_projection_alone_and_adamw_all_the_rest():
+    trained = trained_parameters(new_model())
+    FlatGradients(trained)
+    optimisers = Optimisers(trained, CONFIG)
+    muon, adamw = (optimisers.all[name].param_groups[0]["params"] for name in ("muon", "adamw"))
+    inner = trained["trunk.layers.0.down_proj.weight"].shape[1]
+    one_layer = [(16, 16)] * 3 + [(16, 16)] + [(inner, 16)] * 2 + [(16, inner)]
+    others = [(16, 16)] * 3  # two injections, the feedback
+    assert sorted(tuple(p.shape) for p in muon) == sorted(one_layer * 2 + others)
+    assert {id(p) for p in adamw} == {id(p) for n, p in trained.items() if not is_matrix(n)}
+    assert sum(p.numel() for p in (*muon, *adamw)) == sum(p.numel() for p in trained.values())
+
+
+def test_weights_of_a_hub_model_stay_with_adamw():
+    names = ("hub.model.layers.0.q_proj.weight", "adapters.back.layers.0.weight")
+    trained = {name: nn.Parameter(torch.ones(4, 4)) for name in names}
+    FlatGradients(trained)
+    optimisers = Optimisers(trained, CONFIG)
+    assert optimisers.all["adamw"].param_groups[0]["params"] == [trained[names[0]]]
+    alone = {names[0]: trained[names[0]]}
+    assert list(Optimisers(alone, CONFIG).all) == ["adamw"]
+    assert list(Optimisers(trained, OptimiserConfig(kind="adamw")).all) == ["adamw"]
+
+
+def test_steps_equal_torchs_muon_and_adamw_on_separately_held_parameters():
+    update = new_update(clip_norm=0.0)
+    names = update.ema.names
+    before = {n: w.clone() for n, w in zip(names, update.ema.weights, strict=True)}
+    held = {
+        n: [nn.Parameter(part.clone()) for part in w.chunk(parts_of(n))] for n, w in before.items()
+    }
+    muon = torch.optim.Muon(
+        [p for n, parts in held.items() if is_matrix(n) for p in parts],
+        lr=0.02,
+        weight_decay=0.1,
+        momentum=0.95,
+    )
+    others = [p for n, parts in held.items() if not is_matrix(n) for p in parts]
+    adamw = AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for seed in range(3):
+        fill(update.gradients, seed)
+        begin = 0
+        for parts in held.values():
+            for p in parts:
+                p.grad = update.gradients.flat[begin : begin + p.numel()].view_as(p).clone()
+                begin += p.numel()
+        update(1.0, seed + 1)
+        muon.step()
+        adamw.step()
+    for name, weight in zip(names, update.ema.weights, strict=True):
+        expected = torch.cat([p.detach() for p in held[name]])
+        atol = 1e-3 if is_matrix(name) else 1e-6  # Newton-Schulz in bfloat16
+        torch.testing.assert_close(weight, expected, atol=atol, rtol=0, msg=name)
+        assert not torch.equal(weight, before[name]), name
+
+
+def test_the_factor_scales_both_peaks_and_zero_moves_nothing():
+    update = new_update()
+    fill(update.gradients, 0)
+    before = [w.clone() for w in update.ema.weights]
+    update(0.0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, update.ema.weights, strict=True))
+    update(0.25, 2)
+    rates = {name: o.param_groups[0]["lr"] for name, o in update.optimisers.all.items()}
+    assert rates == pytest.approx({"muon": 0.005, "adamw": 0.0025})
+
+
+# -- state
+
+
+def state_of(update):
+    """Weights, their average and the state of the optimisers."""
+    weights = zip(update.ema.names, update.ema.weights, strict=True)
+    state = {f"weight.{name}": w for name, w in weights}
+    state |= {f"average.{name}": a for name, a in update.ema.state().items()}
+    return state | update.optimisers.state()
+
+
+def run(update, seeds, first=1):
+    for step, seed in enumerate(seeds, first):
+        fill(update.gradients, seed)
+        update(1.0, step)
+    return state_of(update)
+
+
+def test_a_restored_update_goes_on_to_the_same_bits():
+    whole = new_update()
+    saved = {name: tensor.clone() for name, tensor in run(whole, range(3)).items()}
+    resumed = new_update()
+    run(resumed, [9])  # state of its own, which must not survive
+    for name, weight in zip(resumed.ema.names, resumed.ema.weights, strict=True):
+        weight.copy_(saved[f"weight.{name}"])
+    resumed.ema.load({n: saved[f"average.{n}"] for n in resumed.ema.names})
+    resumed.optimisers.load({n: t for n, t in saved.items() if n.startswith(("muon", "adamw"))})
+    expected, got = run(whole, [3, 4], 4), run(resumed, [3, 4], 4)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+
+
+def test_state_of_other_parameters_is_refused_and_changes_nothing():
+    update = new_update()
+    run(update, [0])
+    before = {name: tensor.clone() for name, tensor in update.optimisers.state().items()}
+    other = {**before, "muon.0.momentum_buffer": torch.zeros(2, 2)}
+    for wrong in ({}, {n: t for n, t in before.items() if not n.startswith("muon")}, other):
+        with pytest.raises(CheckpointError, match="resume with the configuration of the check"):
+            update.optimisers.load(wrong)
+    for name, tensor in update.optimisers.state().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_average_warms_up_and_then_decays_as_asked():
+    weight = nn.Parameter(torch.zeros(1))
+    ema = EMA({"w": weight}, decay=0.5)
+    expected = 0.0
+    for step in range(1, 20):
+        with torch.no_grad():
+            weight.fill_(step)
+        ema.set_decay(step)
+        ema.move()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.state()["w"].item() == pytest.approx(expected, rel=1e-5)
+    assert weight.item() == 19  # the weights themselves are not touched
+    assert expected < 18.5
+
+
+# -- graphs
+
+
+def test_every_call_of_a_late_graph_works_once(monkeypatch):
+    """As on a GPU: capturing runs nothing, replaying does."""
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    monkeypatch.setattr("arctrm.train.optim.captured", lambda work: Graph())
+    graph = LateGraph(lambda: done.append("run"), lambda: done.append("prepare"))
+    for _ in range(3):
+        graph()
+    assert done == ["run", "prepare", "replay", "replay"]
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_captured_update_equals_an_eager_one():
+    eager, captured = new_update("cuda"), new_update("cuda")
+    captured.capture()
+    expected, got = run(eager, range(5)), run(captured, range(5))
+    assert captured.apply.graph is not None
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+@gpu
+def test_an_update_never_waits_for_the_device():
+    update = new_update("cuda")
+    run(update, [0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(1.0, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
