@@ -45,3 +45,33 @@ def test_the_answer_does_not_matter_and_most_sizes_are_right():
     assert known == sum(len(task.test) for task in tasks)
     assert right / known > 0.8
     assert size_rules_right([one.without_answers() for one in tasks]) == (0, 0)
+
+
+def grid(height, width, *cells):
+    """Zeros with `cells` (row, column, colour)."""
+    made = np.zeros((height, width), np.uint8)
+    for y, x, colour in cells:
+        made[y, x] = colour
+    return made
+
+
+def test_the_size_of_something_shown_is_a_rule_where_no_side_explains_the_answer():
+    def pair(box_height, box_width, height, width):
+        far = grid(12, 12, (1, 1, 3), (box_height, box_width, 3), (11, 11, 5), (11, 10, 5))
+        return Pair(far, np.zeros((height, width), np.uint8))
+
+    box = Task("box", (pair(3, 5, 3, 5), pair(6, 4, 6, 4)))
+    asked = grid(12, 12, (1, 1, 3), (7, 2, 3), (11, 11, 5), (11, 10, 5))
+    assert output_size(box, asked) == (7, 2)
+    twice = Task("twice", (pair(3, 5, 6, 10), pair(6, 4, 12, 8)))
+    assert output_size(twice, asked) == (14, 4)
+
+
+def test_a_rule_of_contents_leaves_room_for_the_sizes_seen():
+    pairs = (
+        Pair(grid(9, 9, (0, 0, 1), (3, 0, 1)), np.zeros((4, 9), np.uint8)),
+        Pair(grid(9, 9, (0, 0, 1), (5, 0, 1)), np.zeros((6, 9), np.uint8)),
+    )
+    sides = plausible_sides(Task("column", pairs), grid(9, 9, (2, 2, 1), (3, 2, 1)), 0)
+    assert sides[0] == 2
+    assert max(sides) >= 6
