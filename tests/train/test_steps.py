@@ -3,15 +3,12 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from arctrm.config import DataConfig, PretrainConfig, ScalingConfig, TrunkConfig
 from arctrm.data.base_set import base_set_from_tasks
@@ -20,7 +17,7 @@ from arctrm.data.task import NUM_COLOURS, Pair, Task
 from arctrm.model.attention import spans
 from arctrm.model.layout import VOCABULARY
 from arctrm.model.trm import first_state, supervision_step
-from arctrm.model.trunk import Trunk, llama_state
+from arctrm.model.trunk import Trunk
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE, halting_mean, row_counts
 from arctrm.train.refining import questions
@@ -110,7 +107,7 @@ def flat_gradient(trunk):
 both_voices = pytest.mark.parametrize("voice", [READER, TRM], ids=["reader", "trm"])
 
 
-# -- the reader's loss is that of the older code, and of each sequence alone
+# -- the reader's loss is that of the older code
 
 
 OLD_NAMES = {
@@ -197,70 +194,6 @@ def test_loss_logits_and_gradients_of_a_stored_batch_are_those_of_the_older_code
     norms = {name: own.norm().item() for name, own in by_old_names(trunk, lambda p: p.grad)}
     expected = {name: norm for name, (norm, _) in golden["gradient_norm_and_sum"].items()}
     assert norms == pytest.approx(expected, rel=1e-4)
-
-
-assert_near = partial(torch.testing.assert_close, atol=2e-3, rtol=1e-3)
-
-
-def plain_loss(plain, trunk, batch, where):
-    """Summed cross entropy of one sequence by transformers' own LLaMA, eager attention."""
-    tokens, labels = batch.tokens[where], batch.labels[where]
-    condition = trunk.condition(batch.condition[batch.row[where]])
-    prompt = int(batch.prompts[batch.row[where.start]])
-    mask = torch.full((len(tokens), len(tokens)), float("-inf")).triu(1)
-    mask[:prompt, :prompt] = 0
-    out = plain(
-        inputs_embeds=(plain.model.embed_tokens(tokens) + condition)[None],
-        position_ids=batch.positions[where][None],
-        attention_mask=mask[None, None],
-    )
-    return F.cross_entropy(out.logits[0], labels, ignore_index=IGNORE, reduction="sum")
-
-
-class Turned(torch.nn.Module):
-    """The trunk's rotary positions where transformers' LLaMA asks for its own."""
-
-    def __init__(self, trunk):
-        super().__init__()
-        self.turn = trunk.rotary
-
-    def forward(self, x, position_ids):
-        cos, sin = self.turn(position_ids[0])
-        return cos[None, :, 0], sin[None, :, 0]
-
-
-def test_loss_and_gradient_are_those_of_plain_transformers_one_sequence_at_a_time(real):
-    config = SMALL.model_copy(update={"injection": False})
-    trunk, step = make(real, data=DataConfig(num_aug=50), trunk=config)
-    batch = step.next_batch()
-    losses = row_counts(trunk.logits(read(trunk, batch)), batch.labels, batch.row, len(batch.rows))
-    losses.total.backward()
-    plain = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.inner_size,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.num_heads,
-            attn_implementation="eager",
-        )
-    )
-    plain.load_state_dict(llama_state(trunk))
-    plain.model.rotary_emb = Turned(trunk)
-    total = 0.0
-    for index in range(batch.num_sequences):
-        begin, end = batch.seen.offsets[index : index + 2].tolist()
-        if end > begin:
-            total += plain_loss(plain, trunk, batch, slice(begin, end))
-    torch.testing.assert_close(losses.total, total, atol=1e-3, rtol=1e-5)
-    gradients = torch.autograd.grad(total, [*plain.parameters()])
-    by_name = dict(zip((name for name, _ in plain.named_parameters()), gradients, strict=True))
-    for number in range(config.depth):
-        block, at = trunk.layers[number], f"model.layers.{number}."
-        joined = [by_name[f"{at}self_attn.{n}_proj.weight"] for n in "qkv"]
-        assert_near(block.qkv_proj.weight.grad, torch.cat(joined))
-        assert_near(block.down_proj.weight.grad, by_name[f"{at}mlp.down_proj.weight"])
-    assert_near(trunk.embed_tokens.grad, by_name["model.embed_tokens.weight"])
 
 
 # -- no leak

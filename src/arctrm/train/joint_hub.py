@@ -1,0 +1,237 @@
+"""One joint training step with a hub reader: reader, adapters and TRM on one batch.
+
+    the reader reads sequences, drafts shown -> adapters -> TRM refines, a loss after every
+    supervision step -> its answer and states, as a soft prefix -> the reader writes behind it
+
+A sequence is K pairs of one task under one view. It is read once. The states give the reader's own
+loss on outputs, and every pair is a row of TRM, which hears what stands before its own output: so
+each pair is a held-out question. The last pair may show the reader's draft instead of its output;
+then TRM hears the draft, too. The reader is run anew in every step, so its states are never stale,
+and gradients go from end to end. What TRM is told, and what the reader writes behind, are computed
+by the functions that answering uses (`model.hybrid`).
+
+Shapes follow the batch: a hub model pads, so there is no CUDA graph to keep them still for.
+
+Legend: N sequences, K pairs in each, R rows (pairs that are there), T tokens, H reader's width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from arctrm.config import JointConfig
+from arctrm.data.base_set import BaseSet
+from arctrm.errors import ConfigError
+from arctrm.model.hybrid import AskedInContext, Heard, Hybrid
+from arctrm.model.layout import CHOICES, VOCABULARY, prompt
+from arctrm.model.trm import Prediction
+from arctrm.reader.hub import HubReader
+from arctrm.train.drafts import DraftPool, questions_of
+from arctrm.train.losses import IGNORE, RowCounts, halting_loss, halting_mean, row_counts
+from arctrm.train.refining import Questions, draw_drafted, questions, with_drafts
+from arctrm.train.sequences import INDEX, LENGTH, Batch, Sequences
+from arctrm.train.source import PairSource
+from arctrm.train.steps import COUNTS, READER, TRM, Step, count, metrics_of, new_counts, room_for
+
+
+class JointBatch(NamedTuple):
+    """What one joint step computes on."""
+
+    read: Batch
+    """Sequences as the reader is shown them; no label where a draft is shown."""
+    at: Tensor
+    """int64 [R]: each of TRM's rows among the rows of `read`."""
+    slot: Tensor
+    """int64 [T]: place of each of TRM's tokens in its row."""
+    asked: Questions
+    """The same pairs for TRM."""
+
+
+class JointStep:
+    """Adds the gradient of one batch of sequences to reader, adapters and trunk."""
+
+    begin, end = 0.0, 1.0
+
+    def __init__(
+        self,
+        hybrid: Hybrid,
+        sequences: Sequences,
+        config: JointConfig,
+        drafts: DraftPool | None = None,
+    ):
+        """`sequences` are what the reader reads, without scaling and inverse tasks."""
+        self.hybrid, self.sequences, self.drafts = hybrid, sequences, drafts
+        self.keeper = drafts is not None
+        self.refined = Sequences(sequences.source, hybrid.trunk.dtype, whole=True)
+        self.trm, self.coupling = config.trm, config.coupling
+        self.scale = 1 / config.training.grad_accum
+        self.attempts = config.max_attempts if config.coupling.back else 1
+        self.num_tokens = config.coupling.reader_tokens_per_batch
+        self.trm_tokens = config.training.tokens_per_batch
+        self.queue = sequences.draw(room_for(sequences, self.num_tokens, config.batch_size))
+        self.counts = new_counts(sequences.device)
+        device = hybrid.reader.device
+        self.reader_is_trained = any(p.requires_grad for p in hybrid.reader.parameters())
+        self.choice_of = torch.full((VOCABULARY,), IGNORE, device=device)
+        self.choice_of[list(CHOICES)] = torch.arange(len(CHOICES), device=device)
+
+    def carry(self) -> dict[str, Tensor]:
+        """What a resumed run needs, updated in place."""
+        drafts = self.drafts.carry() if self.drafts and self.keeper else {}
+        return {"queue": self.queue, "counts": self.counts} | drafts
+
+    def prepare(self) -> None:
+        """Draft now and then."""
+        if self.drafts and self.keeper:
+            self.drafts.prepare()
+
+    def __call__(self) -> None:
+        """Add the gradient of one batch."""
+        batch = self.draw()
+        total = self.loss(batch)
+        (total * self.scale).backward()
+
+    @torch.no_grad()
+    def draw(self) -> JointBatch:
+        """The next sequences, and their pairs as rows of TRM: as many as its budget holds."""
+        read = self.sequences.next_batch(self.queue, self.num_tokens)
+        per, rows = self.sequences.num_pairs, read.rows
+        number = torch.arange(len(rows), device=rows.device)
+        drafted = torch.zeros_like(number, dtype=torch.bool)
+        if self.drafts is not None:
+            share = self.trm.draft_share
+            drafted = draw_drafted(rows, self.sequences.source, self.drafts, share)
+            drafted = drafted & (number % per == per - 1) & (rows[:, LENGTH] > 0)
+            shown = self.sequences.tokens_of(read, with_drafts(rows, self.drafts, drafted))
+            labels = torch.where(drafted[read.own_row], IGNORE, read.labels)
+            read = read._replace(tokens=shown, labels=labels)
+        there = (rows[:, LENGTH] > 0) & (rows[:, LENGTH].cumsum(0) <= self.trm_tokens)
+        at = there.nonzero()[:, 0]
+        own = rows[at]
+        own[:, INDEX] = 0
+        packed = self.refined.pack(own, len(own), int(own[:, LENGTH].sum()))
+        asked = questions(packed, self.refined, self.trm, self.drafts, drafted[at])
+        return JointBatch(read, at, packed.slot, asked)
+
+    def loss(self, batch: JointBatch) -> Tensor:
+        """The joint loss of a batch, counted in `counts`."""
+        coupling, asked = self.coupling, batch.asked
+        # 1. The reader reads the sequences, and learns to write their outputs.
+        offsets = batch.read.seen.offsets[: batch.read.num_sequences + 1]
+        with torch.set_grad_enabled(self.reader_is_trained):
+            hidden = self.hybrid.reader.run_packed(batch.read.tokens, offsets)
+        total = self.counts.new_zeros((), dtype=torch.float32)
+        if self.reader_is_trained and coupling.reader_weight:
+            own = self.read_losses(batch.read, hidden)
+            total = total + coupling.reader_weight * own.mean.to(total.device)
+            count(self.counts[READER], own, batch.read.row)
+        # 2. TRM hears it and refines; behind what TRM then says, the reader writes the answer.
+        heard = self.heard(batch, hidden) if coupling.context or coupling.aligned else None
+        rounds, every = max(1, self.attempts - 1), self.trm.supervision_steps
+        num_rows = len(batch.at)
+        taken = torch.zeros(num_rows, device=batch.at.device)
+        going, written = torch.ones_like(taken), taken.new_zeros(())
+        steps = self.hybrid.steps(asked.rows, heard, every * rounds)
+        for number, prediction in enumerate(steps, 1):
+            losses = row_counts(prediction.logits, asked.labels, asked.rows.row, num_rows)
+            loss = losses.mean + halting_mean(prediction.q_halt, losses)
+            total = total + coupling.trm_weight * loss / (every * rounds)
+            q_halt = prediction.q_halt.detach()
+            taken, going = taken + going, going * (q_halt <= 0)
+            if self.attempts > 1 and number % every == 0:
+                mean = self.written_losses(batch, prediction).mean().to(total.device)
+                total = total + coupling.reader_weight * mean / rounds
+                written = written + mean.detach() / rounds
+        # 3. What is logged.
+        lengths = batch.read.rows[batch.at, LENGTH] - asked.prompts[:num_rows]
+        more = {
+            "halt_loss": halting_loss(q_halt, losses),
+            "attempts": losses.real * self.attempts,
+            "trm_steps": taken,
+            "drafted": asked.drafted,
+            "draft_tokens": asked.drafted * lengths,
+            "written_loss": losses.real * written,
+        }
+        count(self.counts[TRM], losses, asked.rows.row, more)
+        return total
+
+    def read_losses(self, read: Batch, hidden: Tensor) -> RowCounts:
+        """The reader's own loss: the next token of every output that is there."""
+        labelled = (read.labels != IGNORE).nonzero()[:, 0].to(hidden.device)
+        logits = self.hybrid.reader.grid_logits(hidden[labelled])
+        labels = self.choice_of[read.labels.to(hidden.device)[labelled]]
+        return row_counts(logits, labels, read.row.to(hidden.device)[labelled], len(read.rows))
+
+    def heard(self, batch: JointBatch, hidden: Tensor) -> Heard:
+        """What TRM's rows may know of the reader's states [T, H]: nothing of their own outputs, but
+        of drafts.
+        """
+        read, asked, at = batch.read, batch.asked, batch.at
+        lengths = read.rows[:, LENGTH]
+        own_begin = (lengths.cumsum(0) - lengths)[at]
+        begin = read.seen.offsets[at // self.sequences.num_pairs].long()
+        own = torch.where(asked.drafted, lengths[at], asked.prompts[: len(at)])
+        row = asked.rows.row
+        state = torch.where(batch.slot < own[row], own_begin[row] + batch.slot, -1)
+        return Heard(hidden.to(state.device), state, begin, own_begin - begin + own)
+
+    def written_losses(self, batch: JointBatch, prediction: Prediction) -> Tensor:
+        """Loss [n] of the last pairs' answers, written behind the soft prefix that TRM gives."""
+        per = self.sequences.num_pairs
+        last = (batch.at % per == per - 1).nonzero()[:, 0]
+        soft = self.hybrid.soft_prefix(batch.asked.rows, prediction)
+        rows = batch.read.rows.unflatten(0, (-1, per))[batch.at[last] // per]
+        found = questions_of(self.sequences.source.base, rows)
+        asked = [
+            AskedInContext(
+                one.query, prompt(one.query, one.condition), one.answer.shape, pairs=one.pairs
+            )
+            for one in found
+        ]
+        return self.hybrid.written_loss(
+            asked, [one.answer for one in found], soft[last.to(soft.device)]
+        )
+
+
+def hub_steps(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> list[Step]:
+    """The steps of a joint run with a hub reader, on the trunk's device.
+
+    Raises:
+        ConfigError: the model holds no sequences of `hub.max_tokens`.
+    """
+    plain = config.data.model_copy(update={"scaling": type(config.data.scaling)()})
+    source = PairSource(base, plain, config.seed, hybrid.trunk.device)
+    soft = config.coupling.num_back_vectors * config.coupling.back
+    longest, num_pairs = longest_sequence(hybrid.reader, config, soft), config.hub.max_pairs
+    sequences = Sequences(source, hybrid.trunk.dtype, num_pairs=num_pairs, longest=longest)
+    steps = [JointStep(hybrid, sequences, config) for _ in range(config.training.grad_accum)]
+    if config.trm.draft_share:
+        drafts = DraftPool(sequences, config.trm, hybrid.reader)
+        for number, step in enumerate(steps):
+            step.drafts, step.keeper = drafts, number == 0
+    hybrid.train()
+    return list(steps)
+
+
+def longest_sequence(reader: HubReader, config: JointConfig, num_soft: int) -> int:
+    """Tokens of the layout that a sequence may have: the model spells marks with several tokens.
+
+    Raises:
+        ConfigError: the model has no positions for so many, the soft prefix included.
+    """
+    bound, spelling = config.hub.training_tokens, reader.spelling
+    if bound + num_soft > reader.max_tokens:
+        raise ConfigError(
+            f"hub.max_tokens makes training sequences of {bound + num_soft} tokens, soft prefix "
+            f"included; {reader.name} holds {reader.max_tokens}; lower hub.max_tokens or use "
+            "another model"
+        )
+    marks = len(spelling.input_mark) + len(spelling.output_mark) - 2
+    return bound - len(spelling.start) - config.hub.max_pairs * marks
+
+
+def hub_metrics(counts: Tensor) -> dict[str, float]:
+    """As `steps.metrics_of`, and the loss of what the reader writes behind a soft prefix."""
+    sums = dict(zip(COUNTS, counts[TRM].tolist(), strict=True))
+    return metrics_of(counts) | {"written_loss": sums["written_loss"] / max(sums["rows"], 1.0)}
