@@ -66,7 +66,7 @@ def run(capfd):
         ),
         (
             ["pretrain", "--resume"],
-            "error: --resume: no run folder was given; name it with --out runs/<name>\n",
+            "error: --resume: no run folder was given; add --out runs/<name>\n",
         ),
     ],
 )

@@ -210,15 +210,23 @@ def _command(
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         def command(**given: Any) -> None:
-            keys: dict[str, tuple[str, Any]] = {}
-            for flag in flags:
-                if flag.key is not None:
-                    value = given.pop(flag.variable)
-                    # A switch or list that is not given is false or empty.
-                    keys[flag.name] = (flag.key, None if value is False or value == [] else value)
+            from arctrm import config
+            from arctrm.config.load import load_config
+
+            keys = {flag.name: (flag.key, given.pop(flag.variable)) for flag in flags if flag.key}
+            # A switch or list that is not given is false or empty.
+            keys = {k: (key, None if v is False or v == [] else v) for k, (key, v) in keys.items()}
             files, overrides = given.pop("config") or (), given.pop("set") or ()
-            settings = _settings(model, files, overrides, keys, given.get("resume", False))
+            out, record = keys["--out"][1], None
+            if given.get("resume") and out is not None and not files:
+                # The run says so where its folder holds no configuration.
+                found = [out] if out.is_file() else [out / "config.json", out / "results.json"]
+                record = next((path for path in found if path.is_file()), None)
+            table = getattr(config, model)
+            settings = load_config(table, files, overrides, keys, record=record)
             if RESUME in flags and settings.out is None:
+                if given["resume"]:
+                    raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
                 folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
                 settings = settings.model_copy(update={"out": folder})
             wait_politely()
@@ -232,29 +240,6 @@ def _command(
         return run
 
     return decorate
-
-
-def _settings(
-    model: str,
-    files: Sequence[Path],
-    overrides: Sequence[str],
-    keys: dict[str, tuple[str, Any]],
-    resume: bool,
-) -> Any:
-    """The configuration; of a resumed run without a file the one that its folder holds."""
-    from arctrm import config
-    from arctrm.config.load import load_config
-
-    out: Path | None = keys["--out"][1]
-    record = None
-    if resume and out is not None and not files:
-        candidates = [out] if out.is_file() else [out / "config.json", out / "results.json"]
-        # Where there is nothing to resume, the run says so.
-        record = next((path for path in candidates if path.is_file()), None)
-    settings = load_config(getattr(config, model), files, overrides, keys, None, record)
-    if resume and settings.out is None:
-        raise ConfigError("--resume: no run folder was given; name it with --out runs/<name>")
-    return settings
 
 
 # --- Data
@@ -307,7 +292,6 @@ def show(
     from arctrm.console import console, plain
     from arctrm.data import render
     from arctrm.data.sources import load_tasks
-    from arctrm.system import write_bytes_atomically
 
     ids = list(task_ids or ())
     if not ids and (dry_run or settings.seed is not None):
@@ -323,11 +307,7 @@ def show(
         return
     with console().capture() as captured:
         render.show(source, ids, settings.statistics, settings.limit)
-    text = f"{Text.from_ansi(captured.get()).plain}\n".encode()
-    if settings.out.exists() and not settings.out.is_file():
-        settings.out.write_bytes(text)  # renaming would destroy a device or pipe
-    else:
-        write_bytes_atomically(settings.out.resolve(), text)  # a link stays a link
+    settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
 
 # --- Training

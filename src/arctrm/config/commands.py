@@ -97,6 +97,7 @@ class PretrainConfig(_RunConfig):
         return self
 
 
+JOINT_TRACKING = TrackingConfig(project="arc-hybrid-joint")
 KNOWN_KEYS = {
     "llama_model": ("hub", "name"),
     "trm_hidden_size": ("trunk", "hidden_size"),
@@ -119,17 +120,14 @@ class JointConfig(_RunConfig):
     voice: ClassVar[Literal["both"]] = "both"
 
     data_path: str | None = Field(None, json_schema_extra=FREE)
-    """Tasks to train on, instead of data.subsets: a bundled name, a file or folder of tasks, or the
-    folder of a built data set. None is evaluated unless data.test_set is the same."""
+    """Tasks to train on, instead of data.subsets: a bundled name, a file, a folder of tasks or of a
+    built data set. None is evaluated unless data.test_set is the same."""
     llama_model: str = Field(TINY, min_length=1)
-    """"tiny": the reader's voice of the trunk; or a causal language model: an id on the Hugging
-    Face hub or a local folder."""
+    """"tiny": the reader's voice of the trunk; or a hub id or folder of a causal language model."""
     llama_frozen: bool = False
-    """Of a hub model: train the adapters and TRM only. A model that is not frozen gets LoRA, or is
-    trained as a whole with hub.mode = "full"."""
+    """Train adapters and TRM only; else hub.mode = "lora" or "full" says what of a hub model is."""
     trm_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
-    """Checkpoint, run or bundle folder that the trunk (TRM, and with it the tiny reader) starts
-    from, and with it the adapters where it has any; untrained when absent."""
+    """Checkpoint, run or bundle folder that the trunk, and adapters if it has any, start from."""
     trm_hidden_size: int | None = Field(None, json_schema_extra=FREE)
     """The same as trunk.hidden_size."""
     trm_halt_max_steps: int | None = Field(None, json_schema_extra=FREE)
@@ -137,25 +135,20 @@ class JointConfig(_RunConfig):
     batch_size: Count | None = None
     """Bound on the sequences of a batch; by default as many as the token budgets hold."""
     max_attempts: int = Field(2, ge=1, le=16)
-    """Of a hub model: rounds of reader and TRM in a training step; the second carries TRM's latents
-    back where coupling.back is on."""
+    """Of a hub model: rounds of reader and TRM in a training step; from the second on TRM's latents
+    go back to the reader where coupling.back is on."""
     epochs: Count | None = Field(None, json_schema_extra=FREE)
-    """Length of the run in passes over the pairs: replaces training.schedule.budget and .max_steps
-    by as many optimiser steps as ask for so many outputs."""
+    """Length in passes over the pairs, instead of training.schedule.budget and .max_steps."""
     lr: float | None = Field(None, json_schema_extra=FREE)
     """The same as training.optimiser.adamw_lr."""
 
     reader_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
-    """Of a hub model: checkpoint folder whose LoRA matrices, or whole weights, the reader starts
-    from."""
+    """Of a hub model: checkpoint folder whose LoRA or whole weights the reader starts from."""
     hub: HubConfig = HubConfig()
     coupling: CouplingConfig = CouplingConfig()
-    tracking: TrackingConfig = Field(
-        TrackingConfig(project="arc-hybrid-joint"), json_schema_extra=FREE
-    )
+    tracking: TrackingConfig = Field(JOINT_TRACKING, json_schema_extra=FREE)
     evaluate: bool = Field(False, json_schema_extra=FREE)
-    """Score the last checkpoint when training ends, by the three tables below (those of `arctrm
-    eval`)."""
+    """Score the last checkpoint at the end, by the three tables below (those of `arctrm eval`)."""
     evaluation: EvaluationConfig = Field(EvaluationConfig(), json_schema_extra=FREE)
     inference: InferenceConfig = Field(InferenceConfig(), json_schema_extra=FREE)
     judge: JudgeConfig = Field(JudgeConfig(), json_schema_extra=FREE)
@@ -172,14 +165,8 @@ class JointConfig(_RunConfig):
 
     def eval_config(self, checkpoint: Path, out: Path | None) -> "EvalConfig":
         """The configuration that scores the run's checkpoint."""
-        return EvalConfig(
-            seed=self.seed,
-            out=out,
-            checkpoint=checkpoint,
-            evaluation=self.evaluation,
-            inference=self.inference,
-            judge=self.judge,
-        )
+        tables = {name: getattr(self, name) for name in ("evaluation", "inference", "judge")}
+        return EvalConfig(seed=self.seed, out=out, checkpoint=checkpoint, **tables)
 
     @model_validator(mode="before")
     @classmethod
@@ -287,8 +274,7 @@ class EvalConfig(StrictModel):
     bundled: bool = Field(False, json_schema_extra=FREE)
     """Use the bundled weights; excludes checkpoint."""
     submission: Path | None = None
-    """Score this submission.json (or the one in this folder) instead of answering; no weights are
-    loaded."""
+    """Score this submission.json (or the one in this folder); no weights are loaded."""
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     judge: JudgeConfig = JudgeConfig()
@@ -296,12 +282,11 @@ class EvalConfig(StrictModel):
     @model_validator(mode="after")
     def _one_source_of_answers(self) -> "EvalConfig":
         given = {
-            f"submission = {str(self.submission)!r}": self.submission is not None,
-            f"checkpoint = {str(self.checkpoint)!r}": self.checkpoint is not None,
+            f"submission = {str(self.submission)!r}": self.submission,
+            f"checkpoint = {str(self.checkpoint)!r}": self.checkpoint,
             "bundled = true": self.bundled,
-            "evaluation.ablate": bool(self.evaluation.ablate) and self.submission is not None,
-            "evaluation.keep_candidates": self.evaluation.keep_candidates
-            and self.submission is not None,
+            "evaluation.ablate": self.submission and self.evaluation.ablate,
+            "evaluation.keep_candidates": self.submission and self.evaluation.keep_candidates,
         }
         keys = [key for key, is_given in given.items() if is_given]
         if len(keys) > 1:
@@ -326,8 +311,7 @@ class SolveConfig(StrictModel):
     keep_going: bool = False
     """In a folder, report a bad task and go on."""
     max_attempts: int = Field(2, ge=1, le=16)
-    """Rounds of reader and TRM that the planner makes; more than one where TRM's latents go back to
-    the reader."""
+    """Rounds of reader and TRM of the planner; more than one where TRM's latents go back."""
     inference: InferenceConfig = InferenceConfig(views=32, compile="off")
     judge: JudgeConfig = JudgeConfig()
     adaptation: AdaptationConfig = AdaptationConfig()
@@ -337,8 +321,7 @@ class BaselineHubConfig(HubConfig):
     """`[hub]` of baseline: the same keys, and no model unless one is named."""
 
     name: str | None = None  # type: ignore[assignment]
-    """Id on the Hugging Face hub, such as Qwen/Qwen2.5-0.5B, or a local folder; when absent, the
-    tiny reader of a checkpoint answers."""
+    """Id on the Hugging Face hub, or a local folder; when absent, the tiny reader answers."""
 
 
 class BaselineConfig(StrictModel):

@@ -19,20 +19,17 @@ ShapeName = Literal["pad", "lines", "tile", "stretch"]
 
 
 class ScalingConfig(StrictModel):
-    """Scale augmentation (VARC): training pairs whose grids are both shown larger.
-
-    A learned vector tells the model by which block, or in which shape.
-    """
+    """Scale augmentation (VARC): pairs shown larger; a learned vector tells the model how."""
 
     share: Part = 0.0
     """Share of the drawn pairs that are shown larger, if they are small enough; 0 = none."""
     factors: Annotated[tuple[Block, ...], LISTED] = ((1, 2), (2, 1), (2, 2))
     """Blocks [rows, columns] that a cell may become, each equally likely."""
     shapes: Annotated[tuple[ShapeName, ...], LISTED] = ()
-    """Other ways of showing both grids larger, each as likely as one of the blocks. pad: up to two
-    rows and columns of one colour on each side; lines: a line of one colour between all rows and
-    columns; tile: twice beside or below itself, as it is or mirrored; stretch: a quarter of the
-    rows and columns twice. pad and stretch where input and output have one size."""
+    """Other ways, each as likely as a block. pad: up to two rows and columns of one colour on each
+    side; lines: one colour between all rows and columns; tile: twice, as it is or mirrored;
+    stretch: a quarter of the rows and columns twice (pad, stretch: input and output of one size).
+    """
     sides: int = Field(24, ge=1, le=30)
     """Bound on the sides of a grid that is shown larger; what would exceed it stays as it is."""
 
@@ -68,8 +65,7 @@ class DataConfig(StrictModel):
     num_aug: Number = 1000
     """Bound on the distinct views of each task that training draws; 0 = unbounded."""
     exclude: Names = KNOWN_LEAKS
-    """Task ids left out of training (their content, not their name, is the reason); the test set
-    itself stays whole."""
+    """Task ids left out of training, for their content; the test set itself stays whole."""
     allow_overlap: Names = ()
     """Task ids that may be trained on although they share test content with the test set."""
     drop_overlap: bool = False
@@ -80,14 +76,11 @@ class DataConfig(StrictModel):
     """Tasks of each subset but the test set, chosen by a hash of their ids, whose test pairs are
     not trained on: a validation set for choosing settings (`evaluation.held_out`)."""
     weights: dict[str, Weight] = Field(default_factory=dict)
-    """Relative weight of one pair of a subset when pairs are drawn (label -> weight, default 1);
-    a label is the bundled name or the file's stem."""
+    """Relative weight of one pair of a subset (bundled name or file's stem); 1 unless named."""
     test_pair_weight: Weight = 1.0
-    """Relative weight of a test pair, of the tasks whose test pairs are trained on; 0 = only
-    demonstrations are drawn."""
+    """Relative weight of a test pair that may be trained on; 0 = demonstrations only."""
     area_power: Share = 0.0
-    """Pairs are drawn with weight (cells of the larger grid) ^ -area_power: above 0, small pairs,
-    which cost less and are learned first, come more often."""
+    """Pairs are drawn with weight cells ^ -area_power: above 0, small pairs come more often."""
     identity_colours: Share = 0.2
     """Probability that a view keeps its colours (the model is told so by a flag)."""
     scaling: ScalingConfig = ScalingConfig()

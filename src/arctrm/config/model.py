@@ -24,11 +24,9 @@ class TrunkConfig(StrictModel):
     num_layers: int = Field(4, ge=1, le=256)
     """Decoder layers with weights of their own."""
     loops: int = Field(3, ge=1, le=256)
-    """Times that a token goes through all layers (a looped transformer): the arithmetic of
-    num_layers x loops layers, the weights of num_layers."""
+    """Times that a token goes through all layers (a looped transformer)."""
     injection: bool = True
-    """Add what a token came with (cell, task, view) to its vector again before every pass through a
-    layer, each time by another matrix of width x width."""
+    """Add a token's embedding again before every layer, each time by another matrix."""
     num_heads: int = Field(8, ge=1, le=1024)
     """Attention heads; hidden_size / num_heads must be a multiple of 8."""
     expansion: float = Field(8 / 3, gt=0, le=64)
@@ -36,8 +34,7 @@ class TrunkConfig(StrictModel):
     rope_base: float = Field(100.0, gt=1, le=1e9)
     """Base of the 3-D rotary positions (column, row, part of the sequence)."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
-    """Keep the input of each layer instead of all activations in training: less memory, a third
-    more time."""
+    """Keep only the input of each layer in training: less memory, a third more time."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "TrunkConfig":
@@ -65,35 +62,29 @@ class ReaderConfig(StrictModel):
     """How the reader's voice of the trunk is trained."""
 
     output_noise: Part = 0.0
-    """Share of the output cells that are shown in a random colour, in every other training
-    sequence: the next cell must not hang on the cells written before. Labels stay true."""
+    """Share of the output cells shown in a random colour, in every other training sequence."""
     inverse_share: Part = 0.0
-    """Share of the sequences that ask for the input of a pair, given its output. The reader then
-    judges candidates by how well they explain the input, too (`judge.inverse_weight` of eval and
-    solve); every task has a second vector for it."""
+    """Share of the sequences that ask for the input of a pair, given its output: the reader then
+    judges candidates by how well they explain the input, too (`judge.inverse_weight`)."""
 
 
 class TRMConfig(StrictModel):
     """How TRM's voice of the trunk is trained, and for how many supervision steps it answers."""
 
     share: float = Field(0.5, gt=0, lt=1)
-    """Share of training.tokens_per_batch for TRM where both voices are trained; with a hub reader
-    TRM has all of it."""
+    """Share of training.tokens_per_batch for TRM beside the tiny reader; beside a hub reader, all."""
     begin: Part = 0.0
-    """Fraction of the run after which TRM is trained where both voices are; the reader has whole
-    batches before."""
+    """Fraction of the run from which both voices are trained; before it the reader alone."""
     supervision_steps: int = Field(1, ge=1, le=64)
     """Supervision steps of a training step, with a loss after each and no gradient between them."""
     halt_max_steps: int = Field(8, ge=1, le=4096)
     """Supervision steps in answering, at most; halting ends them earlier."""
     hidden_whole: Share = 0.25
-    """Share of the training rows whose answer is hidden as a whole; of the others a random share of
-    the cells is."""
+    """Share of the training rows whose answer is hidden as a whole; of others some cells are."""
     noise: Part = 0.1
     """Share of the shown answer cells that are wrong, in every other training row."""
     draft_share: Share = 0.0
-    """Share of the training rows that begin with a draft of the reader instead of the true answer
-    with cells hidden; needs both voices."""
+    """Share of the training rows that begin with a draft of the reader; needs both voices."""
     aligned: bool = True
     """Begin a row with a draft from the reader's states of the drafted cells."""
     draft_every: Count = 300
@@ -108,8 +99,7 @@ class HubConfig(StrictModel):
     """Which causal language model reads, how it is loaded, and what of it is trained."""
 
     name: str = Field("meta-llama/Llama-3.2-1B", min_length=1)
-    """Id on the Hugging Face hub, such as Qwen/Qwen2.5-0.5B, or a local folder; joint:
-    llama_model says the same."""
+    """Id on the Hugging Face hub, or a local folder; in joint, llama_model says the same."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     mode: Literal["frozen", "lora", "full"] = "frozen"
@@ -139,8 +129,7 @@ class HubConfig(StrictModel):
     max_pairs: int = Field(6, ge=1, le=64)
     """Pairs of a training sequence, the asked one included."""
     max_tokens: int | None = Field(None, ge=1, le=10**7)
-    """Bound on the tokens of a sequence, demonstrations are left out above it; by default 4096 in
-    training and what the model holds in answering."""
+    """Bound on the tokens of a sequence; by default 4096 in training, else what the model holds."""
 
     @model_validator(mode="after")
     def _can_be_loaded(self) -> "HubConfig":
@@ -168,10 +157,7 @@ class HubConfig(StrictModel):
 
 
 class CouplingConfig(StrictModel):
-    """The paths between a hub reader and TRM, and the losses that train them.
-
-    The tiny reader and TRM share one trunk and need none of this.
-    """
+    """The paths between a hub reader and TRM, and their losses; the tiny reader needs none."""
 
     context: bool = True
     """Reader's hidden states -> TRM's first z_H and z_L, and its context slots."""

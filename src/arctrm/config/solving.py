@@ -26,22 +26,17 @@ class InferenceConfig(StrictModel):
     views: Views = 64
     """Views of each test input that are answered and voted on."""
     invariant_weight: Weight = 1.5
-    """How much it counts against a grid that it breaks what all demonstrations keep, such as the
-    number of cells of a colour, beside its place in the ranking; 0: invariants are not used."""
+    """How much it counts against a grid that it breaks what all demonstrations keep; 0: nothing."""
     steps: int | None = Field(None, ge=1, le=4096)
-    """Supervision steps of TRM per view, at most; by default trm.halt_max_steps of the checkpoint.
-    """
+    """Supervision steps of TRM, at most; by default trm.halt_max_steps of the checkpoint."""
     tokens_per_batch: int | None = Field(None, ge=1024, le=2**24, json_schema_extra=FREE)
-    """Tokens of TRM in one packed batch; by default 131072 on a GPU (8192 with a hub reader) and
-    1024 on a CPU."""
+    """Tokens of TRM in one batch; by default 131072 on a GPU (hub reader: 8192), 1024 on a CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the layers; auto: bfloat16 on a GPU and on a CPU that is faster in it, else
-    float32. A hub reader on a CPU keeps hub.dtype where this is auto."""
+    """Arithmetic of the layers; auto: bfloat16 on a GPU and on a CPU that is faster in it."""
     compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """torch.compile of the layers; auto: on a GPU only."""
     llama_model: str | None = Field(None, min_length=1)
-    """Where the hub reader of a checkpoint is now: an id on the Hugging Face hub or a local folder;
-    by default where the checkpoint was trained with it."""
+    """Where the hub reader of a checkpoint is now, if not where it was in training."""
     trust_remote_code: bool = False
     """Run Python code that comes with that model."""
 
@@ -50,15 +45,14 @@ class JudgeConfig(StrictModel):
     """How the reader writes grids side by side, and how it judges the candidates of all voices."""
 
     batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
-    """Prompts decoded side by side, at most; by default 4096 on a GPU (fewer where memory has no
-    room, 512 in float32) and 16 on a CPU, 8 by a hub model."""
+    """Prompts decoded at once; by default up to 4096 on a GPU, 16 on a CPU, 8 by a hub model."""
     scored_candidates: Views = 8
     """Grids of each test input, the best by votes, that the reader scores."""
     scoring_views: Views = 8
     """Views under which a candidate is scored."""
     inverse_weight: Weight = 0.2
-    """Weight of the log-probability of the input, given a candidate, of a reader that was trained
-    on inverse tasks, too (`reader.inverse_share`); 0: the reader is not asked for it."""
+    """Weight of the log-probability of the input, given a candidate, where the reader learned
+    inverse tasks (`reader.inverse_share`)."""
     inverse_candidates: Views = 5
     """Grids of each test input, the best by the reader, whose input is asked for."""
 
@@ -105,8 +99,6 @@ class EvaluationConfig(TaskChoiceConfig):
     ablate: Annotated[tuple[Ablation, ...], BeforeValidator(_names)] = Field(
         (), json_schema_extra=FREE
     )
-    """Score again with one thing left out, each in turn: no-reader (TRM answers alone), no-trm (the
-    reader answers alone), no-coupling (both answer, and TRM begins without drafts)."""
+    """Score again with one thing left out, each in turn; no-coupling: TRM begins without drafts."""
     keep_candidates: bool = Field(False, json_schema_extra=FREE)
-    """Write candidates.json.gz, too: every proposed grid, by which voice, under which views, and
-    its scores."""
+    """Write candidates.json.gz, too: every proposed grid with its voice, views and scores."""
