@@ -72,7 +72,7 @@ class TRMConfig(StrictModel):
     """How TRM's voice of the trunk is trained, and for how many supervision steps it answers."""
 
     share: float = Field(0.5, gt=0, lt=1)
-    """Share of training.tokens_per_batch for TRM beside the tiny reader; beside a hub reader, all."""
+    """Share of training.tokens_per_batch for TRM beside the tiny reader; all beside a hub one."""
     begin: Part = 0.0
     """Fraction of the run from which both voices are trained; before it the reader alone."""
     supervision_steps: int = Field(1, ge=1, le=64)
