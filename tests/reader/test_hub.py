@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from arctrm.config import HubConfig
 from arctrm.data.task import Pair
-from arctrm.errors import CheckpointError, ConfigError
+from arctrm.errors import ConfigError
 from arctrm.model.layout import PREFIX, output_tokens
 from arctrm.reader import grammar
 from arctrm.reader.decoding import decode
@@ -172,7 +172,7 @@ def test_a_prompt_leaves_room_for_the_largest_grid_unless_bounded(folder):
 def test_a_frozen_reader_has_nothing_to_train_and_stays_in_evaluation_mode(folder):
     reader = load(folder())
     assert not list(reader.parameters())
-    assert reader.state_dict() == reader.trained_state() == {}
+    assert not reader.state_dict()
     assert not reader.train().model.training
 
 
@@ -215,20 +215,13 @@ def test_lora_starts_at_the_model_and_its_state_goes_over_to_another(folder):
             parameter.add_(torch.randn_like(parameter))
     after = trained.run_packed(*sequences(frozen))
     assert not torch.allclose(after, before)
-    fresh.load_trained_state(trained.trained_state(), "here")
+    fresh.load_state_dict(trained.state_dict())
     near(fresh.run_packed(*sequences(frozen)), after, 1e-6)
 
 
-def test_trained_state_of_another_shape_is_refused(folder):
-    state = load(folder(), mode="lora").trained_state()
-    for other in (load(folder(), mode="full"), load(folder(), mode="lora", lora_rank=4)):
-        with pytest.raises(CheckpointError, match=r"here: the trained tensors are not those of"):
-            other.load_trained_state(state, "here")
-
-
 def test_lora_targets_are_the_layers_named_and_wrong_names_are_refused(folder):
-    assert len(load(folder(), mode="lora", lora_targets=("q_proj",)).trained_state()) == 2 * 2
-    assert not any("lm_head" in name for name in load(folder(), mode="lora").trained_state())
+    assert len(load(folder(), mode="lora", lora_targets=("q_proj",)).state_dict()) == 2 * 2
+    assert not any("lm_head" in name for name in load(folder(), mode="lora").state_dict())
     with pytest.raises(ConfigError, match=r"hub.lora_targets = \['query'\] .* q_proj"):
         load(folder(), mode="lora", lora_targets=("query",))
 
@@ -239,15 +232,6 @@ def test_lora_matrices_are_float32_whatever_the_weights_are(folder):
     assert {p.dtype for p in reader.parameters()} == {torch.float32}
     hidden = reader.run_packed(*sequences(reader))
     assert hidden.dtype == reader.grid_logits(hidden).dtype == torch.float32
-
-
-def test_a_device_map_spreads_and_still_answers(folder):
-    plain, spread = load(folder()), load(folder(), device_map="auto")
-    for reader in (spread, spread):
-        near(
-            reader.store(prompts_of(reader), [1] * 3).read(),
-            plain.store(prompts_of(plain), [1] * 3).read(),
-        )
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -263,7 +247,7 @@ def test_a_trainable_copy_says_the_same_until_one_of_the_two_is_changed(architec
     copy = reader.trainable_copy()
     near(copy.run_packed(*tokens).detach(), before, 1e-6)
     copy.grid_logits(copy.run_packed(*tokens)).square().mean().backward()
-    assert copy.trained_state().keys() == reader.trained_state().keys()
+    assert copy.state_dict().keys() == reader.state_dict().keys()
     with torch.no_grad():
         for parameter in copy.parameters():
             assert parameter.grad is not None
@@ -277,4 +261,4 @@ def test_embeddings_that_are_also_the_head_stay_one_in_a_copy(tmp_path):
     copy = load(save_model(tmp_path, tie_word_embeddings=True), mode="full").trainable_copy()
     model = copy.model
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert "lm_head.weight" not in copy.trained_state()
+    assert "pretrained.lm_head.weight" not in copy.state_dict()

@@ -4,8 +4,7 @@
 - `AlignedAdapter`: the LLM's state of each cell that it has read -> that very cell of TRM;
 - `LatentToTextAdapter`: TRM's latents -> a soft prefix of the LLM.
 
-All start as a whisper beside what TRM embeds itself, but not silent: a zero would keep the first
-gradient from the LLM. Rows are padded, with a mask.
+All start as a whisper beside what TRM embeds itself; a zero would keep the gradient from the LLM.
 
 Legend: B rows, S states of a row, Q queries, A heads, K = D / A, H width of the LLM, D width of
 TRM, C context slots, P prefix vectors, N rows (= columns) of the canvas, T cells of a packed batch.
@@ -33,8 +32,7 @@ NUM_BLOCKS = 2
 class Read(NamedTuple):
     """What the learned queries have read: everything `TextToLatentAdapter` says follows from it."""
 
-    slots: Tensor
-    """[B, C, D]"""
+    slots: Tensor  # [B, C, D]
     rows: Tensor
     """[B, N, D]: one vector per canvas row."""
     columns: Tensor
@@ -45,8 +43,7 @@ class TextToLatentAdapter(nn.Module):
     """LLM -> TRM: learned queries read the sequence, one per slot, canvas row and canvas column.
 
     A cell's latents come from its row and its column vector through a small head, so that the map
-    from 4096 wide states to 900 cells of 512 costs 8 million parameters; a dense one costs 1.9
-    billion.
+    from 4096 wide states to 900 cells of 512 costs 7 million parameters, not 1.9 billion.
 
     Args:
         llm_hidden_size: width H of the LLM.
@@ -95,16 +92,23 @@ class TextToLatentAdapter(nn.Module):
         return self.slots(self.read(llm_hidden, mask))
 
     def read(self, llm_hidden: Tensor, mask: Tensor | None = None) -> Read:
-        """Read the sequence once, for callers who want the slots and some cells."""
+        """What the queries read of the states: for callers who want the slots and some cells."""
         if llm_hidden.ndim == 2:
             llm_hidden = llm_hidden[:, None]
         if mask is None:
             mask = torch.ones(llm_hidden.shape[:2], dtype=torch.bool, device=llm_hidden.device)
         hidden = _masked(llm_hidden, mask, self.llm_hidden_size, "TextToLatentAdapter")
-        keys = _norm(self.project(_norm(hidden)))
-        x = self.queries.expand(hidden.shape[0], -1, -1)
+        return self.read_keys(self.keys(hidden), mask)
+
+    def keys(self, llm_hidden: Tensor) -> Tensor:
+        """States [..., H] as the queries see them, [..., D]: smaller, where rows share states."""
+        return _norm(self.project(_norm(llm_hidden)))
+
+    def read_keys(self, keys_BSD: Tensor, mask: Tensor) -> Read:
+        """As `read`, of `keys`."""
+        x = self.queries.expand(len(keys_BSD), -1, -1)
         for block in self.blocks:
-            x = block(x, keys, mask)
+            x = block(x, keys_BSD, mask)
         return Read(*_norm(x).split((self.num_context_slots, self.side, self.side), dim=1))
 
     def slots(self, read: Read) -> Tensor:
@@ -123,9 +127,7 @@ class TextToLatentAdapter(nn.Module):
 
 
 class AlignedAdapter(nn.Module):
-    """LLM -> TRM, cell by cell: both spend one token on a cell, so nothing has to be learned about
-    where things are, and no cell sees another one's state.
-    """
+    """LLM -> TRM, cell by cell: both spend one token on a cell, so no place has to be learned."""
 
     def __init__(self, llm_hidden_size: int = 4096, trm_hidden_size: int = 512):
         super().__init__()
@@ -183,10 +185,8 @@ class LatentToTextAdapter(nn.Module):
 
 
 class _CrossBlock(nn.Module):
-    """Queries read the keys, then think: pre-norm cross-attention and SwiGLU (inner width D).
-
-    Every row also has one learned key and value: a row without anything to attend to gives a
-    learned constant, and never a division by zero.
+    """Queries read the keys, then think: pre-norm cross-attention and SwiGLU (inner width D). Every
+    row also has one learned key and value, so that one without any other gives a constant.
     """
 
     def __init__(self, width: int, num_heads: int):

@@ -131,7 +131,7 @@ class Hybrid(nn.Module):
         added = z = heard.hidden.new_zeros(len(row), self.trunk.width)
         if "context" in self.adapters:
             adapter = cast(TextToLatentAdapter, self.adapters["context"])
-            read = adapter.read(*_visible(heard))
+            read = adapter.read_keys(*_visible(heard, adapter.keys(heard.hidden)))
             y, x = positions // SIDE % SIDE, positions % SIDE
             latents = adapter.cells(read, row, y.clamp(max=SIDE - 3), x.clamp(max=SIDE - 3))
             z_H, z_L = (latent * rows.cells[:, None] for latent in latents)
@@ -239,8 +239,8 @@ class HybridRefiner:
         return [found[index] for index in range(len(asked))]
 
 
-def _visible(heard: Heard) -> tuple[Tensor, Tensor]:
-    """States [R, S, H] that each row may see, and the mask [R, S] of what is there."""
+def _visible(heard: Heard, keys_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [R, S, D] of the states that each row may see, and the mask [R, S] of what is there."""
     place = torch.arange(int(heard.visible.max()), device=heard.hidden.device)
     mask = place < heard.visible[:, None]
-    return heard.hidden[torch.where(mask, heard.begin[:, None] + place, 0)], mask
+    return keys_ND[torch.where(mask, heard.begin[:, None] + place, 0)], mask

@@ -27,7 +27,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from arctrm.config import HubConfig
 from arctrm.data.task import Grid, Pair
-from arctrm.errors import CheckpointError
 from arctrm.model.layout import PREFIX, Condition, Prompt
 from arctrm.reader.grammar import MAX_OUTPUT_TOKENS, GridState
 from arctrm.reader.hub_prompts import (
@@ -49,7 +48,8 @@ SEQUENCES_AT_ONCE = 8
 class HubReader(nn.Module):
     """A causal LM and its tokenizer; follows `Reader`.
 
-    Parameters are what is trained: none, the LoRA matrices, or every weight, below `pretrained`.
+    Parameters are what is trained: none, the LoRA matrices, or every weight, below `pretrained`
+    under the names that the model gives them.
     """
 
     model: Any
@@ -82,11 +82,6 @@ class HubReader(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.model.get_input_embeddings().weight.dtype
-
-    @property
-    def num_ids(self) -> int:
-        """Ids that the model has an embedding for."""
-        return self.model.get_input_embeddings().weight.shape[0]
 
     @property
     def width(self) -> int:
@@ -243,21 +238,6 @@ class HubReader(nn.Module):
         super().train(mode)
         self.model.train(mode and self.config.mode != "frozen")
         return self
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """The trained tensors by the model's names, for a checkpoint; none of a frozen model."""
-        return {name: p.detach() for name, p in self.pretrained.named_parameters()}
-
-    def load_trained_state(self, state: dict[str, Tensor], where: str) -> None:
-        """Load what `trained_state` gave. Raises CheckpointError where names or shapes differ."""
-        try:
-            self.pretrained.load_state_dict(state)
-        except RuntimeError as error:
-            fault = str(error).splitlines()[-1].strip()
-            raise CheckpointError(
-                f"{where}: the trained tensors are not those of the reader {self.name} with "
-                f"hub.mode = {self.config.mode!r}: {fault}"
-            ) from error
 
     def trainable_copy(self) -> "HubReader":
         """The same reader with trained parameters of its own, float32; all else is there once."""

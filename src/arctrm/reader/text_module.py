@@ -43,7 +43,8 @@ class HubText:
         Raises:
             ConfigError: it has no tokens, or one that the model has no embedding for.
         """
-        ids, rows = text_ids(self.hub.tokenizer, text), self.hub.num_ids
+        ids = text_ids(self.hub.tokenizer, text)
+        rows = len(self.hub.model.get_input_embeddings().weight)
         if not ids:
             raise ConfigError(f"{self.name}: an empty text has no tokens to read; give a text")
         if max(ids) >= rows:
