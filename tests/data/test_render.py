@@ -89,8 +89,8 @@ def test_show_prints_the_first_tasks_up_to_the_limit_or_the_named_ones():
 
 def test_statistics_count_and_report_the_overlap(tmp_path):
     text = shown("training", statistics=True)
-    assert all(part in text for part in ("400", "1,302", "416", "1: 40853293"))
+    assert all(part in text for part in ("400", "1,302", "416", "evaluation: 40853293"))
     path = tmp_path / "odd [name].json"
     pair = {"input": [[1]], "output": [[2]]}
     path.write_text(json.dumps({"train": [pair], "test": [{"input": [[3]]}]}))
-    assert "[name].json" in shown(str(path), statistics=True).replace("\n", "")
+    assert "1 test inputs, 0 test outputs" in shown(str(path), statistics=True)

@@ -60,9 +60,9 @@ def test_one_bundled_task_is_found_in_any_split():
 
 
 def test_an_unknown_bundled_id_suggests_near_ones():
-    with pytest.raises(DataError, match=r"arc1:007bbfb8.*800; near ones are 007bbfb7"):
+    with pytest.raises(DataError, match=r"arc1:007bbfb8.*800; its ids are like 007bbfb7"):
         load_tasks("arc1:007bbfb8")
-    with pytest.raises(DataError, match=r"arc2:\?.*such an id looks like"):
+    with pytest.raises(DataError, match=r"arc2:\?.*its ids are like"):
         load_tasks("arc2:?")
 
 

@@ -59,7 +59,6 @@ PAIRS = {
     "more cells filled": (RING, grid("30"), False),
     "mirrored left to right": (RING, grid("121"), True),
     "not mirrored left to right": (RING, grid("122"), True),
-    "rows alike": (RING, grid("12", "12"), True),
     "part of the input": (RING, grid("00", "66"), True),
     "holds the input": (grid("12"), grid("00", "12"), True),
     "rows of the input": (grid("12", "21"), grid("21"), True),

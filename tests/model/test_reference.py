@@ -108,7 +108,8 @@ def test_halted_rows_take_the_new_batch_and_the_others_go_on_with_theirs(fixture
 @torch.no_grad()
 def test_training_halts_a_confident_row_and_evaluation_after_the_last_step(fixture):
     config, weights, batch, _ = fixture
-    model = load_reference(weights, {**config, "halt_max_steps": 2})
+    own = {key: value.clone() for key, value in weights.items()}
+    model = load_reference(own, {**config, "halt_max_steps": 2})
     model.q_head.bias.fill_(50.0)
     assert model.train()(model.initial_carry(batch), batch)[0].halted.all()
     carry, _ = model.eval()(model.initial_carry(batch), batch)
@@ -176,11 +177,15 @@ def changed(weights, **more):
 @pytest.mark.parametrize(
     ("change", "more", "words"),
     [
-        (lambda w: {k: v for k, v in w.items() if "lm_head" not in k}, {}, r"missing.*lm_head"),
+        (lambda w: {k: v for k, v in w.items() if "lm_head" not in k}, {}, r"Missing.*lm_head"),
         (lambda w: changed(w, other_head=torch.zeros(1)), {}, "other_head"),
-        (lambda w: w, {"hidden_size": 128}, r"\(64,\).*\(128,\)"),
+        (lambda w: w, {"hidden_size": 128}, r"hidden_size = 128.*64"),
         (lambda w: w, {"mlp_t": True}, "mlp_t = True"),
         (lambda w: w, {"num_heads": 5}, "5 heads"),
+        (lambda w: w, {"puzzle_emb_len": 10**9}, "puzzle_emb_len = 1000000000"),
+        (lambda w: w, {"H_cycles": 3.0}, r"H_cycles = 3\.0"),
+        (lambda w: changed(w, H_init=torch.zeros(65)), {}, r"H_init.*\[65\].*\[64\]"),
+        (lambda w: changed(w, **{"puzzle_emb.weights": torch.zeros(())}), {}, "no TRM weights"),
         (lambda w: {}, {}, "no TRM weights"),
     ],
 )

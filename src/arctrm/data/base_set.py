@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
-from arctrm.data.overlap import Overlap, check, describe, find_overlaps, refused
+from arctrm.data.overlap import check, describe, find_overlaps, refused
 from arctrm.data.sources import load_tasks, subset_label
 from arctrm.data.task import Grid, Pair, Task, held_out_ids, pair_key, training_pairs
 from arctrm.data.views import fixed_colours
@@ -114,39 +114,6 @@ class BaseSet:
         return self.cells[offset : offset + height * width].reshape(height, width)
 
 
-@dataclass(frozen=True)
-class BuildReport:
-    """What a build took in, left out and cost; prints as a table."""
-
-    base: BaseSet = field(repr=False)
-    seconds: float
-    excluded: tuple[str, ...]
-    """Ids of `data.exclude` that were found and left out."""
-    dropped: tuple[str, ...]
-    """Ids that `data.drop_overlap` left out."""
-    harmless: tuple[Overlap, ...]
-    """Overlaps that are trained on: allowed by name, or within the test set's demonstrations."""
-    path: Path | None
-
-    def __rich__(self) -> Table:
-        base = self.base
-        megabytes = (base.cells.nbytes + base.pairs.nbytes) / 1e6
-        size = f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {megabytes:.1f} MB"
-        title = f"{size}{f' in {self.path}' if self.path else ''}, {self.seconds:.1f} s"
-        table = Table(title=escape(title), title_justify="left", caption_justify="left")
-        for name in ("subset", "tasks", "demonstrations", "test pairs"):
-            table.add_column(name, justify="left" if name == "subset" else "right")
-        for label, counts in base.meta.counts.items():
-            table.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
-        remarks = {
-            "left out by data.exclude": ", ".join(self.excluded),
-            "left out by data.drop_overlap": f"{len(self.dropped)} tasks" if self.dropped else "",
-            "overlaps that may be trained on": describe(self.harmless),
-        }
-        table.caption = escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v))
-        return table
-
-
 # --- From a configuration to a base set
 
 
@@ -169,8 +136,10 @@ def prepare(config: DataConfig) -> BaseSet:
     return replace(base, meta=base.meta.model_copy(update={"num_aug": config.num_aug}))
 
 
-def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildReport]:
-    """Build the base set of `config`; written to the folder `out`, without it only in memory.
+def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
+    """Build the base set of `config`, and a report of what was taken in and left out.
+
+    The set is written to the folder `out`; without it, it exists in memory only.
 
     Raises:
         TaskError, DataError: a source cannot be used, or nothing is left to train on.
@@ -210,9 +179,25 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, BuildRe
     base = base_set_from_tasks(tasks, test_label, config.num_aug, _built_from(config))
     if out is not None:
         write_base_set(base, out)
-    excluded, dropped = (tuple(sorted({i for _, i in ids})) for ids in (exclude, drop))
-    harmless = tuple(overlap for overlap in overlaps if overlap not in set(bad))
-    return base, BuildReport(base, perf_counter() - start, excluded, dropped, harmless, out)
+    remarks = {
+        "left out by data.exclude": ", ".join(sorted({task_id for _, task_id in exclude})),
+        "left out by data.drop_overlap": f"{len({i for _, i in drop})} tasks" if drop else "",
+        "overlaps that may be trained on": describe(o for o in overlaps if o not in set(bad)),
+    }
+    megabytes = (base.cells.nbytes + base.pairs.nbytes) / 1e6
+    size = f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {megabytes:.1f} MB"
+    where = f" in {out}" if out else ""
+    report = Table(
+        title=escape(f"{size}{where}, {perf_counter() - start:.1f} s"),
+        caption=escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v)),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("subset", "tasks", "demonstrations", "test pairs"):
+        report.add_column(name, justify="left" if name == "subset" else "right")
+    for label, counts in base.meta.counts.items():
+        report.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
+    return base, report
 
 
 def _without(tasks: dict[str, list[Task]], drop: set[tuple[str, str]]) -> dict[str, list[Task]]:

@@ -148,6 +148,6 @@ def _kind(obj: Any) -> str:
     return (kinds | numbers)[type(obj)]
 
 
-def _clip(text: str, length: int = 20) -> str:
+def _clip(text: str) -> str:
     """A key or a cell as it is shown: it may be a whole nested list or a 400-digit number."""
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return text if len(text) <= 20 else text[:17] + "..."

