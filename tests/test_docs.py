@@ -2,19 +2,23 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomli
+
 import typer
 from pydantic import BaseModel
 
 from arctrm.cli.app import app
 from arctrm.config.commands import COMMANDS
+from arctrm.config.load import shipped_configs
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
-SECTIONS = "data|trm|training|coupling|evaluation|inference|adaptation|tracking|hub|reader|recipe"
+SECTIONS = (
+    "data|trunk|reader|trm|training|coupling|evaluation|inference|judge|adaptation|tracking|hub"
+)
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -129,11 +133,12 @@ def test_every_command_line_parses(page):
 def test_every_key_and_file_that_a_command_line_names_exists(page):
     for line, whole in commands(page.read_text(encoding="utf-8")):
         name, params = parse(line, whole)
-        for override in params.get("overrides") or []:
+        for override in params.get("set") or []:
             key = override.partition("=")[0]
             assert exists(key, COMMANDS[name]) or "KEY" in key, f"{line}: {key}"
         for path in params.get("config") or []:
-            assert not str(path).startswith("configs/") or (ROOT / path).exists(), line
+            shipped = path.stem in shipped_configs()
+            assert shipped or not str(path).startswith("configs/"), line
 
 
 def test_every_key_in_backticks_exists(page):
@@ -145,7 +150,7 @@ def test_every_key_in_backticks_exists(page):
 
 def test_every_key_of_a_toml_block_exists(page):
     for block in blocks(page.read_text(encoding="utf-8"), "toml"):
-        for key in leaves(tomli.loads(block)):
+        for key in leaves(tomllib.loads(block)):
             assert anywhere(key), key
 
 
@@ -158,9 +163,9 @@ def test_these_checks_find_what_is_wrong():
             parse(line, whole)
     with pytest.raises(Exception, match="target"):
         parse("torchrun -m arctrm solve --budget 5s", whole=True)
-    assert not anywhere("trm.hiden_size")
+    assert not anywhere("trunk.hiden_size")
     assert anywhere("data.weights.evaluation")
-    assert anywhere("trm.hidden_size")
+    assert anywhere("trunk.hidden_size")
     assert slug("What is in `checkpoint.json`") == "what-is-in-checkpointjson"
 
 
