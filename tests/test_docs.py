@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-
 import typer
 from pydantic import BaseModel
 
