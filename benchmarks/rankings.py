@@ -3,90 +3,54 @@
     arctrm eval --checkpoint runs/arc1 --set evaluation.keep_candidates=true --out scores/arc1
     python benchmarks/rankings.py scores/arc1 --test-set evaluation
 
-Prints task_fraction in percent: against the number of views that propose (the first of them),
-against the number of views under which the reader judges, and for rules in which the votes of TRM,
-what the reader says of the inputs, or what a grid breaks of what all demonstrations keep, weigh
-beside its judgement. The rules are for choosing on tasks that were held out of training
+Prints task_fraction in percent by the number of views that propose and that judge, and for
+`arctrm.solve.rank` with other weights. Choose weights on tasks that were held out of training
 (`data.held_out`, `evaluation.held_out`), not on those whose score is to be reported.
-With fewer proposing views, of the grids that were judged those count that are still proposed.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
-from arctrm.config import JudgingConfig
+from arctrm.config import InferenceConfig, JudgeConfig
 from arctrm.console import console
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Grid, Task
-from arctrm.invariants.shared import Invariants, weights
-from arctrm.solving import scoring
-from arctrm.solving.checked import LOOKED_AT
-from arctrm.solving.kept import KEPT, read_candidates
-from arctrm.solving.vote import Ranked, by_explanation, by_invariants
+from arctrm.invariants.task import COPY, COPY_NATS, weights
+from arctrm.solve import scoring
+from arctrm.solve.propose import READER
+from arctrm.solve.rank import GAP_SHARE, LOOKED_AT, Ranked, by_explanation, by_invariants
+from arctrm.solve.results import CANDIDATES, read_candidates
 from common import guarded
 
 Rule = Callable[[Sequence[Ranked]], list[Ranked]]
 """Reorders the grids of one test input."""
-
-WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0)
+TRM_WEIGHTS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Nats of the reader's mean score that e times as many votes of TRM are worth."""
-
-INVARIANT_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-"""Of what a grid breaks of what all demonstrations keep."""
-
-INVERSE_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
-"""Of the reader's mean log-probability of the input beside that of the grid."""
+INVARIANT_WEIGHTS, USUAL = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0), InferenceConfig().invariant_weight
+GAP_SHARES, INVERSE_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4), (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
 
 
 def main() -> None:
-    args = arguments()
-    kept = read_candidates(args.scores / KEPT)
-    tasks = load_tasks(args.test_set)
-    known = scoring.answers(tasks)
-    known = {task: known[task] for task in kept}
-    if not any(one.broken for inputs in kept.values() for own in inputs for one in own):
-        kept = looked_at(kept, tasks)  # an older file, or it was not asked for
-    everything = [one for inputs in kept.values() for own in inputs for one in own]
-    views = [v for one in everything for own in one.views_by.values() for v in own]
-    judging = max((len(one.reader_scores) for one in everything), default=0)
-    table = Table(title=f"{len(kept)} tasks, task_fraction (%)")
-    for column in ("ranked by", *(f"pass@{k}" for k in scoring.PASSES)):
-        table.add_column(column)
-    inverse = any(one.inverse_scores for one in everything)
-    for name, rule in rules(1 + max(views, default=0), judging, inverse):
-        table.add_row(name, *row(kept, known, rule))
-    console().print(table)
-
-
-def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("scores", type=Path, help="output folder of arctrm eval")
     parser.add_argument("--test-set", default="evaluation")
-    return parser.parse_args()
-
-
-def looked_at(
-    kept: Mapping[str, Sequence[Sequence[Ranked]]], tasks: Iterable[Task]
-) -> dict[str, list[list[Ranked]]]:
-    """The same, in their order, and what the first grids of each test input break."""
-    found = {}
-    for task in tasks:
-        own = Invariants(task.demonstrations)
-        found[task.id] = [
-            by_invariants(
-                ranked,
-                [own.broken(pair.input, one.grid) for one in ranked[:LOOKED_AT]],
-                nats={},
-                weight=0.0,
-            )
-            for ranked, pair in zip(kept.get(task.id, []), task.test, strict=False)
-        ]
-    return {task: found[task] for task in kept}
+    args = parser.parse_args()
+    kept = read_candidates(args.scores / CANDIDATES)
+    known = scoring.answers(task for task in load_tasks(args.test_set) if task.id in kept)
+    everything = [one for inputs in kept.values() for own in inputs for one in own]
+    views = [v for one in everything for own in one.views_by.values() for v in own]
+    judging = max((len(one.reader_scores) for one in everything), default=0)
+    inverse = any(one.inverse_scores for one in everything)
+    table = Table(title=f"{len(kept)} tasks, task_fraction (%)")
+    for column in ("ranked by", *(f"pass@{k}" for k in scoring.PASSES)):
+        table.add_column(column)
+    for name, rule in rules(1 + max(views, default=0), judging, inverse):
+        table.add_row(name, *row(kept, known, rule))
+    console().print(table)
 
 
 def rules(proposing: int, judging: int, inverse: bool = False) -> list[tuple[str, Rule]]:
@@ -102,12 +66,14 @@ def rules(proposing: int, judging: int, inverse: bool = False) -> list[tuple[str
         found.append((f"reader, {n} views", lambda own, n=n: by_reader(first(own, n), judging)))
     for n in powers(judging):
         found.append((f"reader, judging under {n}", lambda own, n=n: by_reader(own, n)))
-    if inverse:
-        for w in INVERSE_WEIGHTS:
-            found.append((f"reader, inputs x {w:g}", lambda own, w=w: with_inputs(own, w)))
+    for w in INVERSE_WEIGHTS if inverse else ():
+        found.append((f"reader, inputs x {w:g}", lambda own, w=w: with_inputs(own, w)))
     for w in INVARIANT_WEIGHTS:
         found.append((f"reader, invariants x {w:g}", lambda own, w=w: with_invariants(own, w)))
-    for w in WEIGHTS:
+    for s in GAP_SHARES:
+        name = f"reader, invariants x {USUAL:g}, gap x {s:g}"
+        found.append((name, lambda own, s=s: with_invariants(own, USUAL, s)))
+    for w in TRM_WEIGHTS:
         found.append((f"reader, TRM's votes x {w:g}", lambda own, w=w: with_trm(own, w)))
     return found
 
@@ -122,15 +88,13 @@ def first(own: Sequence[Ranked], views: int) -> list[Ranked]:
     found = []
     for one in own:
         left = {s: tuple(v for v in vs if v < views) for s, vs in one.views_by.items()}
-        votes = sum(map(len, left.values()))
-        if votes:
-            found.append(replace(one, views_by=left, votes=votes))
-    return found
+        found.append(replace(one, views_by=left, votes=sum(map(len, left.values()))))
+    return [one for one in found if one.votes]
 
 
 def by_votes(own: Sequence[Ranked]) -> list[Ranked]:
-    """By votes, then by the proposers' confidence."""
-    return sorted(own, key=lambda one: (-one.votes, -one.mean_q))
+    """By votes, then by the proposers' confidence; a copy of the input last, as in `eval`."""
+    return sorted(own, key=lambda one: (COPY in one.broken, -one.votes, -one.mean_q))
 
 
 def by_reader(own: Sequence[Ranked], views: int) -> list[Ranked]:
@@ -143,9 +107,7 @@ def with_trm(own: Sequence[Ranked], weight: float) -> list[Ranked]:
     """By the reader's mean score and the logarithm of TRM's votes (one more than there are)."""
 
     def value(one: Ranked) -> float:
-        votes = sum(
-            len(vs) for source, vs in one.views_by.items() if not source.startswith("reader")
-        )
+        votes = one.votes - len(one.views_by.get(READER, ()))
         return reader_score(one) + weight * math.log(votes + 1)
 
     return sorted(by_votes(own), key=lambda one: -value(one))
@@ -156,18 +118,20 @@ def with_inputs(own: Sequence[Ranked], weight: float) -> list[Ranked]:
     which it was not asked stay behind, by its score.
     """
     asked = [one for one in own if one.inverse_scores]
-    rest = [one for one in own if not one.inverse_scores]
+    rest = [one for one in by_votes(own) if not one.inverse_scores]
     views = list(zip(*(one.inverse_scores for one in asked), strict=True))
-    return by_explanation(asked, views, weight) + sorted(
-        by_votes(rest), key=lambda one: -reader_score(one)
-    )
+    behind = sorted(rest, key=lambda one: -reader_score(one))
+    return by_explanation(asked, views, weight) + behind
 
 
-def with_invariants(own: Sequence[Ranked], weight: float) -> list[Ranked]:
-    """By the reader, with the inputs as usual, then by what the first ones break: as `eval`."""
-    ranked = with_inputs(own, JudgingConfig().inverse_weight)
-    broken = [frozenset(one.broken) for one in ranked[:LOOKED_AT]]
-    return by_invariants(ranked, broken, weights(), weight)
+def with_invariants(
+    own: Sequence[Ranked], weight: float, gap_share: float = GAP_SHARE
+) -> list[Ranked]:
+    """By the reader, with the inputs as usual, then by what the first ones break."""
+    ranked = with_inputs(own, JudgeConfig().inverse_weight)
+    nats = {**weights(), COPY: COPY_NATS}
+    worth = [{name: nats.get(name, 0.0) for name in one.broken} for one in ranked[:LOOKED_AT]]
+    return by_invariants(ranked, worth, weight, gap_share)
 
 
 def reader_score(one: Ranked) -> float:
@@ -176,7 +140,7 @@ def reader_score(one: Ranked) -> float:
 
 
 def row(
-    kept: dict[str, list[list[Ranked]]], known: dict[str, list[Grid | None]], rule: Rule
+    kept: Mapping[str, Sequence[Sequence[Ranked]]], known: scoring.Answers, rule: Rule
 ) -> list[str]:
     """The scores of a rule, in percent."""
     predictions = {
