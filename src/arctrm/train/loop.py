@@ -241,8 +241,8 @@ def read_metrics(run: Run) -> dict[str, float]:
 
 
 def _not_finite(run: Run, what: str) -> ArctrmError:
-    factor = run.schedule.factor(run.step, run.elapsed)
-    rates = ", ".join(f"{k}_lr = {v * factor:.2g}" for k, v in run.optimisers.peaks.items())
+    groups = {name: o.param_groups[0] for name, o in run.optimisers.all.items()}
+    rates = ", ".join(f"{name}_lr = {float(g['lr']):.2g}" for name, g in groups.items())
     good = latest_checkpoint(run.out)
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
     return ArctrmError(

@@ -7,7 +7,7 @@ voice or both; `joint` a trunk in both, or a hub model, adapters and a trunk.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.system import compute_dtype, git_revision, new_accelerator, write_run_record
 from arctrm.train.loop import Run, locked, restore, train
 from arctrm.train.sequences import LENGTH
-from arctrm.train.steps import SAMPLED, Step, metrics_of, voice_steps
+from arctrm.train.steps import SAMPLED, metrics_of, voice_steps
 from arctrm.train.tracking import Tracker, clock
 
 Config = PretrainConfig | JointConfig
@@ -180,30 +180,32 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     torch.manual_seed(config.seed)
     trunk = new_trunk(config, base).to(device)
     trunk.dtype = compute_dtype(training.dtype, device)
-    is_compiled = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    is_hub = isinstance(config, JointConfig) and not config.is_tiny
+    wanted = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    is_compiled = wanted and not is_hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
     notes = _start_trunk(trunk, config, base) if config.checkpoint is not None else {}
     if is_compiled:
         trunk.compile_blocks()
     model = nn.ModuleDict({"trunk": trunk})
     voices: tuple[str, ...] = ("reader", "trm") if config.voice == "both" else (config.voice,)
-    if isinstance(config, JointConfig) and not config.is_tiny:
-        hybrid = _hub_hybrid(config, trunk)
-        model |= {"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained}
-        voices = ("trm",)
+    if isinstance(config, JointConfig) and is_hub:
         from arctrm.train.joint_hub import hub_metrics, hub_steps
 
-        _seed_rank(config, accelerator)
-        steps = hub_steps(config, hybrid, base)
-        of_counts: Any = hub_metrics
+        hybrid = _hub_hybrid(config, trunk)
+        model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
+        voices, of_counts = ("trm",), hub_metrics
     else:
-        _seed_rank(config, accelerator)
+        hybrid, of_counts = None, metrics_of
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
+    if isinstance(config, JointConfig) and hybrid is not None:
+        steps = hub_steps(config, hybrid, base)
+    else:
         steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
-        of_counts = metrics_of
     model.train()
     if isinstance(config, JointConfig) and config.epochs is not None:
-        batches = training.grad_accum * accelerator.num_processes
-        schedule = {"budget": None, "max_steps": steps_of(config.epochs, base, steps, batches)}
+        count = steps_of(config.epochs, base, steps, accelerator.num_processes)
+        schedule = {"budget": None, "max_steps": count}
         training = training.model_copy(
             update={"schedule": training.schedule.model_copy(update=schedule)}
         )
@@ -231,7 +233,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         metrics_of=of_counts,
         meta=meta,
         began_at=began_at,
-        captures=_is_captured(training, packed and len(model) == 1, device),
+        captures=_is_captured(training, packed and not is_hub, device),
         smallest_batch=math.ceil(PAIR_TOKENS / share),
     )
 
@@ -239,10 +241,6 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
 def new_trunk(config: Config, base: BaseSet) -> Trunk:
     """The untrained trunk of a configuration, with the task embeddings of a base set."""
     return Trained.model_validate(config.model_dump(mode="json")).new_trunk(base.num_tasks)
-
-
-def _seed_rank(config: Config, accelerator: Accelerator) -> None:
-    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
 
 
 def _is_captured(training: TrainingConfig, possible: bool, device: torch.device) -> bool:
@@ -365,21 +363,20 @@ def with_data_path(config: JointConfig) -> JointConfig:
 
 
 @torch.no_grad()
-def steps_of(epochs: int, base: BaseSet, steps: list[Step], batches: int) -> int:
+def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: int) -> int:
     """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs.
 
     (Drawn from a random state of their own, so that a resumed run finds the same.)
     """
     asked = 0.0
-    for step in steps[: len(steps) // max(batches, 1)] or steps:
-        if step.end < 1:
-            continue
+    for step in (step for step in steps if step.end >= 1):
         sequences = step.sequences
         with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):
             torch.manual_seed(0)
-            mean = float(sequences.draw(SAMPLED)[..., LENGTH].sum(1).double().mean())
-        asked += min(step.num_tokens / mean, len(step.queue))
-    return math.ceil(epochs * base.num_pairs / max(asked, 1.0))
+            lengths = sequences.draw(SAMPLED)[..., LENGTH].double()
+        fitting = min(step.num_tokens / float(lengths.sum(1).mean()), len(step.queue))
+        asked += fitting * float((lengths > 0).sum(1).double().mean())
+    return math.ceil(epochs * base.num_pairs / (asked * num_processes))
 
 
 def _check_kept_apart(config: JointConfig) -> None:
