@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import random_grid
 from larger import larger
 
 from arctrm.config import ScalingConfig
 from arctrm.train.scaling import ACROSS, DOWN, FILL, SCALE, Scales
+from helpers import random_grid
 
 CPU = torch.device("cpu")
 SHAPES = ("pad", "lines", "tile", "stretch")

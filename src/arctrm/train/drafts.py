@@ -45,14 +45,17 @@ class Question(NamedTuple):
 def questions_of(base: BaseSet, rows_NKC: Tensor) -> list[Question]:
     """The questions of sequences (not shown larger, none inverse)."""
     found = []
-    for *before, last in rows_NKC.cpu():
+    for rows in rows_NKC.cpu():
+        last = rows[-1]
         view = View(int(last[layout.DIHEDRAL]), tuple(last[layout.COLOURS].tolist()))
-        pairs = [base.pair(int(row[layout.PAIR])) for row in before if row[layout.LENGTH] > 0]
-        asked = base.pair(int(last[layout.PAIR]))
-        shown = [(view.apply(p.input), view.apply(p.output)) for p in (*pairs, asked)]
+        pairs = [base.pair(int(row[layout.PAIR])) for row in rows if row[layout.LENGTH] > 0]
+        *before, asked = (
+            Pair(*(view.apply(g) for g in (pair.input, pair.output) if g is not None))
+            for pair in pairs
+        )
+        assert asked.output is not None
         condition = Condition(*last[:NUM_CONDITIONS].tolist())
-        context = tuple(Pair(*grids) for grids in shown[:-1])
-        found.append(Question(view, context, shown[-1][0], condition, shown[-1][1]))
+        found.append(Question(view, tuple(before), asked.input, condition, asked.output))
     return found
 
 

@@ -2,16 +2,15 @@
 
 `ReaderStep` reads pairs and predicts the next token of outputs. `TrmStep` shows pairs with parts of
 their answers hidden or wrong, or with the reader's drafts, and predicts every answer cell, for some
-supervision steps: a loss after each, and only values pass from one to the next.
-
-What a step touches has a fixed address and shape, so that a captured CUDA graph can replay it; what
-cannot be captured is in `prepare`. `voice_steps` says which steps a run has, and when.
+supervision steps: a loss after each, and only values pass from one to the next. What a step touches
+has a fixed address and shape, so that a captured CUDA graph can replay it; what cannot be captured
+is in `prepare`. `voice_steps` says which steps a run has, and when.
 
 Legend: T tokens, R rows (pairs), D width.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from arctrm.config import JointConfig, PretrainConfig, TRMConfig
 from arctrm.data.base_set import BaseSet
 from arctrm.data.task import NUM_COLOURS
+from arctrm.model.attention import BLOCK
 from arctrm.model.trm import supervision_steps
 from arctrm.model.trunk import Trunk
 from arctrm.reader.tiny import TinyReader
@@ -37,11 +37,11 @@ COUNTS = (*OF_BOTH, *OF_TRM)
 OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
 """The reader's metrics that are logged beside TRM's."""
 
-FEW_ROWS, TOKENS_PER_ROW, TOKENS_PER_ROW_OF_MANY = 32, 64, 280
-"""Room for sequences in a batch: one for 64 tokens up to 32; beyond, one for 280 tokens of the mix
-that is usual (attention launches blocks for every one, used or not)."""
-SAMPLED, SPARE = 4096, 1.1
-"""Sequences drawn to see how long they are; there is room for 1.1 times as many as that fills."""
+FEW_ROWS, TOKENS_PER_ROW, TOKENS_PER_ROW_OF_MANY, SPARE = 32, 64, 280, 1.1
+"""Room for sequences in a batch: one for 64 tokens up to 32; beyond, one for 280 tokens (attention
+launches blocks for every one, used or not); in any case 1.1 times what the batch holds."""
+SAMPLED = 4096
+"""Sequences drawn to see how long they are."""
 
 
 class Step(Protocol):
@@ -65,7 +65,7 @@ class Step(Protocol):
 
 
 class _PackedStep:
-    """What both voices' steps keep: sequences that wait, sums, and when the step is made."""
+    """What both voices' steps keep: waiting sequences, sums, and when the step is made."""
 
     def __init__(
         self,
@@ -100,9 +100,18 @@ class _PackedStep:
 class ReaderStep(_PackedStep):
     """The reader voice: the next token of every output."""
 
-    def __init__(self, *args: Any, noise: float = 0.0, **when: float):
+    def __init__(
+        self,
+        trunk: Trunk,
+        sequences: Sequences,
+        num_tokens: int,
+        num_sequences: int,
+        *,
+        noise: float = 0.0,
+        **when: float,
+    ):
         """A share `noise` of the output cells has random colours, in every other row."""
-        super().__init__(*args, **when)
+        super().__init__(trunk, sequences, num_tokens, num_sequences, **when)
         self.noise = noise
 
     def __call__(self) -> None:
@@ -158,8 +167,8 @@ class TrmStep(_PackedStep):
         batch = self.next_batch()
         with torch.no_grad():
             asked = questions(batch, self.sequences, self.config, self.drafts)
-            aligned = self.config.aligned and self.drafts is not None
-            state = start(self.trunk, asked, aligned=aligned)
+            has_states = self.config.aligned and self.drafts is not None
+            state = start(self.trunk, asked, aligned=has_states)
         num_steps, num_rows = self.config.supervision_steps, len(batch.rows)
         taken = torch.zeros(num_rows, device=batch.row.device)
         going = torch.ones_like(taken)
@@ -192,10 +201,8 @@ def new_counts(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def count(sums: Tensor, losses: RowCounts, row_T: Tensor, more: Mapping[str, Tensor] = {}) -> None:
-    """Add a batch to the sums of its voice; `row_T`: row of each token, `more`: further counts of
-    rows, [R] each.
-    """
-    of_rows = {
+    """Add a batch to its voice's sums; `row_T`: row of each token, `more`: other counts of rows."""
+    found = {
         "rows": losses.real,
         "cell_loss": losses.loss,
         "exact": losses.exact,
@@ -205,9 +212,8 @@ def count(sums: Tensor, losses: RowCounts, row_T: Tensor, more: Mapping[str, Ten
         "tokens": row_T < len(losses.real),
         **more,
     }
-    found = {name: values.sum().double() for name, values in of_rows.items()}
-    zero = torch.zeros_like(sums[0])
-    sums += torch.stack([found.get(name, zero) for name in COUNTS])
+    zero = torch.zeros((), device=sums.device)
+    sums += torch.stack([found.get(name, zero).sum().double() for name in COUNTS])
 
 
 def metrics_of(counts: Tensor) -> dict[str, float]:
@@ -270,7 +276,7 @@ def voice_steps(
     bound = config.batch_size if isinstance(config, JointConfig) else None
     for number in range(training.grad_accum):
         for voice, share, begin, end in own:
-            tokens = int(training.tokens_per_batch * share)
+            tokens = max(1, round(training.tokens_per_batch * share / BLOCK)) * BLOCK
             when = {"scale": share / training.grad_accum, "begin": begin, "end": end}
             room = room_for(reading if voice == READER else refined, tokens, bound)
             if voice == READER:
