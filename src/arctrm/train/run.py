@@ -277,7 +277,8 @@ def _start_trunk(trunk: Trunk, config: Config, base: BaseSet) -> dict[str, Any]:
             mean = weights[name].mean(0)
             weights[name] = torch.stack([mean if r is None else weights[name][r] for r in rows])
     own = trunk.state_dict()
-    if _ways(there.data) != _ways(here.data):
+    other_ways = _ways(there.data) != _ways(here.data)
+    if other_ways:
         weights["scale_emb"] = own["scale_emb"]
     check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
     trunk.load_state_dict(weights)
@@ -285,7 +286,8 @@ def _start_trunk(trunk: Trunk, config: Config, base: BaseSet) -> dict[str, Any]:
         with torch.no_grad():
             trunk.own_head.weight.copy_(trunk.head.weight[:NUM_COLOURS])
     known = sum(row is not None for row in rows)
-    note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks")
+    anew = "; the vectors of data.scaling, which differs, start anew" if other_ways else ""
+    note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks{anew}")
     run = {"step": meta.step, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
     return {"start": run | {"data_fingerprint": meta.data_fingerprint, "notes": meta.notes}}
 

@@ -1,0 +1,187 @@
+"""Files are written as a whole, a run says where it came from, and `auto` means one arithmetic."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import arctrm
+from arctrm.config import PretrainConfig
+from arctrm.errors import CheckpointError, ResourceError
+from arctrm.system import (
+    clear_abandoned,
+    compute_dtype,
+    disk_errors,
+    temporary,
+    write_bytes_atomically,
+    write_run_record,
+)
+
+PACKAGE = Path(arctrm.__file__).parent
+CPU = torch.device("cpu")
+
+
+# -- files
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "a.json"
+    for content in (b"old and long", b"new"):
+        write_bytes_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_bytes_atomically(path, b"old")
+
+    def refuse(source, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Permission denied\)"):
+        write_bytes_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_what_dead_processes_left_is_cleared(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    own = temporary(tmp_path / "file")
+    own.write_text("mine")
+    (tmp_path / f".tmp-{ended.pid}-file").write_text("half")
+    (tmp_path / f".tmp-{ended.pid}-folder").mkdir()
+    (tmp_path / ".tmp-step_00000001").mkdir()
+    (tmp_path / "file").write_text("whole")
+    clear_abandoned(tmp_path)
+    assert set(tmp_path.iterdir()) == {own, tmp_path / "file"}
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_is_told_from_other_refusals(tmp_path, kind):
+    told = {
+        OSError: (OSError(28, "No space left on device"), OSError(13, "Permission denied")),
+        SafetensorError: (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            SafetensorError("I/O error: Permission denied (os error 13)"),
+        ),
+    }[kind]
+    folder = tmp_path / "not" / "there"
+    with pytest.raises(ResourceError, match=r"disk is full \(.* MiB free\)"), disk_errors(folder):
+        raise told[0]
+    with pytest.raises(CheckpointError, match="Permission denied"), disk_errors(folder):
+        raise told[1]
+
+
+# -- provenance
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false")
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def revision_seen_from(source: Path) -> str:
+    code = "from arctrm.system import git_revision; print(git_revision())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        cwd=source,
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A git repository with what the revision needs of the package in it, not yet tracked."""
+    (tmp_path / "arctrm").mkdir()
+    for name in ("__init__.py", "errors.py", "system.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "arctrm" / name)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def test_the_revision_is_the_commit_and_says_when_tracked_files_differ(repository):
+    assert revision_seen_from(repository) == "unknown"  # somebody else's repository
+    git(repository, "add", "arctrm")
+    git(repository, "commit", "-q", "-m", "package")
+    head = git(repository, "rev-parse", "HEAD")
+    (repository / "notes.txt").write_text("untracked")
+    assert revision_seen_from(repository) == head
+    with (repository / "arctrm" / "errors.py").open("a") as file:
+        file.write("\n# changed\n")
+    assert revision_seen_from(repository) == f"{head}+dirty"
+
+
+def test_the_record_holds_config_versions_and_hardware(tmp_path):
+    config = PretrainConfig(seed=3, out=tmp_path)
+    write_run_record(tmp_path, config, data_fingerprint="abc")
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert PretrainConfig.model_validate(record["config"]) == config
+    assert record["data_fingerprint"] == "abc"
+    assert record["versions"]["arctrm"] == arctrm.__version__
+    assert record["versions"]["torch"]
+    assert "cores" in record["hardware"]
+    assert record["command"] == sys.argv
+    with pytest.raises(CheckpointError, match=r"gone: cannot be written \(No such file"):
+        write_run_record(tmp_path / "gone", config)
+
+
+def test_torch_is_loaded_only_by_who_computes():
+    code = "import sys, arctrm.system; print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.strip() == "False"
+
+
+# -- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("capability", "training", "answering"),
+    [
+        ((9, 0), torch.bfloat16, torch.bfloat16),
+        ((8, 0), torch.bfloat16, torch.bfloat16),
+        ((7, 5), torch.float32, torch.float16),
+    ],
+)
+def test_auto_on_a_gpu_goes_by_its_generation(monkeypatch, capability, training, answering):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda")
+    assert compute_dtype("auto", gpu) == training
+    assert compute_dtype("auto", gpu, trains=False) == answering
+    assert compute_dtype("float32", gpu) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("can", "processor", "answering"),
+    [
+        ({"amx_bf16": True}, "Intel", torch.bfloat16),
+        ({"avx512_bf16": True}, "Intel", torch.float32),
+        ({"avx512_bf16": True}, "AMD", torch.bfloat16),
+        ({}, "AMD", torch.float32),
+    ],
+)
+def test_a_cpu_trains_in_float32_and_answers_in_what_is_faster(
+    monkeypatch, can, processor, answering
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
+    monkeypatch.setattr("arctrm.system.processor", lambda: processor)
+    assert compute_dtype("auto", CPU) == torch.float32
+    assert compute_dtype("auto", CPU, trains=False) == answering
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
