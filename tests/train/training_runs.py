@@ -54,9 +54,9 @@ def small_joint(out=None, changes=None):
     return small(out, changes, JointConfig)
 
 
-def new_run(out, changes=None) -> Run:
+def new_run(out, changes=None, model=PretrainConfig) -> Run:
     """Model, steps and optimisers, nothing trained yet."""
-    config = small(out, changes)
+    config = small(out, changes, model)
     return build_run(config, prepare(config.data), Accelerator(cpu=True), time.monotonic())
 
 
