@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 
 from arctrm.checkpoints import export_bundle, latest_checkpoint, read_meta, read_model
-from arctrm.config import InferenceConfig, TaskChoiceConfig
+from arctrm.config import InferenceConfig, JointConfig, TaskChoiceConfig
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import IDENTITY
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.model.layout import Condition
 from arctrm.model.trunk import TASK_TABLES
+from arctrm.solve.propose import refine
 from arctrm.solve.questions import questions
 from arctrm.solve.weights import load_solver, weights_fingerprint
 
@@ -145,6 +146,58 @@ def test_other_weights_of_the_same_kind_get_voices_of_their_own(solver):
     assert not adapted.reader.trunk.norm.any()
     assert not adapted.refiner.trunk.norm.any()
     assert solver.reader.trunk.norm.all()
+
+
+# -- a hub reader
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_a_hub_checkpoint_answers_with_its_reader_adapters_and_trm(trained, tmp_path, mode):
+    from arctrm.train.run import joint
+    from hub_models import save_model
+
+    model, run = save_model(tmp_path / "model"), tmp_path / "run"
+    folder = str(trained.folder)
+    joint(
+        JointConfig.model_validate(
+            {
+                "out": run,
+                "llama_model": str(model),
+                "hub": {"mode": mode, "max_tokens": 900, "max_pairs": 3},
+                "data": {"subsets": [folder], "test_set": folder},
+                "trunk": {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "loops": 2},
+                "trm": {"halt_max_steps": 2},
+                "coupling": {
+                    "adapter_heads": 2,
+                    "num_context_slots": 4,
+                    "reader_tokens_per_batch": 1024,
+                },
+                "training": {
+                    "tokens_per_batch": 4096,
+                    "schedule": {"max_steps": 2, "warmup_steps": 1},
+                },
+            }
+        )
+    )
+    solver = load(run)
+    assert (solver.reads_pairs, solver.voices) == (True, ("reader", "trm"))
+    stored = read_model(latest_checkpoint(run))
+    for name, tensor in solver.reader.pretrained.state_dict().items():
+        assert torch.equal(tensor, stored[f"hub.{name}"])
+    assert bool(solver.reader.pretrained.state_dict()) == (mode == "full")
+    (asked, *_) = questions(solver, trained.known[0], 2, seed=0)
+    assert len(asked.pairs) == len(trained.known[0].demonstrations)
+    draft = np.full((2, 2), 3, np.uint8)
+    heard, deaf = (
+        refine(who, [asked], [draft], num_steps=2)
+        for who in (solver.refiner, solver.speakers.alone)
+    )
+    assert any(abs(a.log_p - b.log_p) > 1e-5 for a, b in zip(heard, deaf, strict=True))
+    model.rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"set inference\.llama_model to where the model is"):
+        load(run)
+    assert load(run, llama_model=str(tmp_path / "moved")).reader.name == str(tmp_path / "moved")
 
 
 # -- published checkpoints

@@ -61,9 +61,8 @@ def evaluate(
     rows = (EVERYTHING, *config.evaluation.ablate)
     if len(rows) > 1 and not solver.speaks_both:
         raise ConfigError(
-            f"evaluation.ablate = {list(config.evaluation.ablate)}: {solver.name} answers with one "
-            f"voice ({', '.join(solver.voices)}), so there is nothing to leave out; give a "
-            "checkpoint with both"
+            f"evaluation.ablate = {list(rows[1:])}: {solver.name} answers with one voice "
+            f"({', '.join(solver.voices)}): nothing to leave out; give a checkpoint with both"
         )
     run = _Run(config, solver, accelerator, tasks, known, store, rows, out)
     if dry_run:
@@ -140,8 +139,7 @@ class _Run:
             say = lambda told: write(reader, mine, batch_size=size, advance=told)
             texts = self.work("reading", len(mine), say)
             read, drafts = written(mine, texts), [text.grid for text in texts]
-        deaf: list[Candidate] | None = None
-        """What TRM says that hears nothing."""
+        deaf: list[Candidate] | None = None  # what TRM says that hears nothing
         for row in self.rows:
             if self.store.has(row, tasks):
                 continue
@@ -207,12 +205,10 @@ class _Run:
         if config.evaluation.keep_candidates:
             results.write_candidates(out / results.CANDIDATES, tasks, ranked[EVERYTHING])
         if not scoring.num_known(self.known):
-            where = plain(out / results.SUBMISSION)
-            note(f"no answers are known: {where} is written, nothing is scored")
+            note(f"no answers are known: nothing is scored, the submission is in {plain(out)}")
             return None
-        scores = {
-            r: scoring.score(_predictions(tasks, own), self.known) for r, own in ranked.items()
-        }
+        score = lambda own: scoring.score(_predictions(tasks, own), self.known)
+        scores = {row: score(own) for row, own in ranked.items()}
         everything, own = scores[EVERYTHING], records[EVERYTHING]
         per_task = sum(record["seconds"] for record in own) / len(tasks)
         steps, answers = (sum(record["trm_steps"][i] for record in own) for i in (0, 1))
@@ -307,9 +303,9 @@ def _score_submission(
     told = {"submission": str(given), "test_set": test_set}
     _write_json(out / SCORES, told | scoring.scores_dict(scores, scoring.ATTEMPTS))
     console().print(scoring.task_table(scores), scoring.scores_table(scores, scoring.ATTEMPTS))
-    if missing := len(tasks) - len(found):
-        note(f"{missing} of {len(tasks)} tasks are not in the submission: not solved")
-    note(f"written to {plain(out)}")
+    missing = len(tasks) - len(found)
+    rest = f"; {missing} of {len(tasks)} tasks are not in the submission: not solved"
+    note(f"written to {plain(out)}{rest if missing else ''}")
     return scores
 
 

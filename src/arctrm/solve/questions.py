@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
     task: str
     """Task id."""
-    index: int
+    index: int  # type: ignore[assignment]
     """Number of the test input, from 0."""
 
 

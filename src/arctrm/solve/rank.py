@@ -201,10 +201,8 @@ def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> l
     """The first of `ranked` reordered by the reader: `scores` has one list per view, one
     log-probability per grid. What was not scored keeps its order behind them.
     """
-    by_grid = zip(*scores, strict=True)
-    scored = [
-        replace(entry, reader_scores=own) for entry, own in zip(ranked, by_grid, strict=False)
-    ]
+    both = zip(ranked, zip(*scores, strict=True), strict=False)
+    scored = [replace(entry, reader_scores=own) for entry, own in both]
     # Stable: votes decide ties.
     best_first = sorted(scored, key=lambda entry: -fsum(entry.reader_scores))
     return best_first + list(ranked[len(scored) :])
@@ -216,10 +214,8 @@ def by_explanation(
     """The first of `ranked` reordered by the reader's mean log-probability of each and `weight` x
     that of the input, given it: `scores` has one list per view, one for each of the first grids.
     """
-    by_grid = zip(*scores, strict=True)
-    asked = [
-        replace(entry, inverse_scores=own) for entry, own in zip(ranked, by_grid, strict=False)
-    ]
+    both = zip(ranked, zip(*scores, strict=True), strict=False)
+    asked = [replace(entry, inverse_scores=own) for entry, own in both]
 
     def value(entry: Ranked) -> float:
         return (entry.reader_score or 0.0) + weight * (entry.inverse_score or 0.0)

@@ -33,7 +33,7 @@ class Solution:
     num_answers: int
     """Candidates, malformed ones included."""
     leave_one_out: float | None = None
-    """Share (0..1) of answers that got a held-out demonstration exactly; None if not measured."""
+    """Share (0..1) of answers that got a held-out demonstration exactly, if measured."""
     adaptation_steps: int = 0
     """Optimiser steps of adaptation before the last answers."""
     seconds: float = 0.0
@@ -83,8 +83,8 @@ def solution_report(
         ]
         row.add_row(*panels)
         shown_input = grid_panel(solution.test_input, title, wide)
-        effort = f"{solution.adaptation_steps} adaptation steps, {solution.seconds:.1f} s"
-        effort = f"known to the model, {effort}" if solution.known else effort
+        effort = "known to the model, " if solution.known else ""
+        effort += f"{solution.adaptation_steps} adaptation steps, {solution.seconds:.1f} s"
         parts += [Text(), side_by_side([shown_input, row]), Text(effort, "dim")]
     return Group(*parts)
 
@@ -112,10 +112,8 @@ def _evidence(entry: Ranked | None, solution: Solution) -> Text:
 def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) -> Table:
     """The planner's attempts, for `solve --trace`; the kept one is green."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", show_lines=True)
-    for column in ("attempt", "score", "tokens"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("text", "feedback"):
-        table.add_column(column, overflow="fold")
+    for name in ("attempt", "score", "tokens", "text", "feedback"):
+        table.add_column(name, overflow="fold")
     for attempt in result.reasoning_history:
         kept = attempt is result.best
         table.add_row(
@@ -126,9 +124,10 @@ def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) 
             Text(printable(attempt.feedback)),
             style="green" if kept else None,
         )
-    table.caption = (
-        f"* kept: attempt {result.best.number} of {result.total_attempts}, "
-        f"{'every' if result.success else 'not every'} held-out demonstration right"
+    kept_one = f"* kept: attempt {result.best.number} of {result.total_attempts}"
+    right = "every" if result.success else "not every"
+    table.caption, table.caption_justify = (
+        f"{kept_one}, {right} held-out demonstration right",
+        "left",
     )
-    table.caption_justify = "left"
     return table

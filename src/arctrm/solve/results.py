@@ -114,9 +114,9 @@ def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: b
             f"{path}: is not what arctrm keeps of unfinished answers ({error}); delete it, or "
             "choose another --out"
         ) from error
-    if not resume and not store.rows:
-        return Store(path)
     if not resume:
+        if not store.rows:
+            return Store(path)
         raise DataError(
             f"{path}: holds answers of an interrupted run; add --resume to go on with it, delete "
             "it, or choose another --out"
@@ -153,9 +153,9 @@ def as_record(task: Task, ranked: Rankings) -> dict[str, Any]:
 
 
 def from_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, list[Ranked]]:
-    """The rankings of the records of a row."""
+    """The rankings that records hold."""
     return {
-        Key(record["task"], index): [_ranked(one) for one in own]
+        Key(record["task"], index): list(map(_ranked, own))
         for record in records
         for index, own in enumerate(record["test"])
     }
@@ -182,11 +182,8 @@ def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
         DataError: there is no such file, or it is something else.
     """
     try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
-        return {
-            task: [[_ranked(one) for one in own] for own in inputs]
-            for task, inputs in content.items()
-        }
+        content = json.loads(gzip.decompress(path.read_bytes())).items()
+        return {task: [list(map(_ranked, own)) for own in inputs] for task, inputs in content}
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise DataError(
             f"{path}: cannot be read as the candidates of an evaluation ({error}); write it with "
@@ -208,10 +205,10 @@ def _entry(one: Ranked) -> dict[str, Any]:
 def _ranked(one: Mapping[str, Any]) -> Ranked:
     views = {source: tuple(own) for source, own in one["views"].items()}
     votes = {source: len(own) for source, own in views.items()}
-    scores = {name: tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES}
+    said, explained = (tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES)
     grid, broken = np.array(one["grid"], dtype=np.uint8), tuple(one["broken"])
-    more = {"votes_by": votes, "views_by": views, "broken": broken, **scores}
-    return Ranked(grid, sum(votes.values()), one["q"], **more)
+    count = sum(votes.values())
+    return Ranked(grid, count, one["q"], votes, views, None, said, explained, broken)
 
 
 # ---- the submission
@@ -223,39 +220,38 @@ def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None
 
     {task id: [{"attempt_1": [[0, 1], ...], "attempt_2": [[...], ...]}, ... one per test input]}
     """
-    content: dict[str, list[dict[str, Any]]] = {
-        task.id: [] for task in sorted(tasks, key=lambda task: task.id)
-    }
-    for task in tasks:
-        for index, pair in enumerate(task.test):
-            two = attempts(ranked[Key(task.id, index)], pair.input)
-            named = zip(ATTEMPT_NAMES, (grid.tolist() for grid in two), strict=True)
-            content[task.id].append(dict(named))
+    content = {}
+    for task in sorted(tasks, key=lambda task: task.id):
+        inputs = zip(keys_of([task]), task.test, strict=True)
+        two = [attempts(ranked[key], pair.input) for key, pair in inputs]
+        lists = [[grid.tolist() for grid in own] for own in two]
+        content[task.id] = [dict(zip(ATTEMPT_NAMES, own, strict=True)) for own in lists]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(out / SUBMISSION, json.dumps(content).encode())
 
 
 def read_submission(path: Path) -> dict[str, list[tuple[Grid, Grid]]]:
-    """Read a submission: task id -> (attempt_1, attempt_2) for each test input.
+    """Task id -> (attempt_1, attempt_2) for each test input.
 
     Raises:
         TaskError: the file is unreadable, not JSON, or a grid in it is not a grid.
         DataError: it is JSON of another form.
     """
-
-    def grids(item: Mapping[str, Any], where: str) -> tuple[Grid, Grid]:
-        first, second = (parse_grid(item[name], f"{where}.{name}") for name in ATTEMPT_NAMES)
-        return first, second
-
     content, name = load_json(path), ""
+    found: dict[str, list[tuple[Grid, Grid]]] = {}
     try:
-        return {
-            (name := task): [grids(own, f"{path}: {task}[{i}]") for i, own in enumerate(entry)]
-            for task, entry in content.items()
-        }
+        for name, entry in content.items():
+            found[name] = []
+            for index, own in enumerate(entry):
+                where = f"{path}: {name}[{index}]"
+                first, second = (
+                    parse_grid(own[which], f"{where}.{which}") for which in ATTEMPT_NAMES
+                )
+                found[name].append((first, second))
+        return found
     except (AttributeError, TypeError, LookupError) as error:
         raise DataError(
             f"{path}: {name or 'the whole'} is no part of a submission; expected task id -> one "
-            f"object with {' and '.join(ATTEMPT_NAMES)} for each test input"
+            "object with attempt_1 and attempt_2 for each test input"
         ) from error

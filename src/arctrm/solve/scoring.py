@@ -9,16 +9,14 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError
 
-PASSES = (1, 2, 10)
-"""Grids per test input among which the answer may be."""
-ATTEMPTS = 2
-"""Grids per test input that may be submitted."""
-
+PASSES, ATTEMPTS = (1, 2, 10), 2
+"""Grids per test input among which the answer may be, and that may be submitted."""
 NAMED_SCORES = {
     "task_fraction": "mean over tasks of the share of test pairs solved",
     "pair_fraction": "share of all test pairs solved",
@@ -80,9 +78,7 @@ def is_right(grid: Grid | None, answer: Grid | None) -> bool | None:
     """Whether `grid` equals `answer`; None if the answer is not known. Empty equals nothing."""
     if answer is None:
         return None
-    if grid is None or grid.size == 0 or grid.shape != answer.shape:
-        return False
-    return bool((grid == answer).all())
+    return grid is not None and grid.size > 0 and np.array_equal(grid, answer)
 
 
 def verdicts(
@@ -149,9 +145,9 @@ def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
     table.add_column("meaning", style="dim")
     for name, meaning in NAMED_SCORES.items():
         table.add_row(name, *(_percent(getattr(scores, name)[k]) for k in passes), meaning)
-    empty = [""] * (len(passes) - 1)
-    table.add_row("shape_accuracy", _percent(scores.shape_accuracy), *empty, "attempt_1 size right")
-    table.add_row("cell_accuracy", _percent(scores.cell_accuracy), *empty, "attempt_1 cells right")
+    for name, what in (("shape", "size"), ("cell", "cells")):
+        cells = [_percent(getattr(scores, f"{name}_accuracy")), *[""] * (len(passes) - 1)]
+        table.add_row(f"{name}_accuracy", *cells, f"attempt_1 {what} right")
     return table
 
 

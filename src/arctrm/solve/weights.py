@@ -81,7 +81,6 @@ class Solver:
     """Whether the reader is told the task by demonstrations in its prompt."""
     seed: int = 0
     identity_colours: float = 0.2
-    num_aug: int = 0
     test_set: str | None = None
     """The subset whose test pairs were kept out of training."""
     held_out: int = 0
@@ -217,7 +216,6 @@ def _solver(
         name="bundled weights" if folder == BUNDLED else str(folder),
         seed=meta.trained.seed,
         identity_colours=data.identity_colours,
-        num_aug=data.num_aug,
         test_set=data.test_set,
         held_out=data.held_out,
         voices=meta.voices,
@@ -255,7 +253,8 @@ def _hub(
         return Voices(model.reader, *both)
 
     model = hybrid.to(device).eval().requires_grad_(False)
-    return replace(_solver(folder, meta, model, speak), reads_pairs=True)
+    solver = _solver(folder, meta, model, speak)
+    return replace(solver, reads_pairs=True, voices=("reader", "trm"))
 
 
 def _stored(name: str) -> str:
