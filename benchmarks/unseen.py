@@ -27,11 +27,11 @@ from arctrm.console import console
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task, in_hash_order
 from arctrm.errors import ConfigError
-from arctrm.solving import scoring
-from arctrm.solving.adaptation import require_adaptable
-from arctrm.solving.anytime import solve_task
-from arctrm.solving.weights import Solver, load_solver
-from arctrm.training.provenance import hardware
+from arctrm.solve import scoring
+from arctrm.solve.adapt import require_adaptable
+from arctrm.solve.solve import solve_task
+from arctrm.solve.weights import Solver, load_solver
+from arctrm.system import processor
 from common import guarded
 
 
@@ -39,9 +39,9 @@ def main() -> None:
     args = arguments()
     require_once("--take", [source for source, _ in args.take])
     require_once("--budget", [f"{budget:g}" for budget in args.budget])
-    extra = {"checkpoint": args.checkpoint}
+    flags = {"--checkpoint": ("checkpoint", args.checkpoint)}
     configs = [
-        load_config(SolveConfig, args.config, [*args.set, f"budget={budget}"], extra)
+        load_config(SolveConfig, args.config, [*args.set, f"budget={budget}"], flags)
         for budget in args.budget
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,7 +128,7 @@ def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]
     solutions = solve_task(solver, task.without_answers(), config)
     seconds = time.monotonic() - began
     known = [pair.output for pair in task.test]
-    right = scoring.judge([s.attempts for s in solutions], known)
+    right = scoring.verdicts([s.attempts for s in solutions], known)
     return {
         "task": task.id,
         "budget": config.budget,
@@ -137,7 +137,7 @@ def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]
         "inputs": len(right),
         "first": sum(bool(pair[0]) for pair in right),
         "right": sum(any(pair) for pair in right),
-        "probe": solutions[0].evidence[0].leave_one_out,
+        "probe": solutions[0].leave_one_out,
     }
 
 
@@ -156,6 +156,10 @@ def read(path: Path) -> list[dict]:
             f"{path}: cannot be read as lines of JSON ({error}); mend it, or give --out another "
             "file"
         ) from error
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def print_table(lines: list[dict]) -> None:

@@ -1,0 +1,204 @@
+"""The planner at solve time: probes are held out, attempts build on each other, time is kept; and
+what else a hub reader with TRM does in `solve`.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.config import CouplingConfig, HubConfig, SolveConfig, TrunkConfig
+from arctrm.data.task import Pair
+from arctrm.model.hybrid import Hybrid, HybridRefiner
+from arctrm.model.trunk import Trunk
+from arctrm.planner import ARCPlanner, GridVerifier
+from arctrm.reader.hub_loading import load_hub_reader
+from arctrm.solve.adapt import adapt, share_of_adaptation
+from arctrm.solve.budget import Clock, Session
+from arctrm.solve.plan import PLANNER, can_plan, plan, planning_seconds
+from arctrm.solve.questions import keys_of
+from arctrm.solve.rank import is_well_formed
+from arctrm.solve.solve import solve_task
+from arctrm.solve.weights import Solver, Voices
+from hub_models import save_model
+
+ATTEMPTS = 3
+
+
+def hub_solver(folder, mode="frozen", back=True) -> Solver:
+    """A lively hub model with TRM, which knows no task."""
+    torch.manual_seed(0)
+    reader = load_hub_reader(HubConfig(name=str(folder), mode=mode, lora_rank=2))
+    trunk = Trunk(TrunkConfig(hidden_size=16, num_layers=1, loops=2, num_heads=2), 1)
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.normal_(std=0.3)
+    coupling = CouplingConfig(back=back, num_context_slots=4, num_back_vectors=3, adapter_heads=2)
+    hybrid = Hybrid(reader, trunk, coupling).eval().requires_grad_(False)
+    speak = lambda m: Voices(m.reader, HybridRefiner(m, 2), HybridRefiner(m, 2, coupled=False))
+    return Solver(speak(hybrid), hybrid, speak, {}, True, 0, "a hub model", reads_pairs=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=["tiny", "hub"])
+def planner(request, solver, folder):
+    return solver if request.param == "tiny" else hub_solver(folder)
+
+
+@pytest.fixture(scope="module")
+def task(trained):
+    own = trained.others[1].without_answers()
+    return replace(own, demonstrations=own.demonstrations[:3])
+
+
+def session_of(solver, task, seconds=120.0, **top):
+    given = {"inference": {"views": 2, "steps": 2}, "max_attempts": ATTEMPTS}
+    config = SolveConfig.model_validate({**given, "judge": {"scoring_views": 1}, **top})
+    return Session(solver, task, config, Clock(seconds))
+
+
+def said(results):
+    return [
+        [(a.text, a.feedback, a.score, a.verdict.prediction.tolist()) for a in r.reasoning_history]
+        for r in results
+    ]
+
+
+# -- attempts
+
+
+def test_each_test_input_has_attempts_and_a_candidate_with_its_probe_score(planner, task):
+    results, candidates = plan(session_of(planner, task), 0.0)
+    assert [one.key for one in candidates] == list(keys_of([task]))
+    for result, candidate in zip(results, candidates, strict=True):
+        assert candidate.source == PLANNER
+        assert candidate.probe == result.best.score
+        assert np.array_equal(candidate.grid, result.best.verdict.prediction)
+        assert result.success or result.total_attempts == ATTEMPTS
+        for attempt in result.reasoning_history:
+            told = GridVerifier(demonstrations=task.demonstrations)
+            probes = [one.predicted for one in attempt.verdict.probes]
+            assert len(probes) == len(task.demonstrations)
+            assert attempt.feedback == told.verify(probes).feedback
+
+
+def test_a_hub_reader_writes_behind_what_trm_said(folder, task, monkeypatch):
+    prefixes = []
+    solve = ARCPlanner.multi_attempt_solve
+
+    def recorded(self, problem, verify):
+        def spied(z_init, text):
+            verdict = verify(z_init, text)
+            prefixes.append(verdict.latent_prefix)
+            return verdict
+
+        return solve(self, problem, spied)
+
+    monkeypatch.setattr(ARCPlanner, "multi_attempt_solve", recorded)
+    [result], _ = plan(session_of(hub_solver(folder), task), 0.0)
+    assert {tuple(prefix.shape) for prefix in prefixes} == {(3, 32)}
+    assert len(prefixes) == result.total_attempts
+    first, second = result.reasoning_history[:2]
+    assert not torch.equal(first.z_init, second.z_init)
+
+
+def test_a_trunks_next_attempt_begins_with_its_last_answer(solver, task, monkeypatch):
+    drafts, refiner = [], type(solver.refiner)
+    refine = refiner.refine
+
+    def recorded(self, asked, *rest, **named):
+        found = refine(self, asked, *rest, **named)
+        drafts.append((asked[0].query.tolist(), asked[0].draft, found[0].grid))
+        return found
+
+    monkeypatch.setattr(refiner, "refine", recorded)
+    [result], _ = plan(session_of(solver, task), 0.0)
+    if not result.success:
+        query = task.test[0].input.tolist()
+        own = [(draft, grid) for asked, draft, grid in drafts if asked == query]
+        assert np.array_equal(own[1][0], own[0][1])
+        texts = {attempt.text for attempt in result.reasoning_history}
+        assert len(texts) == 1
+
+
+def test_a_probe_sees_no_output_of_its_own(planner, task):
+    """Change a held-out output: what is predicted for it stays as it was."""
+    index, pair = 1, task.demonstrations[1]
+    changed = list(task.demonstrations)
+    changed[index] = Pair(pair.input, (pair.output + 1) % 10)
+    found = []
+    for version in (task, replace(task, demonstrations=tuple(changed))):
+        results, _ = plan(session_of(planner, version, max_attempts=2), 0.0)
+        first = results[0].reasoning_history[0]
+        found.append(first.verdict.probes[index].predicted)
+    assert np.array_equal(*found)
+
+
+def test_test_outputs_are_not_read(planner, trained, task):
+    known = replace(task, test=trained.others[1].test)
+    wrong = replace(known, test=tuple(Pair(p.input, 9 - p.output) for p in known.test))
+    first, *others = (said(plan(session_of(planner, t), 0.0)[0]) for t in (task, known, wrong))
+    assert all(other == first for other in others)
+
+
+# -- where it takes no time
+
+
+def test_nothing_is_planned_without_time_for_two_attempts(planner, task):
+    session = session_of(planner, task)
+    session.clock.record("read", 1, 1000.0)
+    assert plan(session, 0.0) == ((), [])
+    assert plan(session_of(planner, task), 1e6) == ((), [])
+    assert plan(session_of(planner, task, max_attempts=1), 0.0) == ((), [])
+
+
+def test_nothing_is_planned_where_nothing_can_come_back(solver, folder, task):
+    assert can_plan(solver)
+    assert can_plan(hub_solver(folder))
+    assert not can_plan(hub_solver(folder, back=False))
+    alone = replace(solver, speakers=solver.speakers._replace(reader=None))
+    assert not can_plan(alone)
+    assert plan(session_of(alone, task), 0.0) == ((), [])
+    one = replace(task, demonstrations=task.demonstrations[:1])
+    assert plan(session_of(solver, one), 0.0) == ((), [])
+
+
+def test_time_is_kept_where_a_hub_reader_hears_trm(solver, folder, task):
+    assert planning_seconds(session_of(solver, task)) == 0.0
+    assert planning_seconds(session_of(hub_solver(folder), task, 100.0)) == pytest.approx(30, 0.1)
+
+
+# -- a hub reader in solve
+
+
+@pytest.mark.parametrize("mode", ["frozen", "full"])
+def test_a_hub_reader_with_trm_solves(folder, task, mode):
+    solver = hub_solver(folder, mode)
+    before = {name: tensor.clone() for name, tensor in solver.model.state_dict().items()}
+    adaptation = {"max_steps": 1, "tokens_per_batch": 256}
+    top = {"adaptation": adaptation, "max_attempts": 2}
+    config = session_of(solver, task, **top).config.model_copy(update={"budget": 60.0})
+    [solution] = solve_task(solver, task, config)
+    assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
+    assert solution.adaptation_steps == (0 if mode == "frozen" else 2)
+    assert solution.history is not None
+    after = solver.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_of_a_hub_reader_adapts_what_was_trained(folder, task):
+    assert share_of_adaptation(session_of(hub_solver(folder), task)) == 0.0
+    solver = hub_solver(folder, "full")
+    session = session_of(solver, task, adaptation={"max_steps": 2, "tokens_per_batch": 256})
+    session.clock.record("read", 1, 1e-6)
+    done = adapt(session, share_of_adaptation(session))
+    before, after = solver.model.state_dict(), done.solver.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("reader.pretrained.") for name in changed)
+    assert done.solver.reader is not solver.reader

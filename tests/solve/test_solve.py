@@ -1,0 +1,433 @@
+"""`solve` gives two grids for every test input, in time, and never sees an answer."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from arctrm.config import SolveConfig
+from arctrm.data.task import Pair, Task
+from arctrm.errors import CheckpointError, TaskError
+from arctrm.solve import solve as room
+from arctrm.solve.budget import Clock, Session
+from arctrm.solve.propose import JOINT, READER, TRM
+from arctrm.solve.questions import keys_of
+from arctrm.solve.rank import is_well_formed
+from arctrm.solve.results import read_submission
+from arctrm.solve.solve import (
+    Answers,
+    Stopped,
+    TimedJudge,
+    adapted,
+    answer_first,
+    answer_later,
+    read_views,
+    refine_views,
+    solve,
+    solve_task,
+)
+from arctrm.solve.weights import Voices, load_solver
+
+KINDS = ("both", "reader", "trm")
+
+
+def config(budget=30.0, steps=2, **top) -> SolveConfig:
+    """Ends at `steps` steps of adaptation and a few views, long before the budget."""
+    return SolveConfig.model_validate(
+        {
+            "budget": budget,
+            "inference": {"views": 3, "dtype": "float32"},
+            "judge": {"scoring_views": 2},
+            "adaptation": {"max_steps": steps, "tokens_per_batch": 256},
+            **top,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def solvers(solver):
+    """By kind: both voices, or one alone."""
+
+    def of(kind):
+        def only(voices: Voices) -> Voices:
+            trm = (None, None) if kind == "reader" else voices[1:]
+            return Voices(None if kind == "trm" else voices.reader, *trm)
+
+        if kind == "both":
+            return solver
+        speak = lambda model: only(solver.speak(model))
+        return replace(solver, speakers=only(solver.speakers), speak=speak, voices=(kind,))
+
+    return of
+
+
+def session_of(solver, task, settings=None):
+    settings = settings or config()
+    clock, known = Clock(settings.budget), solver.row_of(task) is not None
+    return Session(solver, task.without_answers(), settings, clock, known=known)
+
+
+def shown(solutions):
+    """What a user sees of the solutions, but for the time."""
+    return [
+        (
+            [grid.tolist() for grid in s.attempts],
+            [(e.votes, round(e.mean_q, 3)) for e in s.evidence],
+            (s.num_answers, s.adaptation_steps, s.leave_one_out),
+        )
+        for s in solutions
+    ]
+
+
+# -- one task
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_weights_gives_two_grids_with_evidence(solvers, trained, kind):
+    for task in (trained.known[0], trained.others[1]):
+        unknown = task is not trained.known[0]
+        solutions = solve_task(solvers(kind), task.without_answers(), config())
+        assert len(solutions) == len(task.test)
+        for solution in solutions:
+            assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
+            assert solution.adaptation_steps == (4 if unknown else 0)
+            assert (solution.leave_one_out is not None) == unknown
+            assert solution.known == (not unknown)
+            for entry in filter(None, solution.evidence):
+                assert sum(entry.votes_by.values()) == entry.votes <= solution.num_answers
+                assert kind == "trm" or entry.reader_score is None or entry.reader_score <= 0
+
+
+def strange_tasks(task):
+    """Valid tasks, each at an end of what is allowed."""
+    cell, large = np.full((1, 1), 3, np.uint8), np.zeros((30, 30), np.uint8)
+    large[::3, ::2] = 5
+    one = task.demonstrations[:1]
+    return {
+        "one demonstration": replace(task, demonstrations=one, test=task.test[:1]),
+        "two demonstrations": replace(task, demonstrations=task.demonstrations[:2]),
+        "ten tests": replace(task, test=(task.test[0],) * 10),
+        "one cell": Task("cell", (Pair(cell, cell),), (Pair(cell),)),
+        "30x30": Task("large", (Pair(large, large), Pair(large.T, large.T)), (Pair(large),)),
+        "copies": Task("copies", (Pair(cell, cell),) * 3, (Pair(cell),)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["both", "reader"])
+@pytest.mark.parametrize(
+    "name", ["one demonstration", "two demonstrations", "ten tests", "one cell", "30x30", "copies"]
+)
+def test_strange_but_valid_tasks_get_two_grids(solvers, trained, kind, name):
+    task = strange_tasks(trained.others[0])[name]
+    solutions = solve_task(solvers(kind), task, config(budget=4.0, steps=1))
+    assert len(solutions) == len(task.test)
+    for solution in solutions:
+        assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, kind):
+    for task in (trained.known[0], trained.others[0]):
+        solutions = solve_task(solvers(kind), task.without_answers(), config(budget=0.001))
+        assert [len(solution.attempts) for solution in solutions] == [2] * len(task.test)
+
+
+def test_a_budget_is_used_and_kept(solver, trained):
+    """By adaptation, then by answers."""
+    settings = config(budget=5.0, steps=100_000, inference={"views": 500, "dtype": "float32"})
+    begin = time.monotonic()
+    [solution] = solve_task(solver, trained.others[1].without_answers(), settings)
+    assert 3.5 < time.monotonic() - begin < 6.0
+    assert solution.adaptation_steps > 4
+    assert solution.num_answers > 3
+
+
+def test_many_views_of_a_known_task_stop_at_the_end_of_the_budget(solver, trained):
+    settings = config(budget=2.0, inference={"views": 500, "dtype": "float32"})
+    begin = time.monotonic()
+    [solution] = solve_task(solver, trained.known[0].without_answers(), settings)
+    assert time.monotonic() - begin < 2.7
+    assert solution.adaptation_steps == 0
+    assert 3 < solution.num_answers < 1000
+
+
+def test_solving_leaves_the_model_bit_identical(solver, trained):
+    before = {name: tensor.clone() for name, tensor in solver.model.state_dict().items()}
+    solve_task(solver, trained.others[0].without_answers(), config())
+    after = solver.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_test_outputs_change_no_answer_and_the_seed_gives_the_same_again(solvers, trained, kind):
+    task = trained.others[1]
+    wrong = replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
+    # (the budget may not decide how far anything goes)
+    first, *others = (
+        shown(solve_task(solvers(kind), version, config(budget=60.0)))
+        for version in (task.without_answers(), task, wrong)
+    )
+    assert all(other == first for other in others)
+
+
+def test_without_adaptation_nothing_is_trained(solver, trained):
+    off = config(adaptation={"enabled": False})
+    [solution] = solve_task(solver, trained.others[1].without_answers(), off)
+    assert (solution.adaptation_steps, solution.leave_one_out) == (0, None)
+
+
+# -- in the order of a task
+
+
+def test_trm_gives_the_first_answer_where_there_is_one_else_the_reader(solvers, trained):
+    task = trained.known[1]
+    for kind, source in (("both", TRM), ("trm", TRM), ("reader", READER)):
+        first = Answers(session_of(solvers(kind), task))
+        answer_first(first)
+        assert first.complete
+        assert {source for _, source, _ in first.candidates} == {source}
+        assert first.session.pass_seconds(1000) > 0  # so the judgement can be foretold
+
+
+def test_the_first_answer_of_many_tests_ends_with_the_budget(solver, trained):
+    """One test input is answered whatever the time; the inputs of the rest stand for answers."""
+    task = replace(trained.known[0], test=trained.known[0].test[:1] * 9)
+    first = Answers(session_of(solver, task, config(budget=1e-6)))
+    answer_first(first)
+    assert len(first.candidates) == 1
+    assert [len(s.attempts) for s in first.solutions(None)] == [2] * 9
+
+
+def test_adapted_weights_replace_the_first_answer(solver, trained):
+    first = Answers(session_of(solver, trained.others[0]))
+    answer_first(first)
+    later = adapted(first)
+    assert later is not first
+    assert later.steps == 4
+    assert later.session.solver.adapted
+    assert {source for _, source, _ in later.candidates} == {TRM}  # what the reader follows
+    known = Answers(session_of(solver, trained.known[0]))
+    answer_first(known)
+    assert adapted(known) is known
+
+
+def test_every_view_has_one_vote_of_each_source(solver, trained):
+    answers = Answers(session_of(solver, trained.known[1]))
+    answer_first(answers)
+    answer_later(answers)
+    sources = [source for _, source, _ in answers.candidates]
+    written = sum(draft is not None for draft in answers.drafts)
+    assert sources.count(READER) == sources.count(TRM) == 3
+    assert sources.count(JOINT) == written
+
+
+def test_the_reader_follows_what_trm_answered(solver, trained, monkeypatch):
+    """Seen from outside: what `write` is told to expect."""
+    given, write = [], room.write
+
+    def spied(*arguments, **options):
+        given.append(options["expected"])
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(room, "write", spied)
+    answers = Answers(session_of(solver, trained.known[1]))
+    answer_first(answers)
+    best = answers.expected()
+    read_views(answers, answers.session.questions(), 0.0)
+    assert [key for key in given[0]] == list(keys_of([answers.session.task]))
+    assert all(np.array_equal(given[0][key], grid) for key, grid in best.items())
+
+
+def test_where_reading_takes_too_long_trm_answers_alone(solver, trained):
+    answers = Answers(session_of(solver, trained.known[1]))
+    answer_first(answers)
+    answers.session.clock.record("read", 1, 1000.0)
+    answer_later(answers)
+    assert {source for _, source, _ in answers.candidates} == {TRM}
+    assert len(answers.candidates) == 3
+
+
+def test_time_is_kept_for_the_judgement(solver, trained):
+    """Where refining would take it, it is left out."""
+    answers = Answers(session_of(solver, trained.known[1]))
+    answers.session.clock.record("read", 1, 1e-6)
+    answers.session.clock.record("refine", 1, 1000.0)
+    asked = answers.session.questions()
+    read_views(answers, asked, 0.0)
+    refine_views(answers, asked, 1.0)
+    assert {source for _, source, _ in answers.candidates} == {READER}
+
+
+def test_reading_that_takes_longer_than_foretold_is_given_up_at_the_end(solver, trained):
+    answers = Answers(session_of(solver, trained.known[1], config(budget=1e-3)))
+    answers.session.clock.record("read", 1, 1e-9)
+    asked = answers.session.questions()
+    read_views(answers, asked, 0.0)
+    assert 1 <= len(answers.drafts) < 3  # the first view is read to its end
+    assert answers.session.clock.elapsed() < 2.0
+
+
+# -- the judgement, and Ctrl-C
+
+
+def judge_of(solver, task, budget=30.0):
+    session = session_of(solver, task, config(budget=budget, judge={"scoring_views": 4}))
+    asked = session.questions(4)
+    grids = {one.key: [one.query * 0 + n for n in range(4)] for one in asked if not one.number}
+    return TimedJudge(session), asked, grids
+
+
+def test_the_judge_scores_view_by_view_while_there_is_time(solver, trained):
+    judge, asked, grids = judge_of(solver, trained.known[0])
+    scores = judge(asked, grids)
+    assert len(scores) == len(asked)
+    assert {len(own) for _, own in scores} == {4}
+    late, asked, grids = judge_of(solver, trained.known[0], budget=1e-6)
+    late.session.clock.record("judge", 1, 1.0)
+    assert late(asked, grids) == []
+
+
+def test_where_one_view_of_all_grids_would_take_too_long_fewer_are_judged(solver, trained):
+    judge, asked, grids = judge_of(solver, trained.known[0])
+    work = room.judging_work(asked[:1], {key: own[:2] for key, own in grids.items()})
+    judge.session.clock.record("judge", work, 25.0)
+    assert {len(own) for _, own in judge(asked, grids)} == {2}
+
+
+@pytest.mark.parametrize("where", ["read_views", "refine_views", "judged"])
+def test_an_interrupt_keeps_the_best_so_far(solver, trained, monkeypatch, where):
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, where, interrupted)
+    task = trained.known[0].without_answers()
+    with pytest.raises(Stopped) as stop:
+        solve_task(solver, task, config())
+    [solution] = stop.value.solutions
+    assert all(is_well_formed(grid) for grid in solution.attempts)
+    assert solution.evidence[0] is not None
+    assert solution.num_answers == {"read_views": 3, "refine_views": 6}.get(
+        where, solution.num_answers
+    )
+
+
+def test_an_interrupt_before_any_answer_is_one(solver, trained, monkeypatch):
+    def interrupted(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "refine", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        solve_task(solver, trained.known[0], config())
+    assert not isinstance(stop.value, Stopped)
+
+
+# -- the command
+
+
+def quick(trained, out=None, **top):
+    return config(budget=1.0, steps=1, checkpoint=trained.run, out=out, **top)
+
+
+def test_a_folder_is_answered_into_one_submission(trained, write_tasks, tmp_path, capsys):
+    tasks = [trained.known[0], *trained.others[:2]]
+    folder = write_tasks(tmp_path / "tasks", tasks)
+    solve(quick(trained, tmp_path / "out"), str(folder), check=True)
+    submitted = read_submission(tmp_path / "out/submission.json")
+    assert {name: len(own) for name, own in submitted.items()} == {t.id: len(t.test) for t in tasks}
+    assert f"of {sum(len(t.test) for t in tasks)} test inputs with a known answer solved" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+
+
+def test_a_kaggle_file_is_answered(trained, tmp_path):
+    pairs = lambda part: [{"input": p.input.tolist(), "output": p.output.tolist()} for p in part]
+    content = {
+        task.id: {
+            "train": pairs(task.demonstrations),
+            "test": [{"input": pair.input.tolist()} for pair in task.test],
+        }
+        for task in trained.others[:2]
+    }
+    (tmp_path / "arc_challenges.json").write_text(json.dumps(content))
+    solve(quick(trained, tmp_path / "out"), str(tmp_path / "arc_challenges.json"))
+    assert list(read_submission(tmp_path / "out/submission.json")) == sorted(content)
+
+
+def test_solving_hands_on_no_answer(trained, write_tasks, tmp_path, monkeypatch):
+    seen, original = [], room.answer_first
+
+    def recorded(answers):
+        seen.append(answers.session.task)
+        return original(answers)
+
+    monkeypatch.setattr(room, "answer_first", recorded)
+    folder = write_tasks(tmp_path / "tasks", trained.others[:2])
+    solve(quick(trained), str(folder), check=True)
+    assert [task.id for task in seen] == [task.id for task in trained.others[:2]]
+    assert all(pair.output is None for task in seen for pair in task.test)
+
+
+def failing(monkeypatch, task_id, error):
+    """`answer_first` raises at a task."""
+    original = room.answer_first
+
+    def failed(answers):
+        if answers.session.task.id == task_id:
+            raise error
+        return original(answers)
+
+    monkeypatch.setattr(room, "answer_first", failed)
+
+
+def test_an_interrupt_keeps_what_was_answered(trained, write_tasks, tmp_path, monkeypatch):
+    failing(monkeypatch, trained.others[1].id, KeyboardInterrupt)
+    folder = write_tasks(tmp_path / "tasks", trained.others)
+    with pytest.raises(KeyboardInterrupt):
+        solve(quick(trained, tmp_path / "out"), str(folder))
+    assert list(read_submission(tmp_path / "out/submission.json")) == [trained.others[0].id]
+
+
+def test_a_task_that_fails_is_answered_by_its_inputs_and_the_others_go_on(
+    trained, write_tasks, tmp_path, monkeypatch, capsys
+):
+    failing(monkeypatch, trained.others[0].id, IndexError("out of range"))
+    folder = write_tasks(tmp_path / "tasks", trained.others[:2])
+    with pytest.raises(IndexError):
+        solve(quick(trained, tmp_path / "first"), str(folder))
+    solve(quick(trained, tmp_path / "out", keep_going=True), str(folder))
+    submitted = read_submission(tmp_path / "out/submission.json")
+    assert list(submitted) == [task.id for task in trained.others[:2]]
+    for pair, grids in zip(trained.others[0].test, submitted[trained.others[0].id], strict=True):
+        assert all(np.array_equal(grid, pair.input) for grid in grids)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{trained.others[0].id}: failed (IndexError: out of range)" in said
+
+
+def test_a_bad_task_ends_the_run_before_anything_is_written(trained, write_tasks, tmp_path, capsys):
+    folder = write_tasks(tmp_path / "tasks", trained.others[:1])
+    (folder / "bad.json").write_text('{"train": [], "test": []}')
+    with pytest.raises(TaskError, match=r"bad\.json"):
+        solve(quick(trained, tmp_path / "out"), str(folder))
+    assert not (tmp_path / "out").exists()
+    solve(quick(trained, tmp_path / "out", keep_going=True), str(folder))
+    assert list(read_submission(tmp_path / "out/submission.json")) == [trained.others[0].id]
+    assert "bad.json" in "".join(capsys.readouterr().err.split())
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(trained, tmp_path, capsys):
+    solve(quick(trained, tmp_path / "out"), str(trained.folder), dry_run=True)
+    said = capsys.readouterr().out
+    assert "reader, trm" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_single_views_are_refused(trained, monkeypatch):
+    published = replace(load_solver(trained.run, config().inference, torch.device("cpu")))
+    monkeypatch.setattr(
+        room, "load_solver", lambda *given: replace(published, views={"a task": []})
+    )
+    with pytest.raises(CheckpointError, match="published TRM checkpoint"):
+        solve(quick(trained), str(trained.folder))
