@@ -1,9 +1,8 @@
 """The training loop: one loop for every stage, as small named steps.
 
 A `Run` holds a model and the steps that add its gradient; the loop knows nothing of either. All
-processes take the same decisions because they read the same clock: process 0's, shared every few
-steps and extrapolated in between. What is left of a killed run is its last checkpoint, and going on
-from there is exact.
+processes decide alike because they read one clock: process 0's, shared every few steps and
+extrapolated in between. What is left of a killed run is its last checkpoint; going on is exact.
 """
 
 import fcntl
@@ -29,17 +28,10 @@ from arctrm.checkpoints import (
     read_state,
     write_checkpoint,
 )
-from arctrm.config import PAIR_TOKENS, ScheduleConfig, TrainingConfig
+from arctrm.config import ScheduleConfig, TrainingConfig
 from arctrm.errors import ArctrmError, CheckpointError, ResourceError
 from arctrm.system import clear_abandoned, disk_errors
-from arctrm.train.optim import (
-    EMA,
-    FlatGradients,
-    Optimisers,
-    Update,
-    graph_of,
-    trained_parameters,
-)
+from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
 
@@ -51,10 +43,8 @@ LOCK = ".lock"
 
 
 class Schedule:
-    """Linear warm-up, constant, linear decay to zero at the end of the run.
-
-    A pure function of (optimiser steps taken, seconds of training): a resumed run continues on the
-    same curve, and every process computes the same value from the same numbers.
+    """Linear warm-up, constant, linear decay to zero at the end of the run: a pure function of
+    (optimiser steps taken, seconds of training), so that a resumed run stays on the same curve.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -70,8 +60,7 @@ class Schedule:
     def factor(self, step: int, elapsed: float) -> float:
         """Multiplier of the peak learning rates for optimiser step number `step` (from 0).
 
-        Warm-up is `(step + 1) / warmup_steps`; where a run is shorter than twice the warm-up,
-        progress takes over, so that the peak is reached half way at the latest.
+        In a run shorter than twice its warm-up the peak is reached half way.
         """
         progress, start = self.progress(step, elapsed), self.config.constant_fraction
         warm = max((step + 1) / max(self.config.warmup_steps, 1), progress / MAX_WARMUP)
@@ -101,8 +90,6 @@ class Run:
     """Monotonic time at which this session's share of the budget began (before compilation)."""
     captures: bool = False
     """Replay steps and update as CUDA graphs."""
-    smallest_batch: int = PAIR_TOKENS
-    """Tokens that a batch must have at least."""
     step: int = 0
     elapsed: float = 0.0
     examples: int = 0
@@ -145,8 +132,7 @@ def train(run: Run, tracker: Tracker) -> None:
 
     Raises:
         KeyboardInterrupt: after saving, when SIGINT or SIGTERM came.
-        ResourceError: out of memory; says which key to lower.
-        ArctrmError: the loss, or a weight, is not finite.
+        ArctrmError: out of memory, or the loss is not finite.
     """
     clock = SharedClock(run)
     saved_at, saved_step = run.elapsed, run.step
@@ -175,48 +161,31 @@ def train_step(run: Run) -> bool:
     """Gradients of the active steps, their mean over processes, one update; whether something was
     captured before.
     """
-    factor = run.schedule.factor(run.step, run.elapsed)
     active = run.active()
-    captured = False
-    with memory_errors(run):
-        for number in active if run.captures else ():
-            if number not in run.graphs:
-                run.steps[number].prepare()
-                run.graphs[number] = graph_of(run.steps[number])
-                captured = True
+    new = [number for number in active if run.captures and number not in run.graphs]
+    try:
+        for number in new:
+            run.steps[number].prepare()
+            run.graphs[number] = graph_of(run.steps[number])
         run.gradients.zero()
         for number in active:
             run.steps[number].prepare()
             run.graphs[number].replay() if run.captures else run.steps[number]()
         run.gradients.average()
-        run.update(factor, run.step + 1)
-    run.step += 1
-    return captured
-
-
-@contextmanager
-def memory_errors(run: Run) -> Iterator[None]:
-    """Turn out of memory into the ResourceError that says which key to lower."""
-    try:
-        yield
+        run.update(run.schedule.factor(run.step, run.elapsed), run.step + 1)
     except torch.OutOfMemoryError as error:
-        tokens = run.config.tokens_per_batch
-        cure = f"training.tokens_per_batch={tokens // 2} --set training.grad_accum="
-        cure += str(run.config.grad_accum * 2)
-        if tokens < 2 * run.smallest_batch:
-            cure = "trunk.gradient_checkpointing=true (the batch is as small as it gets)"
+        tokens, accumulated = run.config.tokens_per_batch, run.config.grad_accum
         raise ResourceError(
-            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example "
-            f"--set {cure}"
+            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example --set "
+            f"training.tokens_per_batch={tokens // 2} --set training.grad_accum={accumulated * 2}, "
+            "or set trunk.gradient_checkpointing = true"
         ) from error
+    run.step += 1
+    return bool(new)
 
 
 def read_metrics(run: Run) -> dict[str, float]:
-    """Means since the last call, over all processes; waits for the device.
-
-    Raises:
-        ArctrmError: the loss is not finite.
-    """
+    """Means since the last call, over all processes; waits. Refuses a loss that is not finite."""
     total = torch.stack([step.counts for step in run.steps]).sum(0)
     for step in run.steps:
         step.counts.zero_()
@@ -255,11 +224,7 @@ def _not_finite(run: Run, what: str) -> ArctrmError:
 
 
 def save(run: Run) -> Path:
-    """Write a checkpoint of everything that a bit-exact continuation needs.
-
-    Raises:
-        ArctrmError: a weight is not finite.
-    """
+    """Write everything that a bit-exact continuation needs; refuses weights that are not finite."""
     weights = run.model.state_dict()
     averages = {} if run.ema is None else {**weights, **run.ema.state()}
     model = {f"weights.{name}": tensor for name, tensor in weights.items()}
@@ -284,12 +249,9 @@ def save(run: Run) -> Path:
 
 
 def restore(run: Run, folder: Path, meta: CheckpointMeta) -> None:
-    """Put a run where the checkpoint was taken; before its first step.
+    """Put a run that has made no step where the checkpoint was taken.
 
     A process that was not there then keeps the batches that it drew for itself.
-
-    Raises:
-        CheckpointError: weights or state do not fit.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
     run.model.load_state_dict(read_model(folder, ema=False, expected=shapes))
@@ -311,11 +273,7 @@ def restore(run: Run, folder: Path, meta: CheckpointMeta) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep the run folder for this process; the system lets go of it when the process dies.
-
-    Raises:
-        CheckpointError: another process trains there.
-    """
+    """Keep the run folder for this process; the system lets go of it when the process dies."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")

@@ -26,22 +26,14 @@ from arctrm.checkpoints import (
     read_model,
     resolve_checkpoint,
 )
-from arctrm.config import (
-    DataConfig,
-    JointConfig,
-    PretrainConfig,
-    TrainingConfig,
-    TrunkConfig,
-    differences,
-)
+from arctrm.config import DataConfig, JointConfig, PretrainConfig, TrunkConfig, differences
 from arctrm.console import console, note, plain
-from arctrm.data.base_set import BaseSet, open_base_set, prepare
+from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
 from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.model.attention import has_packed_kernel
-from arctrm.model.layout import PAIR_TOKENS
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.system import compute_dtype, git_revision, new_accelerator, write_run_record
 from arctrm.train.loop import Run, locked, restore, train
@@ -88,17 +80,15 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
     from arctrm.solve.results import UNFINISHED
 
     assert config.out is not None
-    scoring = config.eval_config(config.out, config.out / EVALUATION)
-    trained_at = time.monotonic()
-    evaluate(scoring, resume=(config.out / EVALUATION / UNFINISHED).is_file())
+    folder, trained_at = config.out / EVALUATION, time.monotonic()
+    evaluate(config.eval_config(config.out, folder), resume=(folder / UNFINISHED).is_file())
     if accelerator.is_main_process:
         ended_at = time.monotonic()
-        gpus = accelerator.num_processes if accelerator.device.type == "cuda" else 0
-        dollars = (ended_at - began_at) / 3600 * gpus * DOLLARS_PER_GPU_HOUR
-        note(
-            f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
-            + (f", about ${dollars:.2f} on {gpus} GPU(s)" if gpus else "")
-        )
+        said = f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
+        if accelerator.device.type == "cuda":
+            hours = (ended_at - began_at) / 3600 * accelerator.num_processes
+            said += f", about ${hours * DOLLARS_PER_GPU_HOUR:.2f} at $3 a GPU hour"
+        note(said)
 
 
 def _train(config: Config, resume: bool) -> Accelerator:
@@ -106,7 +96,16 @@ def _train(config: Config, resume: bool) -> Accelerator:
     if config.out is None:
         raise ConfigError("out: a run needs a folder; give --out runs/<name>")
     # 1. The run folder: every process looks before any of them writes.
-    checkpoint = _starting_point(config.out, resume)
+    checkpoint = latest_checkpoint(config.out)
+    if resume and checkpoint is None:
+        raise CheckpointError(
+            f"{config.out}: no checkpoint to resume from; leave out --resume to start a run there"
+        )
+    if not resume and checkpoint is not None:
+        raise CheckpointError(
+            f"{config.out}: already holds a run ({checkpoint.name}); add --resume to continue it, "
+            "or choose another --out"
+        )
     accelerator = new_accelerator()
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()
@@ -123,8 +122,13 @@ def _train(config: Config, resume: bool) -> Accelerator:
         # 4. Training.
         if is_main:
             write_run_record(config.out, config, data_fingerprint=base.meta.fingerprint)
-            verb = "resuming" if resume else "training"
-            note(f"{verb} in {plain(config.out)}: {_summary(run, base)}")
+            count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+            note(
+                f"{'resuming' if resume else 'training'} in {plain(config.out)}: "
+                f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {count:,} trained "
+                f"parameters; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+                f"{config.training.tokens_per_batch:,} tokens a batch"
+            )
         step = run.step if resume else None
         with Tracker(
             config.out, config.tracking, run.meta.config, resume_step=step, is_main=is_main
@@ -133,20 +137,6 @@ def _train(config: Config, resume: bool) -> Accelerator:
         if is_main:
             note(f"checkpoint: {plain(latest_checkpoint(config.out))}")
     return accelerator
-
-
-def _starting_point(out: Path, resume: bool) -> Path | None:
-    checkpoint = latest_checkpoint(out)
-    if resume and checkpoint is None:
-        raise CheckpointError(
-            f"{out}: no checkpoint to resume from; leave out --resume to start a run there"
-        )
-    if not resume and checkpoint is not None:
-        raise CheckpointError(
-            f"{out}: already holds a run ({checkpoint.name}); add --resume to continue it, or "
-            "choose another --out"
-        )
-    return checkpoint
 
 
 def _restore(run: Run, checkpoint: Path, config: Config) -> None:
@@ -184,7 +174,15 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     wanted = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
     is_compiled = wanted and not is_hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
-    notes = _start_trunk(trunk, config, base) if config.checkpoint is not None else {}
+    captures = packed and not is_hub
+    if training.cuda_graph == "on" and not captures:
+        raise ConfigError(
+            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
+            f"{device.type}: a graph needs the trunk alone, in bfloat16 on a GPU; set "
+            "training.cuda_graph = 'auto'"
+        )
+    is_main = accelerator.is_main_process
+    notes = {} if config.checkpoint is None else _start_trunk(trunk, config, base, is_main)
     if is_compiled:
         trunk.compile_blocks()
     model = nn.ModuleDict({"trunk": trunk})
@@ -223,7 +221,6 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
             "notes": notes,
         }
     )
-    share = min(config.trm.share, 1 - config.trm.share) if len(voices) > 1 else 1.0
     return Run(
         out=config.out,
         config=training,
@@ -233,8 +230,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         metrics_of=of_counts,
         meta=meta,
         began_at=began_at,
-        captures=_is_captured(training, packed and not is_hub, device),
-        smallest_batch=math.ceil(PAIR_TOKENS / share),
+        captures=captures and training.cuda_graph != "off",
     )
 
 
@@ -243,17 +239,7 @@ def new_trunk(config: Config, base: BaseSet) -> Trunk:
     return Trained.model_validate(config.model_dump(mode="json")).new_trunk(base.num_tasks)
 
 
-def _is_captured(training: TrainingConfig, possible: bool, device: torch.device) -> bool:
-    if training.cuda_graph == "on" and not possible:
-        raise ConfigError(
-            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
-            f"{device.type}: a graph needs the tiny reader or TRM in bfloat16 on a GPU; set "
-            "training.cuda_graph = 'auto'"
-        )
-    return possible and training.cuda_graph != "off"
-
-
-def _start_trunk(trunk: Trunk, config: Config, base: BaseSet) -> dict[str, Any]:
+def _start_trunk(trunk: Trunk, config: Config, base: BaseSet, is_main: bool) -> dict[str, Any]:
     """Put the weights of `config.checkpoint` into the trunk; what the new checkpoints note of it.
 
     Tasks are matched by content; those that the checkpoint does not know start from the mean of
@@ -287,7 +273,8 @@ def _start_trunk(trunk: Trunk, config: Config, base: BaseSet) -> dict[str, Any]:
             trunk.own_head.weight.copy_(trunk.head.weight[:NUM_COLOURS])
     known = sum(row is not None for row in rows)
     anew = "; the vectors of data.scaling, which differs, start anew" if other_ways else ""
-    note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks{anew}")
+    if is_main:
+        note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks{anew}")
     run = {"step": meta.step, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
     return {"start": run | {"data_fingerprint": meta.data_fingerprint, "notes": meta.notes}}
 
@@ -312,19 +299,22 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
             "hub.device out"
         )
     hybrid = Hybrid(reader, trunk, config.coupling)
-    starts = [(config.trm_checkpoint, "adapters.", hybrid.adapters)]
-    starts += [(config.reader_checkpoint, "hub.", reader.pretrained)]
+    starts: list[tuple[Path | None, str, nn.Module]] = [
+        (config.trm_checkpoint, "adapters.", hybrid.adapters),
+        (config.reader_checkpoint, "hub.", reader.pretrained),
+    ]
     for path, prefix, module in starts:
         if path is None:
             continue
-        folder = resolve_checkpoint(path)
+        folder, own = resolve_checkpoint(path), module.state_dict()
         weights = _part(read_model(folder), prefix)
-        if prefix == "adapters.":  # those that both have
-            weights = {n: t for n, t in weights.items() if n.partition(".")[0] in hybrid.adapters}
-            held = {name.partition(".")[0] for name in weights}
-            own = {n: t for n, t in module.state_dict().items() if n.partition(".")[0] in held}
-        else:
-            own = module.state_dict()
+        if module is hybrid.adapters:  # those that both have, each as a whole
+            there, here = ({name.partition(".")[0] for name in names} for names in (weights, own))
+            both = tuple(f"{name}." for name in there & here)
+            weights, own = (
+                {n: t for n, t in tensors.items() if n.startswith(both)}
+                for tensors in (weights, own)
+            )
         check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
         module.load_state_dict(module.state_dict() | weights)
     return hybrid
@@ -334,19 +324,12 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
 
 
 def with_data_path(config: JointConfig) -> JointConfig:
-    """The configuration with `data_path` written into its table `data`; idempotent.
-
-    Raises:
-        DataError: the folder of a built data set cannot be read.
-        ConfigError: it contradicts `data.path`.
-    """
+    """The configuration with `data_path` written into its table `data`; idempotent."""
     source, data = config.data_path, config.data
     if source is None:
         return config
     folder = Path(source)
-    if source in BUNDLED or not any(
-        (folder / n).is_file() for n in ("base.safetensors", "meta.json")
-    ):
+    if source in BUNDLED or not (folder / FILE).is_file():
         changes: dict[str, Any] = {
             "subsets": (source,),
             "test_set": source if data.test_set == source else None,
@@ -399,14 +382,13 @@ def _check_kept_apart(config: JointConfig) -> None:
 
 def describe(config: Config) -> Table:
     """What a run would train: data, parameters, memory, length; writes nothing."""
-    built = config.data.path is not None and (config.data.path / "base.safetensors").is_file()
+    built = config.data.path is not None and (config.data.path / FILE).is_file()
     base = prepare(config.data if built else config.data.model_copy(update={"path": None}))
     with torch.device("meta"):
         trunk = new_trunk(config, base)
     tables = sum(getattr(trunk, name).numel() for name in TASK_TABLES)
     total = sum(p.numel() for p in trunk.parameters())
     schedule, training = config.training.schedule, config.training
-    length = f"{schedule.budget:.0f} s" if schedule.budget else f"{schedule.max_steps:,} steps"
     rows = {
         "tasks, pairs": f"{base.num_tasks:,}, {base.num_pairs:,}",
         "evaluated split": f"{base.meta.test_set} ({sum(base.meta.in_test_set)} tasks)",
@@ -415,15 +397,17 @@ def describe(config: Config) -> Table:
         "parameters": f"trunk {total - tables:,}, task embeddings {tables:,}",
         "memory": f"about {_memory(config, trunk) / 2**30:.1f} GiB per process",
         "batch": f"{training.tokens_per_batch:,} tokens x {training.grad_accum}",
-        "length": length,
+        "length": f"{schedule.budget:.0f} s"
+        if schedule.budget
+        else f"{schedule.max_steps:,} steps",
     }
     if isinstance(config, JointConfig):
-        rows["reader"] = "voice of the trunk"
         if not config.is_tiny:
             from arctrm.reader.hub_loading import empty_hub_model
 
             empty, width = empty_hub_model(config.hub)
             count = sum(p.numel() for p in empty.parameters())
+            rows["voices"] = "trm"
             rows["reader"] = f"{config.llama_model} ({config.hub.mode}), {count:,} of width {width}"
         if config.epochs is not None:
             rows["length"] = f"{config.epochs:,} epochs"
@@ -445,12 +429,3 @@ def _memory(config: Config, trunk: Trunk) -> float:
     if sizes.gradient_checkpointing:
         kept = sizes.hidden_size * sizes.depth + of_layer
     return 4 * numbers + (2 if torch.cuda.is_available() else 4) * kept * training.tokens_per_batch
-
-
-def _summary(run: Run, base: BaseSet) -> str:
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    return (
-        f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {trained:,} trained parameters; "
-        f"{run.accelerator.num_processes} process(es) on {run.accelerator.device.type}, "
-        f"{run.config.tokens_per_batch:,} tokens per batch"
-    )
