@@ -1,7 +1,4 @@
-"""The machine: files written as a whole, where a run came from, devices and their arithmetic.
-
-Nothing here loads torch before it is called.
-"""
+"""The machine: files written as a whole, where a run came from, devices; loads no torch itself."""
 
 import errno
 import json
@@ -157,7 +154,7 @@ def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> 
     if device.type == "cuda":
         is_new = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if is_new else torch.float32 if trains else torch.float16
-    can = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
     # With AMX it is faster; with AVX-512 alone on AMD (nearly twice), not on Intel (both measured).
     faster = can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in processor())
     return torch.bfloat16 if faster and not trains else torch.float32

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training_runs import flat, log_lines, new_run, saved_steps, small
+from training_runs import log_lines, new_run, saved_steps, small
 
 from arctrm.checkpoints import CheckpointMeta, read_meta, read_model
 from arctrm.config import ScheduleConfig, TrainingConfig
@@ -24,7 +24,6 @@ from arctrm.train.loop import (
     train_step,
 )
 from arctrm.train.run import pretrain
-from arctrm.train.tracking import Tracker
 
 # -- the schedule
 
@@ -239,9 +238,7 @@ def test_out_of_memory_names_the_key_and_a_smaller_value(tmp_path):
         train_step(run)
     for said in ("= 4096", "training.tokens_per_batch=2048", "training.grad_accum=6"):
         assert said in str(caught.value)
-    run.smallest_batch = 3000
-    with pytest.raises(ResourceError, match=r"trunk\.gradient_checkpointing=true"):
-        train_step(run)
+    assert run.step == 0
 
 
 # -- the clock of several processes
@@ -353,17 +350,3 @@ def test_a_captured_run_learns_what_an_eager_one_does(tmp_path):
         pretrain(small(tmp_path / graph, changes))
         losses.append([line["loss"] for line in log_lines(tmp_path / graph)])
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.2)
-    assert flat_of(tmp_path / "on").isfinite().all()
-
-
-def flat_of(out):
-    return torch.cat([tensor.flatten() for tensor in read_model(out).values()])
-
-
-def test_a_tracker_takes_what_the_loop_logs(tmp_path):
-    config = small(tmp_path)
-    run = new_run(tmp_path)
-    with Tracker(tmp_path, config.tracking, {}) as tracker:
-        train(run, tracker)
-    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
-    assert flat(run.model).isfinite().all()

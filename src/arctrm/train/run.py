@@ -125,8 +125,8 @@ def _train(config: Config, resume: bool) -> Accelerator:
             count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
             note(
                 f"{'resuming' if resume else 'training'} in {plain(config.out)}: "
-                f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {count:,} trained "
-                f"parameters; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+                f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {count:,} trained parameters; "
+                f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
                 f"{config.training.tokens_per_batch:,} tokens a batch"
             )
         step = run.step if resume else None
@@ -311,10 +311,8 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
         if module is hybrid.adapters:  # those that both have, each as a whole
             there, here = ({name.partition(".")[0] for name in names} for names in (weights, own))
             both = tuple(f"{name}." for name in there & here)
-            weights, own = (
-                {n: t for n, t in tensors.items() if n.startswith(both)}
-                for tensors in (weights, own)
-            )
+            weights = {name: t for name, t in weights.items() if name.startswith(both)}
+            own = {name: t for name, t in own.items() if name.startswith(both)}
         check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
         module.load_state_dict(module.state_dict() | weights)
     return hybrid
