@@ -86,6 +86,8 @@ class Muon(Optimizer):
             list(matrices), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         )
         self.dtype = dtype
+        for matrix in self.param_groups[0]["params"]:
+            self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -94,7 +96,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             matrices = group["params"]
             gradients = [p.grad for p in matrices]
-            momenta = [self._momentum(p) for p in matrices]
+            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             if group["weight_decay"]:
@@ -107,12 +109,6 @@ class Muon(Optimizer):
                     rate = group["lr"] * math.sqrt(max(1.0, num_rows / num_columns))
                     move_NRC = move_NRC.to(torch.float32, memory_format=torch.contiguous_format)
                     torch._foreach_add_([matrices[i] for i in alike], (move_NRC * -rate).unbind())
-
-    def _momentum(self, matrix: Tensor) -> Tensor:
-        state = self.state[matrix]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        return state["momentum_buffer"]
 
 
 def _by_shape(matrices: list[Tensor]) -> list[list[list[int]]]:

@@ -125,7 +125,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
             count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
             note(
                 f"{'resuming' if resume else 'training'} in {plain(config.out)}: "
-                f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs; {count:,} trained parameters; "
+                f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {count:,} parameters; "
                 f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
                 f"{config.training.tokens_per_batch:,} tokens a batch"
             )
