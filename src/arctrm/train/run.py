@@ -5,6 +5,7 @@ loop -> for `joint` with `evaluate`, the score of what was trained. `pretrain` t
 voice or both; `joint` a trunk in both, or a hub model, adapters and a trunk.
 """
 
+import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,9 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
     from arctrm.solve.evaluate import evaluate
     from arctrm.solve.results import UNFINISHED
 
+    gc.collect()  # what was captured gives its memory back
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     assert config.out is not None
     folder, trained_at = config.out / EVALUATION, time.monotonic()
     evaluate(config.eval_config(config.out, folder), resume=(folder / UNFINISHED).is_file())
