@@ -16,20 +16,20 @@ from arctrm.solve.questions import Key, Question, inverse_questions, questions
 from arctrm.solve.rank import asks_inverse
 from arctrm.solve.weights import Solver
 
-# TRM's first answer: seconds, share of the budget at most, supervision steps, views.
+# TRM's first answer: seconds, share of the budget at most, supervision steps, views. The reader's
+# first answer is given up after so many seconds, or so much of the budget if that is more.
 FIRST_SECONDS, FIRST_SHARE, FIRST_STEPS, FIRST_VIEWS = 1.2, 0.2, 4, 8
-# A reading that only learns its cost: output tokens; a token of a longer answer costs more.
-SAMPLE_TOKENS, LONGER = 16, 1.5
+LATE_SECONDS, LATE = 5.0, 1.05
+SAMPLE_TOKENS, LONGER = 16, 1.5  # a reading that learns its cost; longer ones cost more a token
 # Adaptation: a token trained, in tokens of TRM at most; held-out demonstration: views, share of the
 # time before it, of the rest that it may take; time kept for answers, of what they should take.
 TRAINING_PASSES, PROBE_VIEWS, PROBE_SHARE, PROBE_TIME, RESERVE = 4, 2, 0.5, 0.3, 1.2
-# Of the time left, at most: TRM's answers that the reader follows, a hub reader's planner, judging,
-# a batch of several views.
+# Of the time left: TRM's answers that the reader follows, a hub's planner, judging, several views.
 DRAFT_SHARE, PLAN_SHARE, JUDGE_SHARE, CHUNK_SHARE = 0.1, 0.3, 0.25, 0.5
 # Costs (measured): every token written is worth so many rows, beside the rows themselves, and as
 # much as so many tokens of a prompt; every pass over all layers, so many tokens beside its own.
 ROWS_OF_A_STEP, PROMPT_TOKENS, PASS_TOKENS = 8, 64, 64
-# What the very first batch on a GPU took to warm up: share of its time, seconds at most.
+# What the first batch on a GPU takes to warm up: share of its time, seconds at most.
 WARM_SHARE, WARM_SECONDS = 0.5, 1.0
 
 
@@ -100,9 +100,9 @@ class Session:
 
     def judging_seconds(self, share: float = JUDGE_SHARE) -> float:
         """What the judgement of the best should take: at most `share` of the time left."""
+        judge, asked = self.config.judge, self.questions(self.config.judge.scoring_views)
         if self.solver.reader is None:
             return 0.0
-        judge, asked = self.config.judge, self.questions(self.config.judge.scoring_views)
         likely = {one.key: [np.zeros(one.shape, np.uint8)] for one in asked}
         stages = [(asked, judge.scored_candidates)]
         if judge.inverse_weight and asks_inverse(self.solver):
@@ -114,8 +114,8 @@ class Session:
     @property
     def most_steps(self) -> int:
         """Supervision steps of an answer of TRM, at most."""
-        assert self.solver.refiner is not None
-        return self.config.inference.steps or self.solver.refiner.halt_max_steps
+        refiner = self.solver.refiner
+        return self.config.inference.steps or (refiner.halt_max_steps if refiner else 0)
 
 
 def reading_work(asked: Sequence[Question]) -> int:

@@ -220,7 +220,7 @@ class Answers:
 
 
 def answer_first(answers: Answers) -> None:
-    """TRM's answer to every test input, whatever the time, or the reader's under one view."""
+    """TRM's answer to every test input, or the reader's under one view, even if a little late."""
     session, solver = answers.session, answers.session.solver
     if solver.refiner is not None:
         seconds = min(budget.FIRST_SECONDS, budget.FIRST_SHARE * session.config.budget)
@@ -228,7 +228,8 @@ def answer_first(answers: Answers) -> None:
         return
     asked = session.questions(1)
     # Along nothing: what reading costs at most is learned from it.
-    _read(answers, asked, follow=False)
+    late = max(budget.LATE_SECONDS, budget.LATE * session.config.budget)
+    _read(answers, asked, follow=False, deadline=session.clock.begin + late)
     if not session.pass_seconds(1):
         TimedJudge(session)(asked, {key: [grid] for key, grid in answers.expected().items()})
 
@@ -260,9 +261,10 @@ def adapted(first: Answers) -> Answers:
         return first
     if session.solver.reader is not None and not clock.seconds("read"):
         # What reading costs, from the first tokens of an answer.
-        begin, one = time.monotonic(), session.questions(1)[0]
-        asked = [replace(one, room=budget.SAMPLE_TOKENS)]
-        write(session.solver.reader, asked, follow=False)
+        asked = [replace(session.questions(1)[0], room=budget.SAMPLE_TOKENS)]
+        begin = time.monotonic()
+        until = begin + budget.DRAFT_SHARE * clock.left()
+        write(session.solver.reader, asked, follow=False, deadline=until)
         seconds = budget.LONGER * (time.monotonic() - begin)
         clock.record("read", reading_work(asked), seconds, guess=True)
     session.tell("adapting")
@@ -300,7 +302,7 @@ def read_views(answers: Answers, asked: Sequence[Question], kept: float) -> None
         rest = asked[len(answers.drafts) :]
         if not (chunk := budget.next_views(rest, step, size, seconds, session.reading_seconds)):
             break
-        answers.drafts += _read(answers, chunk, deadline=clock.end if begun else math.inf)
+        answers.drafts += _read(answers, chunk, deadline=clock.end - kept * begun)
         session.tell(f"reading, view {len(answers.drafts) // step} of {len(asked) // step}")
 
 
@@ -308,11 +310,9 @@ def refine_views(answers: Answers, asked: Sequence[Question], kept: float) -> No
     """The same for TRM: it refines what the reader wrote, and answers what was not read alone."""
     session, num_refined = answers.session, 0
     refiner, clock, step = session.solver.refiner, session.clock, len(session.task.test)
-    if refiner is None:
-        return
     most = session.config.inference.tokens_per_batch or usual_tokens(session.solver.device)
     cost = lambda part: session.refining_seconds(part, session.most_steps, 2)
-    while num_refined < len(asked):
+    while refiner is not None and num_refined < len(asked):
         rest = asked[num_refined:]
         size = most // refining_work(rest[:1], 1, 2) if clock.seconds("refine") else step
         seconds = clock.left() - (kept if answers.complete else 0.0)
@@ -325,7 +325,7 @@ def refine_views(answers: Answers, asked: Sequence[Question], kept: float) -> No
 
 
 def _read(
-    answers: Answers, asked: Sequence[Question], follow: bool = True, deadline: float = math.inf
+    answers: Answers, asked: Sequence[Question], *, deadline: float, follow: bool = True
 ) -> list[Grid | None]:
     """What the reader writes, also into `answers`, and what it cost into the clock."""
     session, begin, expected = answers.session, time.monotonic(), answers.expected()
@@ -370,7 +370,7 @@ class TimedJudge:
         session, clock, reader = self.session, self.session.clock, self.session.solver.reader
         assert reader is not None
         groups = [list(own) for _, own in itertools.groupby(questions, lambda one: one.number)]
-        slow = lambda own: session.pass_seconds(judging_work(own, grids)) > clock.left()
+        slow = lambda own: session.pass_seconds(judging_work(own, grids)) >= clock.left()
         while groups and slow(groups[0]) and max(map(len, grids.values()), default=0) > 1:
             grids = {key: own[: -(-len(own) // 2)] for key, own in grids.items()}
         try:
