@@ -103,8 +103,8 @@ def solve(
             write_submission(out, tasks[:number], ranked)
         if stop is not None:
             raise stop
+    told = f"{sum(right)} of {len(right)} test inputs with a known answer solved"
     if check:
-        told = f"{sum(right)} of {len(right)} test inputs with a known answer solved"
         console().print(told if right else "no answer is known, so nothing is checked")
 
 
@@ -168,8 +168,7 @@ class Answers:
     """What one set of weights answered."""
 
     session: Session
-    steps: int = 0
-    """Optimiser steps of adaptation before."""
+    steps: int = 0  # optimiser steps of adaptation before
     leave_one_out: float | None = None
     candidates: dict[tuple[Key, str, int | None], Candidate] = field(default_factory=dict)
     """By test input, source and view: one that is asked again has one vote."""
@@ -255,8 +254,7 @@ def answer_by_trm(answers: Answers, until: float) -> None:
 
 def adapted(first: Answers) -> Answers:
     """Where adapted weights answer; `first` itself where nothing is adapted."""
-    session = first.session
-    clock, share = session.clock, share_of_adaptation(session)
+    session, clock, share = first.session, first.session.clock, share_of_adaptation(first.session)
     if not share or not clock.left():
         return first
     if session.solver.reader is not None and not clock.seconds("read"):
@@ -294,11 +292,11 @@ def read_views(answers: Answers, asked: Sequence[Question], kept: float) -> None
     session = answers.session
     reader, clock, step = session.solver.reader, session.clock, len(session.task.test)
     while reader is not None and len(answers.drafts) < len(asked):
-        begun = bool(answers.candidates)
+        begun = bool(answers.drafts)
         size = session.config.judge.batch_size or reader.batch_rows
-        if reader.follows_drafts and not answers.drafts:
+        if reader.follows_drafts and not begun:
             size = step  # which the others are likely to follow
-        seconds = clock.left() - kept if begun else math.inf
+        seconds = clock.left() - kept * begun if answers.candidates else math.inf
         rest = asked[len(answers.drafts) :]
         if not (chunk := budget.next_views(rest, step, size, seconds, session.reading_seconds)):
             break
@@ -370,6 +368,8 @@ class TimedJudge:
         session, clock, reader = self.session, self.session.clock, self.session.solver.reader
         assert reader is not None
         groups = [list(own) for _, own in itertools.groupby(questions, lambda one: one.number)]
+        if max(map(len, grids.values()), default=0) < 2:
+            groups = groups[:1]  # there is nothing to choose
         slow = lambda own: session.pass_seconds(judging_work(own, grids)) >= clock.left()
         while groups and slow(groups[0]) and max(map(len, grids.values()), default=0) > 1:
             grids = {key: own[: -(-len(own) // 2)] for key, own in grids.items()}
