@@ -1,6 +1,5 @@
 """The scripts in `benchmarks/`: what cannot be used of what the user gave is one line."""
 
-import hashlib
 import json
 import re
 import runpy
@@ -8,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from arctrm.data.sources import load_tasks
-from arctrm.invariants.shared import weights
-from arctrm.solving.kept import KEPT, write_candidates
-from arctrm.solving.vote import Candidate, vote
+from arctrm.invariants.task import weights
+from arctrm.solve.propose import Candidate
+from arctrm.solve.questions import Key
+from arctrm.solve.rank import vote
+from arctrm.solve.results import CANDIDATES, write_candidates
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RECIPE = str(FOLDER.parent / "configs" / "arc1_1h.toml")
@@ -22,9 +22,6 @@ RECIPE = str(FOLDER.parent / "configs" / "arc1_1h.toml")
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("trm_inference", ["--checkpoint", "NOWHERE"]),
-        ("grid_decoding", ["--checkpoint", "NOWHERE"]),
-        ("held_out_loss", ["NOWHERE"]),
         ("rankings", ["NOWHERE"]),
         ("invariant_weights", ["--tasks", "training", "--scores", "NOWHERE", "--recipe", RECIPE]),
     ],
@@ -35,12 +32,6 @@ def test_a_missing_checkpoint_is_one_line_and_exit_code_2(
     nowhere = str(tmp_path / "nowhere")
     given = [word.replace("NOWHERE", nowhere) for word in words]
     assert refusal(script, given, monkeypatch, capsys).startswith(f"error: {nowhere}")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_a_missing_gpu_is_one_line_and_exit_code_2(monkeypatch, capsys):
-    line = refusal("decode_attention", [], monkeypatch, capsys)
-    assert line.startswith("error: decode_attention: there is no CUDA device")
 
 
 def test_screening_asks_for_the_last_of_many_demonstrations_and_shows_no_test_pair(
@@ -91,28 +82,6 @@ def test_screening_averages_the_runs_that_are_there_and_names_one_that_fails(
     assert numbers["broken"] == ["1", "30.0", "60.0", "70.0", "-", "90.0"]
 
 
-def test_screening_shows_a_dash_where_a_run_was_too_short_to_be_measured(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    screen = runpy.run_path(str(FOLDER / "screen.py"))
-    arms = [screen["Arm"](name, ()) for name in ("short", "long")]
-    runs = [
-        screen["Run"](arm, seed, tmp_path / f"{arm.name}_{seed}") for arm in arms for seed in (0, 1)
-    ]
-    for run in runs:
-        run.scores.parent.mkdir(parents=True)
-        run.scores.write_text(
-            json.dumps({"task_fraction": dict.fromkeys(("pass@1", "pass@2", "pass@10"), 0.5)})
-        )
-        (run.folder / "weights").mkdir()
-        line = "" if run == runs[0] else '{"exact_match": 0.9}\n'
-        (run.folder / "weights" / "metrics.jsonl").write_text(line)
-    screen["print_table"](arms, runs, "2 test pairs")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {row[1]: row[-2] for row in rows if row[:1] == ["│"]} == {"short": "-", "long": "90.0"}
-
-
 @pytest.mark.parametrize(
     ("words", "got"),
     [
@@ -147,100 +116,6 @@ def test_unseen_refuses_what_it_would_answer_twice(words, got, tmp_path, monkeyp
     assert not out.exists()
 
 
-def test_unseen_refuses_more_tasks_than_the_weights_do_not_know(
-    trained, tmp_path, monkeypatch, capsys
-):
-    out = tmp_path / "unseen.jsonl"
-    given = ["--out", str(out), "--take", "training=9999", "--budget", "1"]
-    words = [*given, "--checkpoint", str(trained.run)]
-    line = refusal("unseen", words, monkeypatch, capsys)
-    assert line.startswith("error: --take training=9999: ")
-    assert line.endswith("; take no more than that, or from another source")
-    new = len(load_tasks("training")) - len(trained.known)
-    assert f" {new} of its tasks are new to " in line
-    assert not out.exists()
-
-
-def test_unseen_answers_the_first_unknown_tasks_by_hash_and_none_of_them_twice(
-    trained, write_tasks, tmp_path, monkeypatch, capsys
-):
-    source = str(write_tasks(tmp_path / "tasks", [*trained.known[:1], *trained.others]))
-    out = tmp_path / "there" / "unseen.jsonl"
-    given = ["--out", str(out), "--take", f"{source}=2", "--budget", "2"]
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def run(*more):
-        """The lines of the file, and how many of them were printed as they came."""
-        words = ["unseen", *given, "--checkpoint", str(trained.run), *more]
-        monkeypatch.setattr(sys, "argv", words)
-        runpy.run_path(str(FOLDER / "unseen.py"), run_name="__main__")
-        printed = capsys.readouterr().out.splitlines()
-        lines = out.read_text().splitlines()
-        return lines, sum(line in lines for line in printed)
-
-    first, printed = run("--part", "2/2")
-    assert (len(first), printed) == (1, 1)
-    both, printed = run()
-    assert (len(both), both[0], printed) == (2, first[0], 1)
-    assert run() == (both, 0)
-    ids = [task.id for task in trained.others]
-    ids.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    answers = [json.loads(line) for line in both]
-    assert [line["task"] for line in answers] == [ids[1], ids[0]]
-    by_id = {task.id: task for task in trained.others}
-    for line in answers:
-        assert (line["source"], line["budget"]) == (source, 2.0)
-        assert line["steps"] >= 0
-        assert 0 <= line["first"] <= line["right"] <= line["inputs"]
-        assert line["inputs"] == len(by_id[line["task"]].test)
-
-
-@pytest.mark.parametrize(
-    ("text", "begins", "ends"),
-    [
-        (
-            '{"weights": "runs/other", "source": "training"}\n',
-            "holds answers of runs/other, not of ",
-            "; give --out another file",
-        ),
-        (
-            '{"weights": "runs/other"}\n{"weights": "ru',
-            "cannot be read as lines of JSON (",
-            "; mend it, or give --out another file",
-        ),
-    ],
-    ids=["of another checkpoint", "half written"],
-)
-def test_unseen_leaves_alone_a_file_that_it_cannot_add_to(
-    trained, tmp_path, monkeypatch, capsys, text, begins, ends
-):
-    out = tmp_path / "unseen.jsonl"
-    out.write_text(text)
-    given = ["--out", str(out), "--take", "training=1", "--budget", "1"]
-    words = [*given, "--checkpoint", str(trained.run)]
-    line = refusal("unseen", words, monkeypatch, capsys)
-    assert line.startswith(f"error: {out}: {begins}")
-    assert line.endswith(ends)
-    assert out.read_text() == text
-
-
-def test_the_table_of_unseen_fits_80_columns(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    unseen = runpy.run_path(str(FOLDER / "unseen.py"))
-    counts = {"inputs": 3, "right": 3, "first": 1}
-    for source in ("evaluation2", "tasks/of/a/folder/with/a/long/name"):
-        line = {"source": source, "budget": 3600.0, **counts}
-        unseen["print_table"]([{**line, "steps": steps} for steps in (1001, 2000) * 200])
-        table = [row for row in capsys.readouterr().out.splitlines() if row[:1] in "┃│"]
-        assert max(map(len, table)) <= 80
-        assert "…" not in "".join(table)
-        heads = [head.strip() for head in table[0].strip("┃").split("┃")]
-        named = ["source", "budget", "tasks", "solved", "inputs", "right", "at first", "steps"]
-        assert heads == named
-        cells = [cell.strip() for cell in table[1].strip("│").split("│")]
-        assert cells[1:] == ["3600 s", "400", "400", "1200", "1200", "400", "1500.5"]
-
-
 def refusal(script, words, monkeypatch, capsys):
     """The one line that a script ends with."""
     monkeypatch.setattr(sys, "argv", [script, *words])
@@ -259,10 +134,12 @@ def test_invariants_are_weighed_by_what_right_and_wrong_grids_break(tmp_path, mo
         for index, pair in enumerate(task.test):
             wrong = pair.output.copy()
             wrong[0, 0] = (wrong[0, 0] + 5) % 10
-            own = [Candidate(wrong, 0.0), Candidate(wrong, 0.0), Candidate(pair.output, 0.0)]
-            ranked[task.id, index] = vote(own, seed=0)
+            key = Key(task.id, index)
+            grids = (wrong, wrong, pair.output)
+            own = [Candidate(key, grid, 0.0, "reader", view) for view, grid in enumerate(grids)]
+            ranked[key] = vote(own, seed=0)
     (tmp_path / "scores").mkdir()
-    write_candidates(tmp_path / "scores" / KEPT, tasks, ranked)
+    write_candidates(tmp_path / "scores" / CANDIDATES, tasks, ranked)
     words = ["--tasks", "training", "--scores", str(tmp_path / "scores"), "--recipe", RECIPE]
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["invariant_weights.py", *words, "--folds", "2"])
