@@ -241,13 +241,26 @@ def test_the_reader_follows_what_trm_answered(solver, trained, monkeypatch):
     assert all(np.array_equal(given[0][key], grid) for key, grid in best.items())
 
 
-def test_where_reading_takes_too_long_trm_answers_alone(solver, trained):
+def test_where_reading_takes_too_long_one_view_is_tried_and_trm_answers_the_rest(solver, trained):
     answers = Answers(session_of(solver, trained.known[1]))
     answer_first(answers)
     answers.session.clock.record("read", 1, 1000.0)
-    answer_later(answers)
-    assert {source for _, source, _ in answers.candidates} == {TRM}
-    assert len(answers.candidates) == 3
+    answers.session.clock.record("read", 1, 1000.0)
+    asked = answers.session.questions()
+    read_views(answers, asked[:1], 0.0)
+    answers.session.clock.record("read", 1, 1e6)
+    read_views(answers, asked, 0.0)
+    assert len(answers.drafts) == 1
+    refine_views(answers, asked, 0.0)
+    assert {view for _, source, view in answers.candidates if source == TRM} == {0, 1, 2}
+
+
+def test_where_all_steps_of_one_view_take_too_long_fewer_are_taken(solver, trained):
+    answers = Answers(session_of(solver, trained.known[1], config(budget=30.0)))
+    asked = answers.session.questions()
+    answers.session.clock.record("refine", room.refining_work(asked[:1], 1, 2), 12.0)
+    refine_views(answers, asked, 0.0)
+    assert {one.steps for one in answers.candidates.values()} == {1}
 
 
 def test_time_is_kept_for_the_judgement(solver, trained):
@@ -420,7 +433,7 @@ def test_a_bad_task_ends_the_run_before_anything_is_written(trained, write_tasks
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(trained, tmp_path, capsys):
     solve(quick(trained, tmp_path / "out"), str(trained.folder), dry_run=True)
     said = capsys.readouterr().out
-    assert "reader, trm" in said
+    assert "reader and trm" in " ".join(said.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -76,7 +76,7 @@ def solve(
         console().print(_table(solver, tasks, config))
         return
     if trace and not can_plan(solver):
-        note(plain(f"{solver.name}: reader and TRM do not answer together, so nothing is planned"))
+        note(plain(f"{solver.name}: reader and TRM do not answer together: nothing is planned"))
     if out is not None:
         with disk_errors(out):  # before the work: can the submission be written?
             out.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,6 @@ def solve(
 def _answered(
     solver: Solver, task: Task, config: SolveConfig, alone: bool
 ) -> tuple[list[Solution], Stopped | None]:
-    """Solutions of a task of the target, and the interrupt that came meanwhile."""
     try:
         return solve_task(solver, task, config, show_first=alone), None
     except Stopped as stop:
@@ -127,8 +126,8 @@ def _answered(
 def solve_task(
     solver: Solver, task: Task, config: SolveConfig, *, show_first: bool = False
 ) -> list[Solution]:
-    """Two grids and their evidence for every test input, within `config.budget` seconds. Raises
-    Stopped where Ctrl-C came when there was an answer already.
+    """Two grids and their evidence for every test input, within `config.budget` seconds; Stopped
+    is raised where Ctrl-C came when there was an answer already.
     """
     clock = Clock(config.budget, warms_up=solver.device.type == "cuda")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -235,8 +234,8 @@ def answer_first(answers: Answers) -> None:
 
 def answer_by_trm(answers: Answers, until: float) -> None:
     """One supervision step under one view, then as many views with a few as fit until `until`."""
-    session = answers.session
-    clock, refiner = session.clock, session.solver.speakers.alone
+    session, clock = answers.session, answers.session.clock
+    refiner = session.solver.speakers.alone
     assert refiner is not None
     one, on_gpu = session.questions(1), session.solver.device.type == "cuda"
     for asked in [one] if on_gpu else [[question] for question in one]:
@@ -291,16 +290,17 @@ def read_views(answers: Answers, asked: Sequence[Question], kept: float) -> None
     """Let the reader write view by view, while there is time, but for `kept` seconds."""
     session = answers.session
     reader, clock, step = session.solver.reader, session.clock, len(session.task.test)
-    while reader is not None and len(answers.drafts) < len(asked):
+    answered = bool(answers.candidates)
+    while reader and len(answers.drafts) < len(asked) and (clock.left() or not answered):
         begun = bool(answers.drafts)
         size = session.config.judge.batch_size or reader.batch_rows
         if reader.follows_drafts and not begun:
             size = step  # which the others are likely to follow
-        seconds = clock.left() - kept * begun if answers.candidates else math.inf
+        seconds = clock.left() - kept if begun else math.inf  # one view is tried in any case
         rest = asked[len(answers.drafts) :]
         if not (chunk := budget.next_views(rest, step, size, seconds, session.reading_seconds)):
             break
-        answers.drafts += _read(answers, chunk, deadline=clock.end - kept * begun)
+        answers.drafts += _read(answers, chunk, deadline=clock.end - kept * answered)
         session.tell(f"reading, view {len(answers.drafts) // step} of {len(asked) // step}")
 
 
@@ -309,7 +309,10 @@ def refine_views(answers: Answers, asked: Sequence[Question], kept: float) -> No
     session, num_refined = answers.session, 0
     refiner, clock, step = session.solver.refiner, session.clock, len(session.task.test)
     most = session.config.inference.tokens_per_batch or usual_tokens(session.solver.device)
-    cost = lambda part: session.refining_seconds(part, session.most_steps, 2)
+    steps, usual = session.most_steps, session.config.inference.steps
+    cost = lambda part: session.refining_seconds(part, steps, 2)
+    while steps > 1 and cost(asked[:step]) > clock.left() - kept:
+        steps = usual = steps // 2  # rather than no view at all
     while refiner is not None and num_refined < len(asked):
         rest = asked[num_refined:]
         size = most // refining_work(rest[:1], 1, 2) if clock.seconds("refine") else step
@@ -317,7 +320,7 @@ def refine_views(answers: Answers, asked: Sequence[Question], kept: float) -> No
         if not (chunk := budget.next_views(rest, step, max(size, step), seconds, cost)):
             break
         drafts = (answers.drafts[num_refined:] + [None] * len(chunk))[: len(chunk)]
-        _refine(answers, refiner, chunk, drafts, session.config.inference.steps)
+        _refine(answers, refiner, chunk, drafts, usual)
         num_refined += len(chunk)
         session.tell(f"refining, view {num_refined // step} of {len(asked) // step}")
 
@@ -343,7 +346,6 @@ def _refine(
     drafts: Drafts | None,
     num_steps: int | None,
 ) -> None:
-    """TRM's candidates into `answers`, and what they cost into the clock."""
     session, begin = answers.session, time.monotonic()
     tokens = session.config.inference.tokens_per_batch
     answers.add(refine(refiner, asked, drafts, num_steps=num_steps, tokens_per_batch=tokens))
@@ -387,11 +389,9 @@ class TimedJudge:
 
 
 def _table(solver: Solver, tasks: Sequence[Task], config: SolveConfig) -> Table:
-    """What `solve` would run."""
     table = Table(title="solve (dry run)", title_justify="left", show_header=False)
     for row in (
-        ("checkpoint", plain(solver.name)),
-        ("voices", ", ".join(solver.voices)),
+        ("checkpoint, voices", plain(f"{solver.name}, {' and '.join(solver.voices)}")),
         ("tasks, test inputs", f"{len(tasks)}, {sum(len(task.test) for task in tasks)}"),
         ("known to the model", str(sum(solver.row_of(task) is not None for task in tasks))),
         ("time at most", f"{len(tasks) * config.budget / 60:.1f} min"),
