@@ -15,12 +15,11 @@ import time
 
 from arctrm.cli.threads import SPINS
 
-WIDTH, INNER = 640, 1728
+WIDTH, INNER, LOOP = 640, 1728, "while True: pass"
 ROWS = {
     "libgomp's default": {},
     "sleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
     f"spin {SPINS} rounds (arctrm)": {"GOMP_SPINCOUNT": str(SPINS)},
-    "spin 10,000 rounds": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 SETTINGS = {name for settings in ROWS.values() for name in settings}
@@ -61,14 +60,12 @@ def main() -> None:
     if options.child:
         print(layers_per_second(options.tokens, options.seconds))
         return
-    child = [sys.executable, __file__, "--child", "--tokens", str(options.tokens)]
-    child += ["--seconds", str(options.seconds)]
+    child = [sys.executable, __file__, "--child", *sys.argv[1:]]
     environ = {key: value for key, value in os.environ.items() if key not in SETTINGS}
     best = {(name, others): 0.0 for name in ROWS for others in (0, options.busy)}
     for _ in range(options.rounds):
         for name, others in best:
-            spin = [sys.executable, "-c", "while True: pass"]
-            busy = [subprocess.Popen(spin) for _ in range(others)]
+            busy = [subprocess.Popen([sys.executable, "-c", LOOP]) for _ in range(others)]
             told = subprocess.check_output(child, env=environ | ROWS[name], text=True)
             for process in busy:
                 process.kill()
