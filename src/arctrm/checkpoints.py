@@ -1,17 +1,9 @@
 """Checkpoints: safetensors and JSON, written aside and renamed, read back strictly.
 
-A checkpoint is a folder `<run>/checkpoints/step_00001234/`:
-
-    checkpoint.json        step, config, tasks, revision, and how large every other file must be
-    model.safetensors      "weights.*" as trained, "ema.*" their moving average
-    trainer.safetensors    optimisers and whatever else all processes share
-    rank_<k>.safetensors   per process: random state, carry
-
-A folder under its final name is complete: until the rename it is called `.tmp-step_...`. A bundle
-is the same folder without trainer and rank files; its matrices are 8-bit ("scales.*" beside
-"weights.*"). Names of weights begin with `trunk.`, `adapters.` or `hub.`. Nothing is unpickled, and
-loading never adapts silently: whatever differs is an error that names both sides.
-
+A checkpoint is a folder `<run>/checkpoints/step_00001234/` of `checkpoint.json`, `model.safetensors`
+("weights.*" as trained, "ema.*" their moving average), `trainer.safetensors` (what all processes
+share) and `rank_<k>.safetensors` (each its own). Until it is complete it is called `.tmp-step_...`.
+A bundle has neither trainer nor rank files, and 8-bit matrices ("scales.*"). Nothing is unpickled.
 `python -m arctrm.checkpoints RUN OUT` exports a bundle.
 """
 
@@ -25,22 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from arctrm import __version__
-from arctrm.config.base import StrictModel
-from arctrm.config.data import DataConfig
-from arctrm.config.model import (
+from arctrm.config import (
     TINY,
     CouplingConfig,
+    DataConfig,
     HubConfig,
     ReaderConfig,
     TRMConfig,
     TrunkConfig,
 )
+from arctrm.config.base import StrictModel
 from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
@@ -53,14 +45,13 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 META, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
 OLDER = "arctrm of commit 4e986ca"
-"""The last that reads and writes version 1."""
 RETIRED: dict[str, object] = {
     "reader.sequence": "pair",
     "reader.input_attention": "full",
     "reader.task_embedding": True,
     "reader.dropout": 0.0,
 }
-"""Key of a stored configuration that is no more -> the one value at which it is passed over."""
+"""Keys of a stored configuration that are gone -> the one value at which each is passed over."""
 _ASIDE = ".tmp-"
 
 
@@ -97,18 +88,16 @@ class CheckpointMeta(StrictModel):
     config: dict[str, Any]  # resolved
     voices: tuple[Literal["reader", "trm"], ...]  # of the trunk, that were trained
     task_ids: tuple[str, ...]
-    """Row of the task embeddings to task id."""
+    """Of each row of the task embeddings; beside it the fingerprint of its demonstrations."""
     task_fingerprints: tuple[str, ...]
-    """Row of the task embeddings to the fingerprint of the task's demonstrations."""
     git_revision: str = "unknown"
     data_fingerprint: str = ""
-    notes: dict[str, Any] = Field(default_factory=dict)
-    """Free: where the weights started, scores, a model card."""
+    notes: dict[str, Any] = Field(default_factory=dict)  # where the weights started, a model card
 
     world_size: int = Field(1, ge=1)  # processes that wrote it
     ema: bool = False  # model.safetensors holds a moving average beside the weights
     int8_group: int | None = Field(None, ge=1, le=2**16)
-    """Columns of a row that share a scale in the matrices stored as integers; None: no integers."""
+    """Columns that share a scale in the matrices stored as integers; None: no integers."""
     files: dict[str, int] = Field(default_factory=dict)  # name to size in bytes
     arctrm_version: str = ""
     torch_version: str = ""
@@ -135,16 +124,14 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint meant by a run folder (its latest), a checkpoint or a bundle folder."""
-    if (path / META).is_file():
-        return path
-    latest = latest_checkpoint(path)
-    if latest is None:
+    found = path if (path / META).is_file() else latest_checkpoint(path)
+    if found is None:
         what = "no checkpoint" if path.is_dir() else "not a folder"
         raise CheckpointError(
             f"{path}: {what}; give a run folder (with checkpoints/step_...), a checkpoint folder "
             f"or a bundle folder (with {META} and {MODEL})"
         )
-    return latest
+    return found
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -161,23 +148,21 @@ def read_model(
 ) -> dict[str, Tensor]:
     """Weights of a run's latest checkpoint, a checkpoint or a bundle: float32 on the CPU.
 
-    With `ema`, the moving average; the weights as trained where the run kept no average. Names and
-    shapes that are `expected` are compared before a tensor is read. `part`: only names that begin
-    so. Errors: a file is missing, truncated, or not what the metadata or you expect.
+    With `ema` the moving average, if there is one. `part`: only names that begin so. Names and
+    shapes that are `expected` are compared before a tensor is read.
     """
     folder = resolve_checkpoint(path)
     told, meta = _read(folder)
 
     def of_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        new = upgraded(told, tensors, folder)[1]
-        return {name: tensor for name, tensor in new.items() if name.startswith(part)}
+        own = _trunk_of_version_1(told, tensors) if told["version"] == 1 else tensors
+        return {name: tensor for name, tensor in own.items() if name.startswith(part)}
 
-    def check(header: dict[str, Tensor]) -> None:
+    def check(header: Mapping[str, Tensor]) -> None:
         if expected is not None:
             check_names(expected, of_part(header), folder / MODEL)
 
-    prefix = "ema." if ema and meta.ema else "weights."
-    tensors = _load(folder, MODEL, meta, prefix, check)
+    tensors = _load(folder, MODEL, meta, "ema." if ema and meta.ema else "weights.", check)
     scales = _load(folder, MODEL, meta, "scales.")
     tensors = dequantise_all(tensors, scales, meta.int8_group, folder / MODEL)
     return of_part({name: tensor.float() for name, tensor in tensors.items()})
@@ -227,18 +212,22 @@ def check_names(
         )
 
 
-# --- Version 1
+# --- Version 1: a tiny reader becomes a trunk whose TRM voice is untrained; all else goes
+
+_RENAMED = {
+    r"^llama\.(model\.)?|self_attn\.|mlp\.|\.weights$": "",
+    r"^(embed_tokens|norm)\.weight": r"\1",
+    r"input_layernorm\.weight": "input_norm",
+    r"post_attention_layernorm\.weight": "post_norm",
+    r"^lm_head": "head",
+    r"^injection\.": "injections.",
+    r"^puzzle_emb": "task_emb",
+    r"^colour_flag_emb": "colours_emb",
+}
+_FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
-def upgraded(
-    told: dict[str, Any], tensors: Mapping[str, Tensor], where: Path
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Metadata and weights of version 1 as version 2 has them; those of version 2 as they are.
-
-    A tiny reader becomes a trunk whose TRM voice is untrained; a TRM and adapters beside it go.
-    """
-    if told["version"] != 1:
-        return told, dict(tensors)
+def _meta_of_version_1(told: dict[str, Any], where: Path) -> dict[str, Any]:
     config, notes = told["config"], told["notes"]
     is_joint, reader = "coupling" in config, config.get("reader", {})
     kind = config.get("llama_model") if is_joint else config.get("model")
@@ -247,56 +236,38 @@ def upgraded(
     said = notes.get("parts", {}).get("reader", {})  # of a hybrid: how its reader was trained
     data = {**config["data"], "scaling": reader["scaling"]}
     tables = (("trunk", TrunkConfig, reader), ("reader", ReaderConfig, reader))
-    new = {key: told[key] for key in CheckpointMeta.model_fields if key in told} | {
+    trained = {
+        table: {key: held[key] for key in model.model_fields if key in held}
+        for table, model, held in (*tables, ("data", DataConfig, data))
+    }
+    return {key: told[key] for key in CheckpointMeta.model_fields if key in told} | {
         "version": FORMAT_VERSION,
         **{key: said.get(key, told[key]) for key in ("step", "elapsed", "examples")},
-        "config": {
-            "seed": said.get("seed", config["seed"]),
-            "voice": "reader",
-            "trm": {},
-            **{
-                table: {key: held[key] for key in model.model_fields if key in held}
-                for table, model, held in (*tables, ("data", DataConfig, data))
-            },
-        },
+        "config": {"seed": said.get("seed", config["seed"]), "voice": "reader", "trm": {}}
+        | trained,
         "voices": ("reader",),
         "task_fingerprints": notes["task_fingerprints"],
         "notes": {"upgraded": "from version 1: the TRM voice is untrained", "reader": said},
         "files": {name: record["size"] for name, record in told["files"].items()},
     }
-    first = "reader." if is_joint else ""
-    old = {name.removeprefix(first): t for name, t in tensors.items() if name.startswith(first)}
-    return new, _trunk_of_version_1(old) if tensors else {}
 
 
-_RENAMED = (
-    (r"^llama\.(model\.)?|self_attn\.|mlp\.|\.weights$", ""),
-    (r"^(embed_tokens|norm)\.weight", r"\1"),
-    (r"input_layernorm\.weight", "input_norm"),
-    (r"post_attention_layernorm\.weight", "post_norm"),
-    (r"^lm_head", "head"),
-    (r"^injection\.", "injections."),
-    (r"^puzzle_emb", "task_emb"),
-    (r"^colour_flag_emb", "colours_emb"),
-)
-_FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
-
-
-def _trunk_of_version_1(old: dict[str, Tensor]) -> dict[str, Tensor]:
-    trunk = dict(old)
-    for pattern, new in _RENAMED:
+def _trunk_of_version_1(told: dict[str, Any], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    first = "reader." if "coupling" in told["config"] else ""
+    trunk = {name.removeprefix(first): t for name, t in old.items() if name.startswith(first)}
+    for pattern, new in _RENAMED.items():
         trunk = {re.sub(pattern, new, name): tensor for name, tensor in trunk.items()}
     for fused, parts in _FUSED.items():
-        for first in [name for name in trunk if name.endswith(f".{parts[0]}.weight")]:
-            names = [first.replace(parts[0], part) for part in parts]
-            if all(name in trunk for name in names):  # else whoever loads the trunk says so
-                joined = torch.cat([trunk.pop(name) for name in names])
-                trunk[first.replace(parts[0], f"{fused}_proj")] = joined
-    norm, head, tasks = (trunk[name] for name in ("norm", "head.weight", "task_emb"))
+        for name in [name for name in trunk if name.endswith(f".{parts[0]}.weight")]:
+            names = [name.replace(parts[0], part) for part in parts]
+            if all(part in trunk for part in names):  # else whoever loads the trunk says so
+                joined = torch.cat([trunk.pop(part) for part in names])
+                trunk[name.replace(parts[0], f"{fused}_proj")] = joined
+    norm, tasks = trunk["norm"], trunk["task_emb"]
     trunk.pop("mosaic_emb", None)
     trunk = {"inverse_emb": torch.zeros_like(tasks), "scale_emb": tasks[:0]} | trunk
     trunk |= {
-        "own_head.weight": head[:NUM_COLOURS].clone(),
+        "own_head.weight": trunk["head.weight"][:NUM_COLOURS].clone(),
         "halt_head.weight": norm.new_zeros(1, len(norm)),
         "halt_head.bias": norm.new_full((1,), HALT_BIAS),
         "feedback.layers.0.weight": norm.new_zeros(len(norm), len(norm)),
@@ -319,11 +290,8 @@ def write_checkpoint(
 ) -> Path:
     """Write `<run>/checkpoints/step_<meta.step>` so that a kill at any moment loses nothing.
 
-    Every process calls this with its own `rank_state`; only process 0 writes the rest: `model`
-    ("weights.*" and "ema.*"), `trainer` (what all share), the metadata.
-
-    Raises:
-        ResourceError, CheckpointError: as `system.disk_errors`; older checkpoints are whole.
+    Every process calls this with its own `rank_state`; process 0 writes the rest, too. Older
+    checkpoints stay whole where the disk refuses (`system.disk_errors`).
     """
     parent = run / "checkpoints"
     final = parent / f"step_{meta.step:08d}"
@@ -358,8 +326,8 @@ def write_checkpoint(
 
 
 def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
-    """Write what solving needs of a checkpoint to the new folder `out`: the moving average, where
-    there is one; matrices in 8 bits, the rest in bfloat16. `notes` are added to the metadata.
+    """Write what solving needs to the new folder `out`: the moving average, where there is one;
+    matrices in 8 bits, the rest in bfloat16. `notes` are added to the metadata.
     """
     folder = resolve_checkpoint(checkpoint)
     meta, tensors = read_meta(folder), {}
@@ -418,10 +386,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         if told["version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file}: format version {told['version']} is newer than {FORMAT_VERSION}, the "
-                "newest this arctrm reads; upgrade arctrm"
-            )
+            raise CheckpointError(f"{file}: format version {told['version']}; upgrade arctrm")
         for key, value in RETIRED.items():
             table, _, name = key.partition(".")
             got = told["config"].get(table, {}).pop(name, value)
@@ -429,18 +394,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
                 raise CheckpointError(
                     f"{folder}: {key} = {got!r}, where only {value!r} is left; {OLDER} reads it"
                 )
-        meta = CheckpointMeta.model_validate(upgraded(told, {}, folder)[0])
+        meta = CheckpointMeta.model_validate(
+            _meta_of_version_1(told, folder) if told["version"] == 1 else told
+        )
         Trained.model_validate(meta.config)
-        if len(meta.task_ids) != len(meta.task_fingerprints):
-            raise ValueError(f"{len(meta.task_fingerprints)} fingerprints of {len(meta.task_ids)}")
         return told, meta
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if isinstance(error, ValueError) else repr(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{file}: not a checkpoint's metadata ({reason}); use another checkpoint"
         ) from error
@@ -451,31 +411,22 @@ def _load(
     name: str,
     meta: CheckpointMeta,
     prefix: str = "",
-    check: Callable[[dict[str, Tensor]], None] = lambda header: None,
+    check: Callable[[Mapping[str, Tensor]], None] = lambda header: None,
 ) -> dict[str, Tensor]:
-    """Tensors of a file that begin with `prefix`, which is removed; `check` sees them before they
-    are read, on the meta device.
-    """
+    """Tensors whose names begin with `prefix`, which is removed; `check` sees their shapes first."""
     path, size = folder / name, meta.files.get(name)
     if size is None:
-        raise CheckpointError(
-            f"{folder}: has no {name}, so training cannot resume from it; give a checkpoint folder "
-            "that training wrote"
-        )
+        raise CheckpointError(f"{folder}: has no {name}; give a checkpoint that training wrote")
     try:
-        got = path.stat().st_size
-        if got != size:
-            what = "truncated" if got < size else "not the file that was written"
-            problem = f"{path}: {what} ({got} bytes, {size} expected); use another checkpoint"
-            raise CheckpointError(problem)
+        if (got := path.stat().st_size) != size:
+            raise OSError(f"{got} bytes instead of {size}")
         with safe_open(path, framework="pt") as file:
             held = {n.removeprefix(prefix): n for n in file.keys() if n.startswith(prefix)}  # noqa: SIM118
             shapes = {name: file.get_slice(n).get_shape() for name, n in held.items()}
             check({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
             return {name: file.get_tensor(n) for name, n in held.items()}
     except (OSError, SafetensorError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({error})"
-        raise CheckpointError(f"{path}: {what}; use another checkpoint") from error
+        raise CheckpointError(f"{path}: missing or damaged ({error})") from error
 
 
 if __name__ == "__main__":

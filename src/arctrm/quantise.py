@@ -1,8 +1,7 @@
 """Matrices as 8-bit integers with scales: half of bfloat16, for bundles.
 
 Every `GROUP` columns of a row share a scale (symmetric: the largest magnitude becomes 127), which
-leaves a fifth less error than one scale for the whole row and costs 3% more room. Only storage is
-so narrow; what is read back is float32.
+leaves a fifth less error than one scale for the whole row. What is read back is float32.
 
 Legend: N rows, M columns, G groups of columns.
 """
@@ -22,9 +21,8 @@ LARGEST = 127
 
 
 def is_quantised(name: str, tensor: Tensor) -> bool:
-    """Whether a bundle stores this tensor in 8 bits: matrices of layers, and task tables.
-
-    (They make up nearly all of a trunk. Weights of a hub model keep their own arithmetic.)
+    """Whether a bundle stores this tensor in 8 bits: matrices of layers, and task tables, but not
+    those of a hub model.
     """
     large = ".layers." in f".{name}" or name.endswith(TASK_TABLES)
     own = not name.startswith("hub.")
@@ -49,28 +47,20 @@ def dequantise(integers: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
 def dequantise_all(
     tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], group: int | None, path: Path
 ) -> dict[str, Tensor]:
-    """All tensors of the file `path`: those that have scales as float32, the others as they are.
-
-    `group` None: there should be no integers.
+    """All tensors of the file `path`: integers as float32, the others as they are.
 
     Raises:
-        CheckpointError: integers without scales or `group`, or scales that fit no integers.
+        CheckpointError: integers without scales that fit (`group` None: any), scales of others.
     """
-    integers = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
-    unexpected = sorted(integers | scales.keys() if group is None else integers ^ scales.keys())
-    if unexpected:
-        raise CheckpointError(
-            f"{path}: {unexpected[0]!r} is not stored as checkpoint.json says (int8_group = "
-            f"{group}); use another checkpoint"
-        )
     found = dict(tensors)
-    for name in integers if group else ():
-        assert group is not None
-        shape, got = tuple(tensors[name].shape), tuple(scales[name].shape)
-        if len(shape) != 2 or got != (shape[0], -(-shape[1] // group)):
+    integers = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
+    for name in sorted(integers | scales.keys()):
+        shape, got = (list(x[name].shape) if name in x else [] for x in (tensors, scales))
+        wanted = [shape[0], -(-shape[1] // group)] if group and len(shape) == 2 else None
+        if group is None or name not in integers or got != wanted:
             raise CheckpointError(
-                f"{path}: scales of shape {got} do not fit {name!r} of shape {shape} with one "
-                f"scale for {group} columns of a row; use another checkpoint"
+                f"{path}: {name!r} {shape} with scales {got} is not stored as checkpoint.json says "
+                f"(int8_group = {group}); use another checkpoint"
             )
         found[name] = dequantise(tensors[name], scales[name], group)
     return found

@@ -1,11 +1,10 @@
 """The reader's drafts of training pairs: decoded now and then, kept on the device, shown to TRM.
 
 A draft is what the reader itself wrote, never the target: a teacher-forced state would leak the
-answer. It is stored in the task's own colours and orientation, beside the true pairs, so that any
-view of it can be shown by the same arithmetic that shows a view of a pair.
+answer. It is stored in the task's own colours and orientation, so any view of it can be shown.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,45 +24,37 @@ from arctrm.train.source import OUTPUT
 ROOM = MAX_SIDE * MAX_SIDE
 """Cells kept for each draft."""
 SPARE_SIDE = 2
-"""Rows and columns by which a draft may be larger than the answer: what is longer is wrong whatever
-it says; some room keeps wrong sizes possible."""
+"""Rows and columns by which a draft may be larger than the answer: longer ones are wrong anyway."""
 
 
 class Question(NamedTuple):
-    """What a reader is asked: the output of the last pair of a sequence."""
+    """What a reader is asked: the output of the last pair of a sequence, as the view shows it."""
 
     view: View
-    pairs: tuple[Pair, ...]
-    """Pairs that come before in the sequence, as the view shows them (hub readers)."""
+    pairs: tuple[Pair, ...]  # that come before in the sequence (hub readers)
     query: Grid
-    """The input as the view shows it."""
     condition: Condition
-    answer: Grid
-    """As the view shows it; the reader does not see it."""
+    answer: Grid  # which the reader does not see
 
 
 def questions_of(base: BaseSet, rows_NKC: Tensor) -> list[Question]:
     """The questions of sequences (not shown larger, none inverse)."""
     found = []
     for rows in rows_NKC.cpu():
-        last = rows[-1]
+        last, there = rows[-1], rows[rows[:, layout.LENGTH] > 0][:-1]
         view = View(int(last[layout.DIHEDRAL]), tuple(last[layout.COLOURS].tolist()))
-        pairs = [base.pair(int(row[layout.PAIR])) for row in rows if row[layout.LENGTH] > 0]
-        *before, asked = (
-            Pair(*(view.apply(g) for g in (pair.input, pair.output) if g is not None))
-            for pair in pairs
-        )
+        *before, asked = (base.pair(int(row[layout.PAIR])) for row in (*there, last))
         assert asked.output is not None
+        query, answer = view.apply(asked.input), view.apply(asked.output)
         condition = Condition(*last[:NUM_CONDITIONS].tolist())
-        found.append(Question(view, tuple(before), asked.input, condition, asked.output))
+        pairs = [Pair(view.apply(p.input), view.apply(cast(Grid, p.output))) for p in before]
+        found.append(Question(view, tuple(pairs), query, condition, answer))
     return found
 
 
 class DraftPool:
-    """One draft for each pair of the sequences' source, whose tables it extends by the drafts.
-
-    Draft of pair p is row `num_pairs + p` of `source.pairs`: the pair's input, and as its output
-    the draft.
+    """One draft for each pair of the sequences' source, whose tables it extends: row
+    `num_pairs + p` of `source.pairs` has the input of pair p, and as its output the draft.
     """
 
     def __init__(self, sequences: Sequences, config: TRMConfig, reader: Reader):
@@ -111,42 +102,35 @@ class DraftPool:
     @torch.no_grad()
     def refresh(self, count: int) -> float:
         """Draft at most `count` pairs anew, drawn by their weights, each under a random view; the
-        share of drafts that are right.
-
-        Random numbers come from torch's generator of the device, so that a resumed run goes on.
+        share of drafts that are right. Random numbers are torch's, so that a resumed run goes on.
         """
         uniform = torch.rand(count, device=self.source.device, dtype=torch.float64)
         chosen = self.source.draw_pairs(uniform).unique()
-        asked, reader = self.questions(chosen), self.reader
-        prompts = [reader.prompt(one.query, one.condition, one.pairs) for one in asked]
+        rows, reader = self.rows(chosen), self.reader
+        fits = rows[:, -1, layout.LENGTH] > 0
+        asked = questions_of(self.source.base, rows[fits])
         temperature = self.config.draft_temperature
+        sides = ([min(MAX_SIDE, side + SPARE_SIDE) for side in one.answer.shape] for one in asked)
         found = decode(
             reader,
-            prompts,
+            [reader.prompt(one.query, one.condition, one.pairs) for one in asked],
             mode="sampled" if temperature else "greedy",
             temperature=temperature or 1.0,
             seed=int(torch.randint(2**31, (), device=self.source.device)),
-            max_output_tokens=[_bound(one) for one in asked],
+            max_output_tokens=[grid_length(*side) + 1 for side in sides],
         )
         num_right = 0
-        for pair, question, one in zip(chosen.tolist(), asked, found, strict=True):
+        for pair, question, one in zip(chosen[fits].tolist(), asked, found, strict=True):
             right = one.grid is not None and np.array_equal(one.grid, question.answer)
             self.write(pair, None if one.grid is None else question.view.inverse(one.grid), right)
             num_right += right
         return num_right / max(len(found), 1)
 
-    def questions(self, chosen: Tensor) -> list[Question]:
-        """A question for each of the pairs: a random view and what comes before, as in training."""
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Sequences that end with each of the pairs: a random view and what comes before, as in
+        training; the last has no tokens where it does not fit.
+        """
         uniform = torch.rand(2, len(chosen), device=self.source.device, dtype=torch.float64)
         views = self.source.draw_views(self.source.pairs[chosen, 0], uniform[0])
-        pairs = chosen[:, None]
-        if self.sequences.num_pairs > 1:
-            others = self.sequences.others(chosen, uniform[1])[:, : self.sequences.num_pairs - 1]
-            pairs = torch.cat((others, pairs), dim=1)
-        return questions_of(self.source.base, self.sequences.sequences(pairs, *views))
-
-
-def _bound(question: Question) -> int:
-    """Tokens that a draft may have."""
-    height, width = (min(MAX_SIDE, side + SPARE_SIDE) for side in question.answer.shape)
-    return grid_length(height, width) + 1
+        pairs = self.sequences.with_others(chosen, uniform[1])
+        return self.sequences.sequences(pairs, *views)

@@ -1,16 +1,8 @@
-"""One joint training step with a hub reader: reader, adapters and TRM on one batch.
+"""One joint training step with a hub reader: reader, adapters and TRM, gradients from end to end.
 
-    the reader reads sequences, drafts shown -> adapters -> TRM refines, a loss after every
-    supervision step -> its answer and states, as a soft prefix -> the reader writes behind it
-
-A sequence is K pairs of one task under one view. It is read once. The states give the reader's own
-loss on outputs, and every pair is a row of TRM, which hears what stands before its own output: so
-each pair is a held-out question. The last pair may show the reader's draft instead of its output;
-then TRM hears the draft, too. The reader is run anew in every step, so its states are never stale,
-and gradients go from end to end. What TRM is told, and what the reader writes behind, are computed
-by the functions that answering uses (`model.hybrid`).
-
-Shapes follow the batch: a hub model pads, so there is no CUDA graph to keep them still for.
+A sequence is K pairs of one task under one view, read once and anew in every step. Every pair is a
+row of TRM, which hears what stands before its own output: a held-out question. The last pair may
+show the reader's draft instead of its output. TRM refines; behind what it says the reader writes.
 
 Legend: N sequences, K pairs in each, R rows (pairs that are there), T tokens, H reader's width.
 """
@@ -26,13 +18,12 @@ from arctrm.errors import ConfigError
 from arctrm.model.hybrid import AskedInContext, Heard, Hybrid
 from arctrm.model.layout import CHOICES, VOCABULARY, prompt
 from arctrm.model.trm import Prediction
-from arctrm.reader.hub import HubReader
 from arctrm.train.drafts import DraftPool, questions_of
 from arctrm.train.losses import IGNORE, RowCounts, halting_loss, halting_mean, row_counts
 from arctrm.train.refining import Questions, draw_drafted, questions, with_drafts
 from arctrm.train.sequences import INDEX, LENGTH, Batch, Sequences
 from arctrm.train.source import PairSource
-from arctrm.train.steps import COUNTS, READER, TRM, Step, count, metrics_of, new_counts, room_for
+from arctrm.train.steps import COUNTS, READER, TRM, Step, metrics_of, room_for
 
 
 class JointBatch(NamedTuple):
@@ -48,61 +39,36 @@ class JointBatch(NamedTuple):
     """The same pairs for TRM."""
 
 
-class JointStep:
+class JointStep(Step):
     """Adds the gradient of one batch of sequences to reader, adapters and trunk."""
 
-    begin, end = 0.0, 1.0
-
-    def __init__(
-        self,
-        hybrid: Hybrid,
-        sequences: Sequences,
-        config: JointConfig,
-        drafts: DraftPool | None = None,
-    ):
+    def __init__(self, hybrid: Hybrid, sequences: Sequences, config: JointConfig):
         """`sequences` are what the reader reads, without scaling and inverse tasks."""
-        self.hybrid, self.sequences, self.drafts = hybrid, sequences, drafts
-        self.keeper = drafts is not None
+        num_tokens = config.coupling.reader_tokens_per_batch
+        room = room_for(sequences, num_tokens, config.batch_size)
+        super().__init__(sequences, num_tokens, room, scale=1 / config.training.grad_accum)
+        self.hybrid, self.trm, self.coupling = hybrid, config.trm, config.coupling
         self.refined = Sequences(sequences.source, hybrid.trunk.dtype, whole=True)
-        self.trm, self.coupling = config.trm, config.coupling
-        self.scale = 1 / config.training.grad_accum
         self.attempts = config.max_attempts if config.coupling.back else 1
-        self.num_tokens = config.coupling.reader_tokens_per_batch
         self.trm_tokens = config.training.tokens_per_batch
-        self.queue = sequences.draw(room_for(sequences, self.num_tokens, config.batch_size))
-        self.counts = new_counts(sequences.device)
-        device = hybrid.reader.device
         self.reader_is_trained = any(p.requires_grad for p in hybrid.reader.parameters())
-        self.choice_of = torch.full((VOCABULARY,), IGNORE, device=device)
-        self.choice_of[list(CHOICES)] = torch.arange(len(CHOICES), device=device)
-
-    def carry(self) -> dict[str, Tensor]:
-        """What a resumed run needs, updated in place."""
-        drafts = self.drafts.carry() if self.drafts and self.keeper else {}
-        return {"queue": self.queue, "counts": self.counts} | drafts
-
-    def prepare(self) -> None:
-        """Draft now and then."""
-        if self.drafts and self.keeper:
-            self.drafts.prepare()
+        self.choice_of = torch.full((VOCABULARY,), IGNORE, device=hybrid.reader.device)
+        self.choice_of[list(CHOICES)] = torch.arange(len(CHOICES), device=hybrid.reader.device)
 
     def __call__(self) -> None:
         """Add the gradient of one batch."""
-        batch = self.draw()
-        total = self.loss(batch)
-        (total * self.scale).backward()
+        (self.loss(self.draw()) * self.scale).backward()
 
     @torch.no_grad()
     def draw(self) -> JointBatch:
         """The next sequences, and their pairs as rows of TRM: as many as its budget holds."""
-        read = self.sequences.next_batch(self.queue, self.num_tokens)
+        read = self.next_batch()
         per, rows = self.sequences.num_pairs, read.rows
         number = torch.arange(len(rows), device=rows.device)
         drafted = torch.zeros_like(number, dtype=torch.bool)
         if self.drafts is not None:
-            share = self.trm.draft_share
-            drafted = draw_drafted(rows, self.sequences.source, self.drafts, share)
-            drafted = drafted & (number % per == per - 1) & (rows[:, LENGTH] > 0)
+            drawn = draw_drafted(rows, self.sequences.source, self.drafts, self.trm.draft_share)
+            drafted = drawn & (number % per == per - 1) & (rows[:, LENGTH] > 0)
             shown = self.sequences.tokens_of(read, with_drafts(rows, self.drafts, drafted))
             labels = torch.where(drafted[read.own_row], IGNORE, read.labels)
             read = read._replace(tokens=shown, labels=labels)
@@ -125,7 +91,7 @@ class JointStep:
         if self.reader_is_trained and coupling.reader_weight:
             own = self.read_losses(batch.read, hidden)
             total = total + coupling.reader_weight * own.mean.to(total.device)
-            count(self.counts[READER], own, batch.read.row)
+            self.count(READER, own, batch.read.row)
         # 2. TRM hears it and refines; behind what TRM then says, the reader writes the answer.
         heard = self.heard(batch, hidden) if coupling.context or coupling.aligned else None
         rounds, every = max(1, self.attempts - 1), self.trm.supervision_steps
@@ -153,20 +119,18 @@ class JointStep:
             "draft_tokens": asked.drafted * lengths,
             "written_loss": losses.real * written,
         }
-        count(self.counts[TRM], losses, asked.rows.row, more)
+        self.count(TRM, losses, asked.rows.row, more)
         return total
 
     def read_losses(self, read: Batch, hidden: Tensor) -> RowCounts:
         """The reader's own loss: the next token of every output that is there."""
-        labelled = (read.labels != IGNORE).nonzero()[:, 0].to(hidden.device)
-        logits = self.hybrid.reader.grid_logits(hidden[labelled])
-        labels = self.choice_of[read.labels.to(hidden.device)[labelled]]
-        return row_counts(logits, labels, read.row.to(hidden.device)[labelled], len(read.rows))
+        labels, row = read.labels.to(hidden.device), read.row.to(hidden.device)
+        known = (labels != IGNORE).nonzero()[:, 0]
+        logits = self.hybrid.reader.grid_logits(hidden[known])
+        return row_counts(logits, self.choice_of[labels[known]], row[known], len(read.rows))
 
     def heard(self, batch: JointBatch, hidden: Tensor) -> Heard:
-        """What TRM's rows may know of the reader's states [T, H]: nothing of their own outputs, but
-        of drafts.
-        """
+        """What TRM's rows may know of the reader's states [T, H]: of own outputs only drafts."""
         read, asked, at = batch.read, batch.asked, batch.at
         lengths = read.rows[:, LENGTH]
         own_begin = (lengths.cumsum(0) - lengths)[at]
@@ -183,52 +147,44 @@ class JointStep:
         soft = self.hybrid.soft_prefix(batch.asked.rows, prediction)
         rows = batch.read.rows.unflatten(0, (-1, per))[batch.at[last] // per]
         found = questions_of(self.sequences.source.base, rows)
+        answers = [one.answer for one in found]
         asked = [
-            AskedInContext(
-                one.query, prompt(one.query, one.condition), one.answer.shape, pairs=one.pairs
-            )
-            for one in found
+            AskedInContext(q.query, prompt(q.query, q.condition), q.answer.shape, pairs=q.pairs)
+            for q in found
         ]
-        return self.hybrid.written_loss(
-            asked, [one.answer for one in found], soft[last.to(soft.device)]
-        )
+        return self.hybrid.written_loss(asked, answers, soft[last.to(soft.device)])
 
 
 def hub_steps(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> list[Step]:
     """The steps of a joint run with a hub reader, on the trunk's device.
 
     Raises:
-        ConfigError: the model holds no sequences of `hub.max_tokens`.
+        ConfigError: the model has no positions for sequences of `hub.max_tokens`.
     """
+    reader, longest = hybrid.reader, config.hub.training_tokens
+    needed = longest + config.coupling.num_back_vectors * config.coupling.back
+    if needed > reader.max_tokens:
+        raise ConfigError(
+            f"hub.max_tokens makes training sequences of {needed} tokens, soft prefix included; "
+            f"{reader.name} holds {reader.max_tokens}; lower hub.max_tokens or use another model"
+        )
+    # The model spells marks with several tokens.
+    spelling, num_pairs = reader.spelling, config.hub.max_pairs
+    marks = len(spelling.input_mark) + len(spelling.output_mark) - 2
+    longest -= len(spelling.start) + num_pairs * marks
     plain = config.data.model_copy(update={"scaling": type(config.data.scaling)()})
     source = PairSource(base, plain, config.seed, hybrid.trunk.device)
-    soft = config.coupling.num_back_vectors * config.coupling.back
-    longest, num_pairs = longest_sequence(hybrid.reader, config, soft), config.hub.max_pairs
     sequences = Sequences(source, hybrid.trunk.dtype, num_pairs=num_pairs, longest=longest)
-    steps = [JointStep(hybrid, sequences, config) for _ in range(config.training.grad_accum)]
+    steps: list[Step] = []
+    for number in range(config.training.grad_accum):
+        steps.append(JointStep(hybrid, sequences, config))
+        steps[-1].keeper = number == 0
     if config.trm.draft_share:
-        drafts = DraftPool(sequences, config.trm, hybrid.reader)
-        for number, step in enumerate(steps):
-            step.drafts, step.keeper = drafts, number == 0
+        drafts = DraftPool(sequences, config.trm, reader)
+        for step in steps:
+            step.drafts = drafts
     hybrid.train()
-    return list(steps)
-
-
-def longest_sequence(reader: HubReader, config: JointConfig, num_soft: int) -> int:
-    """Tokens of the layout that a sequence may have: the model spells marks with several tokens.
-
-    Raises:
-        ConfigError: the model has no positions for so many, the soft prefix included.
-    """
-    bound, spelling = config.hub.training_tokens, reader.spelling
-    if bound + num_soft > reader.max_tokens:
-        raise ConfigError(
-            f"hub.max_tokens makes training sequences of {bound + num_soft} tokens, soft prefix "
-            f"included; {reader.name} holds {reader.max_tokens}; lower hub.max_tokens or use "
-            "another model"
-        )
-    marks = len(spelling.input_mark) + len(spelling.output_mark) - 2
-    return bound - len(spelling.start) - config.hub.max_pairs * marks
+    return steps
 
 
 def hub_metrics(counts: Tensor) -> dict[str, float]:

@@ -20,14 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from arctrm.checkpoints import (
-    CheckpointMeta,
-    check_names,
-    latest_checkpoint,
-    read_model,
-    read_state,
-    write_checkpoint,
-)
+from arctrm import checkpoints
 from arctrm.config import ScheduleConfig, TrainingConfig
 from arctrm.errors import ArctrmError, CheckpointError, ResourceError
 from arctrm.system import clear_abandoned, disk_errors
@@ -58,10 +51,7 @@ class Schedule:
         return min(max(elapsed / self.config.budget, 0.0), 1.0)
 
     def factor(self, step: int, elapsed: float) -> float:
-        """Multiplier of the peak learning rates for optimiser step number `step` (from 0).
-
-        In a run shorter than twice its warm-up the peak is reached half way.
-        """
+        """Multiplier of the peak learning rates for optimiser step number `step` (from 0)."""
         progress, start = self.progress(step, elapsed), self.config.constant_fraction
         warm = max((step + 1) / max(self.config.warmup_steps, 1), progress / MAX_WARMUP)
         return min(warm, 1.0 if progress <= start else (1.0 - progress) / (1.0 - start))
@@ -78,24 +68,19 @@ class Run:
     out: Path
     config: TrainingConfig
     accelerator: Accelerator
-    model: nn.Module
-    """Names of its parameters begin with trunk., adapters. or hub."""
-    steps: Sequence[Step]
-    """Each adds the gradient of one packed batch in every optimiser step of its part of the run."""
+    model: nn.Module  # names of its parameters begin with trunk., adapters. or hub.
+    steps: Sequence[Step]  # each is made in every optimiser step of its part of the run
     metrics_of: Callable[[Tensor], dict[str, float]]
     """Metrics of the summed counts of all steps: means, and the sums "examples" and "tokens"."""
-    meta: CheckpointMeta
-    """What a checkpoint says beside step, elapsed and examples."""
+    meta: checkpoints.CheckpointMeta  # what a checkpoint says beside step, elapsed and examples
     began_at: float
     """Monotonic time at which this session's share of the budget began (before compilation)."""
-    captures: bool = False
-    """Replay steps and update as CUDA graphs."""
+    captures: bool = False  # replay steps and update as CUDA graphs
     step: int = 0
     elapsed: float = 0.0
     examples: int = 0
     logged_at: float = field(default_factory=time.monotonic)
-    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    """Of the steps that were active, by their number."""
+    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)  # by number of step
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(self.config.schedule)
@@ -128,11 +113,8 @@ class Run:
 
 
 def train(run: Run, tracker: Tracker) -> None:
-    """Run to the end of the schedule; saves at intervals, at the end and when interrupted.
-
-    Raises:
-        KeyboardInterrupt: after saving, when SIGINT or SIGTERM came.
-        ArctrmError: out of memory, or the loss is not finite.
+    """Run to the end of the schedule; saves at intervals, at the end and when interrupted (then it
+    raises KeyboardInterrupt).
     """
     clock = SharedClock(run)
     saved_at, saved_step = run.elapsed, run.step
@@ -212,7 +194,7 @@ def read_metrics(run: Run) -> dict[str, float]:
 def _not_finite(run: Run, what: str) -> ArctrmError:
     groups = {name: o.param_groups[0] for name, o in run.optimisers.all.items()}
     rates = ", ".join(f"{name}_lr = {float(g['lr']):.2g}" for name, g in groups.items())
-    good = latest_checkpoint(run.out)
+    good = checkpoints.latest_checkpoint(run.out)
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
     return ArctrmError(
         f"{run.out}: {what} at step {run.step} ({rates}), and nothing was saved; {kept}; lower "
@@ -234,35 +216,30 @@ def save(run: Run) -> Path:
         if not tensor.isfinite().all():
             raise _not_finite(run, f"{name!r} is not finite")
     counted = {"step": run.step, "elapsed": run.elapsed, "examples": run.examples}
+    meta, keep_last = run.meta.model_copy(update=counted), run.config.keep_last
     state = {"rng": torch.get_rng_state(), **run.carry}
     if torch.cuda.is_available():
         state["rng_cuda"] = torch.cuda.get_rng_state()
-    return write_checkpoint(
-        run.out,
-        run.meta.model_copy(update=counted),
-        model,
-        trainer,
-        state,
-        run.accelerator,
-        run.config.keep_last,
+    return checkpoints.write_checkpoint(
+        run.out, meta, model, trainer, state, run.accelerator, keep_last
     )
 
 
-def restore(run: Run, folder: Path, meta: CheckpointMeta) -> None:
+def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
     """Put a run that has made no step where the checkpoint was taken.
 
     A process that was not there then keeps the batches that it drew for itself.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
-    run.model.load_state_dict(read_model(folder, ema=False, expected=shapes))
+    run.model.load_state_dict(checkpoints.read_model(folder, ema=False, expected=shapes))
     if run.ema is not None:
-        run.ema.load(read_model(folder, expected=shapes))
-    trainer, state = read_state(folder, run.accelerator.process_index)
+        run.ema.load(checkpoints.read_model(folder, expected=shapes))
+    trainer, state = checkpoints.read_state(folder, run.accelerator.process_index)
     run.optimisers.load(trainer)
     if state is not None:
-        carry = {name: tuple(tensor.shape) for name, tensor in run.carry.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in run.carry.items()}
         held = {name: tensor for name, tensor in state.items() if name.startswith("carry.")}
-        check_names(carry, held, folder, "this run")
+        checkpoints.check_names(shapes, held, folder, "this run")
         for name, tensor in run.carry.items():
             tensor.copy_(held[name])
         torch.set_rng_state(state["rng"])

@@ -23,22 +23,13 @@ HALT_WEIGHT = 0.5
 class RowCounts(NamedTuple):
     """Loss and counts of a packed batch; rows without a label count nothing."""
 
-    total: Tensor
-    """Sum of the cross entropies of all labels (nats), with gradient."""
+    total: Tensor  # sum of the cross entropies of all labels (nats), with gradient
     num_labels: Tensor
-    """Labels of the batch."""
-    real: Tensor
-    """bool [R]: the row has labels."""
-    loss: Tensor
-    """float32 [R]: mean cross entropy of the row's labels (nats), without gradient."""
-    exact: Tensor
-    """bool [R]: every label is predicted."""
-    shape: Tensor
-    """bool [R]: cells and ends of rows and grid stand where they do in the answer (reader voice: in
-    the TRM voice the size is given).
-    """
-    cell_accuracy: Tensor
-    """float32 [R]: share of the row's labels that are predicted."""
+    real: Tensor  # bool [R]: the row has labels
+    loss: Tensor  # float32 [R]: mean cross entropy of the row's labels (nats), without gradient
+    exact: Tensor  # bool [R]: every label is predicted
+    shape: Tensor  # bool [R]: cells and ends of rows and grid stand where they do in the answer
+    cell_accuracy: Tensor  # float32 [R]: share of the row's labels that are predicted
 
     @property
     def mean(self) -> Tensor:
@@ -47,11 +38,7 @@ class RowCounts(NamedTuple):
 
 
 def row_counts(logits_TV: Tensor, labels_T: Tensor, row_T: Tensor, num_rows: int) -> RowCounts:
-    """Loss and counts of each row; `row_T` says whose a token is (`num_rows` or more: nobody's).
-
-    In the reader voice a grid is right with the right tokens before each: an upper bound of what
-    decoding gets right.
-    """
+    """Loss and counts of each row; `row_T` says whose a token is (`num_rows` or more: nobody's)."""
     entropy = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="none")
     valid = labels_T != IGNORE
     predicted = logits_TV.argmax(-1)

@@ -1,14 +1,12 @@
 """What TRM starts from in training: first answers that are partly hidden, partly wrong, or drafts.
 
-Of every row a random share of the answer's cells is hidden (of some rows all); of the cells that
-are shown some are wrong, in every other row. A row with a draft shows what the reader wrote instead
-of the true answer. The label of every answer cell is its own true colour. So no row is asked to
-copy a true answer: what is shown is hidden in part, wrong in part, or the reader's own.
+The label of every answer cell is its own true colour. No row is asked to copy a true answer: what
+is shown is hidden in part, wrong in part, or the reader's own draft.
 
 Legend: T tokens, R rows (pairs).
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from arctrm.data.task import NUM_COLOURS
 from arctrm.model.layout import HIDDEN, OUTPUT_PART, part_of
 from arctrm.model.trm import Rows, State, first_state, reader_states
 from arctrm.model.trunk import Trunk
+from arctrm.train.drafts import DraftPool
 from arctrm.train.losses import IGNORE
 from arctrm.train.sequences import PAIR, Batch, Sequences
 from arctrm.train.source import OUTPUT, PairSource
@@ -25,18 +24,6 @@ from arctrm.train.source import OUTPUT, PairSource
 RIGHT_DRAFTS = 0.25
 """Share of the drafts that are right which are shown. Of pairs that are trained on most drafts are
 right, and all of them would teach TRM to copy; none, that every draft is wrong."""
-
-
-class Drafts(Protocol):
-    """Drafts of the pairs of a source; that of pair p is the output of row `num_pairs + p` of its
-    table.
-    """
-
-    num_pairs: int
-    there: Tensor
-    """bool [pairs]: there is a draft."""
-    right: Tensor
-    """bool [pairs]: it is the answer."""
 
 
 class Questions(NamedTuple):
@@ -55,39 +42,29 @@ def questions(
     batch: Batch,
     sequences: Sequences,
     config: TRMConfig,
-    drafts: Drafts | None = None,
+    drafts: DraftPool | None = None,
     drafted: Tensor | None = None,
 ) -> Questions:
-    """First answers for a packed batch of one pair a sequence, at random as `config` says.
-
-    `drafted`, bool [R]: the rows that show a draft, instead of some at random.
+    """First answers for a packed batch of one pair a sequence, at random as `config` says: drafts
+    (in the rows `drafted`, bool [R], instead of some at random), or true answers of which a part is
+    hidden and a part of the others has random colours.
     """
     cells, shown = answer_cells(batch), batch.tokens
-    if drafts is None:
+    if drafted is None:
         drafted = torch.zeros(len(batch.rows), dtype=torch.bool, device=shown.device)
-    else:
-        if drafted is None:
+        if drafts is not None:
             drafted = draw_drafted(batch.rows, sequences.source, drafts, config.draft_share)
+    if drafts is not None:
         tokens = sequences.tokens_of(batch, with_drafts(batch.rows, drafts, drafted))
         shown = torch.where(cells, tokens, shown)
-    assert drafted is not None
-    rows = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
-    labels = torch.where(cells, batch.tokens, IGNORE)
-    return Questions(corrupted(rows, drafted, config), labels, batch.prompts, drafted)
-
-
-def corrupted(rows: Rows, drafted: Tensor, config: TRMConfig) -> Rows:
-    """Rows that show true answers with a part of their cells hidden, and a part of the others in
-    random colours; but for those that show a draft (bool [R]).
-    """
-    num_rows = len(drafted)
-    own_row = rows.row.clamp(max=num_rows - 1)
-    share, chance = torch.rand(2, num_rows, device=own_row.device)
+    share, chance = torch.rand(2, len(drafted), device=shown.device)
     share = torch.where(chance < config.hidden_whole, 1.0, share)
-    hidden = torch.rand(own_row.shape, device=own_row.device) < share[own_row]
-    cells = rows.cells & ~drafted[own_row]
-    shown = with_wrong_colours(rows.tokens, cells, rows.row, config.noise)
-    return rows._replace(tokens=torch.where(cells & hidden, HIDDEN, shown))
+    hidden = torch.rand(shown.shape, device=shown.device) < share[batch.own_row]
+    true = cells & ~drafted[batch.own_row]
+    shown = with_wrong_colours(shown, true, batch.row, config.noise)
+    shown = torch.where(true & hidden, HIDDEN, shown)
+    rows = Rows(shown, batch.positions, batch.row, cells, batch.condition, batch.seen)
+    return Questions(rows, torch.where(cells, batch.tokens, IGNORE), batch.prompts, drafted)
 
 
 @torch.no_grad()
@@ -116,14 +93,14 @@ def with_wrong_colours(tokens: Tensor, cells: Tensor, row: Tensor, share: float)
     return torch.where(changed, torch.randint_like(tokens, NUM_COLOURS), tokens)
 
 
-def with_drafts(rows: Tensor, drafts: Drafts, drafted: Tensor) -> Tensor:
+def with_drafts(rows: Tensor, drafts: DraftPool, drafted: Tensor) -> Tensor:
     """Rows [R, columns] of which the `drafted` ones (bool [R]) have their draft as the output."""
     rows = rows.clone()
     rows[:, PAIR] += drafts.num_pairs * drafted
     return rows
 
 
-def draw_drafted(rows: Tensor, source: PairSource, drafts: Drafts, share: float) -> Tensor:
+def draw_drafted(rows: Tensor, source: PairSource, drafts: DraftPool, share: float) -> Tensor:
     """bool [R]: rows that begin with a draft: a share of those whose draft has the answer's size
     (the size is given to TRM), and of right drafts `RIGHT_DRAFTS`.
     """

@@ -18,15 +18,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor, nn
 
-from arctrm.checkpoints import (
-    CheckpointMeta,
-    Trained,
-    check_names,
-    latest_checkpoint,
-    read_meta,
-    read_model,
-    resolve_checkpoint,
-)
+from arctrm import checkpoints
 from arctrm.config import DataConfig, JointConfig, PretrainConfig, TrunkConfig, differences
 from arctrm.console import console, note, plain
 from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
@@ -46,17 +38,11 @@ Config = PretrainConfig | JointConfig
 
 RANK_SEED_STEP = 1_000_003
 """Between the seeds of two processes."""
-DOLLARS_PER_GPU_HOUR = 3.0
-EVALUATION = "eval"
-"""Folder in the run folder of what `evaluate = true` writes."""
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
-    """Train the trunk into the run folder `config.out`, with `resume` from its latest checkpoint.
-
-    Raises:
-        UserError: configuration, data, checkpoint or machine do not allow it.
-        KeyboardInterrupt: after saving, when interrupted.
+    """Train the trunk into the run folder `config.out`, with `resume` from its latest checkpoint;
+    interrupted, it saves and raises KeyboardInterrupt.
     """
     if dry_run:
         console().print(describe(config))
@@ -81,17 +67,18 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
     from arctrm.solve.results import UNFINISHED
 
     gc.collect()  # what was captured gives its memory back
-    if accelerator.device.type == "cuda":
+    is_gpu = accelerator.device.type == "cuda"
+    if is_gpu:
         torch.cuda.empty_cache()
     assert config.out is not None
-    folder, trained_at = config.out / EVALUATION, time.monotonic()
+    folder, trained_at = config.out / "eval", time.monotonic()
     evaluate(config.eval_config(config.out, folder), resume=(folder / UNFINISHED).is_file())
+    ended_at = time.monotonic()
+    said = f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
+    if is_gpu:
+        hours = (ended_at - began_at) / 3600 * accelerator.num_processes
+        said += f", about ${3 * hours:.2f} at $3 a GPU hour"
     if accelerator.is_main_process:
-        ended_at = time.monotonic()
-        said = f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
-        if accelerator.device.type == "cuda":
-            hours = (ended_at - began_at) / 3600 * accelerator.num_processes
-            said += f", about ${hours * DOLLARS_PER_GPU_HOUR:.2f} at $3 a GPU hour"
         note(said)
 
 
@@ -100,15 +87,13 @@ def _train(config: Config, resume: bool) -> Accelerator:
     if config.out is None:
         raise ConfigError("out: a run needs a folder; give --out runs/<name>")
     # 1. The run folder: every process looks before any of them writes.
-    checkpoint = latest_checkpoint(config.out)
-    if resume and checkpoint is None:
+    checkpoint = checkpoints.latest_checkpoint(config.out)
+    if resume != (checkpoint is not None):
         raise CheckpointError(
             f"{config.out}: no checkpoint to resume from; leave out --resume to start a run there"
-        )
-    if not resume and checkpoint is not None:
-        raise CheckpointError(
-            f"{config.out}: already holds a run ({checkpoint.name}); add --resume to continue it, "
-            "or choose another --out"
+            if checkpoint is None
+            else f"{config.out}: already holds a run ({checkpoint.name}); add --resume to continue "
+            "it, or choose another --out"
         )
     accelerator = new_accelerator()
     is_main = accelerator.is_main_process
@@ -133,18 +118,16 @@ def _train(config: Config, resume: bool) -> Accelerator:
                 f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
                 f"{config.training.tokens_per_batch:,} tokens a batch"
             )
-        step = run.step if resume else None
-        with Tracker(
-            config.out, config.tracking, run.meta.config, resume_step=step, is_main=is_main
-        ) as tracker:
-            train(run, tracker)
+        step, told = (run.step if resume else None), run.meta.config
+        with Tracker(config.out, config.tracking, told, resume_step=step, is_main=is_main) as to:
+            train(run, to)
         if is_main:
-            note(f"checkpoint: {plain(latest_checkpoint(config.out))}")
+            note(f"checkpoint: {plain(checkpoints.latest_checkpoint(config.out))}")
     return accelerator
 
 
 def _restore(run: Run, checkpoint: Path, config: Config) -> None:
-    meta = read_meta(checkpoint)
+    meta = checkpoints.read_meta(checkpoint)
     for difference in differences(meta.config, config):
         raise CheckpointError(
             f"{checkpoint}: {difference}; resume with the same value, or start anew in another "
@@ -185,23 +168,22 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
             f"{device.type}: a graph needs the trunk alone, in bfloat16 on a GPU; set "
             "training.cuda_graph = 'auto'"
         )
-    is_main = accelerator.is_main_process
-    notes = {} if config.checkpoint is None else _start_trunk(trunk, config, base, is_main)
+    notes = {}
+    if config.checkpoint is not None:
+        notes = _start_trunk(trunk, config.checkpoint, config, base, accelerator.is_main_process)
     if is_compiled:
         trunk.compile_blocks()
-    model = nn.ModuleDict({"trunk": trunk})
+    model, of_counts = nn.ModuleDict({"trunk": trunk}), metrics_of
     voices: tuple[str, ...] = ("reader", "trm") if config.voice == "both" else (config.voice,)
+    if isinstance(config, JointConfig) and is_hub:
+        hybrid = _hub_hybrid(config, trunk)
+        model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
+        voices = ("trm",)
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     if isinstance(config, JointConfig) and is_hub:
         from arctrm.train.joint_hub import hub_metrics, hub_steps
 
-        hybrid = _hub_hybrid(config, trunk)
-        model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
-        voices, of_counts = ("trm",), hub_metrics
-    else:
-        hybrid, of_counts = None, metrics_of
-    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
-    if isinstance(config, JointConfig) and hybrid is not None:
-        steps = hub_steps(config, hybrid, base)
+        steps, of_counts = hub_steps(config, hybrid, base), hub_metrics
     else:
         steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
     model.train()
@@ -211,11 +193,9 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         training = training.model_copy(
             update={"schedule": training.schedule.model_copy(update=schedule)}
         )
-    meta = CheckpointMeta.model_validate(
+    meta = checkpoints.CheckpointMeta.model_validate(
         {
-            "step": 0,
-            "elapsed": 0.0,
-            "examples": 0,
+            **dict.fromkeys(("step", "elapsed", "examples"), 0),
             "config": config.model_dump(mode="json"),
             "voices": voices,
             "task_ids": base.meta.task_ids,
@@ -240,37 +220,38 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
 
 def new_trunk(config: Config, base: BaseSet) -> Trunk:
     """The untrained trunk of a configuration, with the task embeddings of a base set."""
-    return Trained.model_validate(config.model_dump(mode="json")).new_trunk(base.num_tasks)
+    return checkpoints.Trained.model_validate(config.model_dump(mode="json")).new_trunk(
+        base.num_tasks
+    )
 
 
-def _start_trunk(trunk: Trunk, config: Config, base: BaseSet, is_main: bool) -> dict[str, Any]:
-    """Put the weights of `config.checkpoint` into the trunk; what the new checkpoints note of it.
+def _start_trunk(
+    trunk: Trunk, checkpoint: Path, config: Config, base: BaseSet, is_main: bool
+) -> dict[str, Any]:
+    """Put the weights of a checkpoint into the trunk; what the new checkpoints note of it.
 
     Tasks are matched by content; those that the checkpoint does not know start from the mean of
     those it does. The vectors of scales start anew where the two have other ways.
     """
-    assert config.checkpoint is not None
-    folder = resolve_checkpoint(config.checkpoint)
-    meta = read_meta(folder)
-    there, here = meta.trained, config
+    folder = checkpoints.resolve_checkpoint(checkpoint)
+    meta = checkpoints.read_meta(folder)
     for key in TrunkConfig.model_fields.keys() - {"gradient_checkpointing"}:
-        values = getattr(there.trunk, key), getattr(here.trunk, key)
-        if values[0] != values[1]:
+        there, here = (getattr(one.trunk, key) for one in (meta.trained, config))
+        if there != here:
             raise CheckpointError(
-                f"{folder}: trunk.{key} = {values[0]!r} there, {values[1]!r} here; use the value "
-                "of the checkpoint"
+                f"{folder}: trunk.{key} = {there!r} there, {here!r} here; use the value of the "
+                "checkpoint"
             )
-    weights = _part(read_model(folder), "trunk.")
+    weights, own = _part(checkpoints.read_model(folder), "trunk."), trunk.state_dict()
     rows = meta.rows_of(base.task_fingerprints())
     for name in TASK_TABLES:
         if name in weights:
             mean = weights[name].mean(0)
             weights[name] = torch.stack([mean if r is None else weights[name][r] for r in rows])
-    own = trunk.state_dict()
-    other_ways = _ways(there.data) != _ways(here.data)
+    other_ways = _ways(meta.trained.data) != _ways(config.data)
     if other_ways:
         weights["scale_emb"] = own["scale_emb"]
-    check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
+    checkpoints.check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
     trunk.load_state_dict(weights)
     if "trm" not in meta.voices:  # the reader's head tells colours apart
         with torch.no_grad():
@@ -310,14 +291,18 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
     for path, prefix, module in starts:
         if path is None:
             continue
-        folder, own = resolve_checkpoint(path), module.state_dict()
-        weights = _part(read_model(folder), prefix)
+        folder, own = checkpoints.resolve_checkpoint(path), module.state_dict()
+        weights = _part(checkpoints.read_model(folder), prefix)
         if module is hybrid.adapters:  # those that both have, each as a whole
             there, here = ({name.partition(".")[0] for name in names} for names in (weights, own))
             both = tuple(f"{name}." for name in there & here)
-            weights = {name: t for name, t in weights.items() if name.startswith(both)}
-            own = {name: t for name, t in own.items() if name.startswith(both)}
-        check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
+            weights, own = (
+                {name: t for name, t in of.items() if name.startswith(both)}
+                for of in (weights, own)
+            )
+        checkpoints.check_names(
+            {name: tensor.shape for name, tensor in own.items()}, weights, folder
+        )
         module.load_state_dict(module.state_dict() | weights)
     return hybrid
 
@@ -330,30 +315,25 @@ def with_data_path(config: JointConfig) -> JointConfig:
     source, data = config.data_path, config.data
     if source is None:
         return config
-    folder = Path(source)
+    folder, labels = Path(source), (subset_label(source),)
+    changes: dict[str, Any] = {"subsets": (source,)}
     if source in BUNDLED or not (folder / FILE).is_file():
-        changes: dict[str, Any] = {
-            "subsets": (source,),
-            "test_set": source if data.test_set == source else None,
-        }
-        labels: tuple[str, ...] = (subset_label(source),)
-    else:
-        if data.path not in (None, folder):
-            raise ConfigError(
-                f"data_path = {source!r} contradicts data.path = {str(data.path)!r}; leave one of "
-                "them out"
-            )
+        changes["test_set"] = source if data.test_set == source else None
+    elif data.path in (None, folder):
         meta = open_base_set(folder).meta
         changes, labels = {**meta.built_from, "path": folder}, meta.subsets
+    else:
+        raise ConfigError(
+            f"data_path = {source!r} contradicts data.path = {str(data.path)!r}; leave one out"
+        )
     changes["weights"] = {name: w for name, w in data.weights.items() if name in labels}
     return config.model_copy(update={"data": DataConfig.model_validate({**dict(data), **changes})})
 
 
 @torch.no_grad()
 def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: int) -> int:
-    """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs.
-
-    (Drawn from a random state of their own, so that a resumed run finds the same.)
+    """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs: the
+    same for a resumed run.
     """
     asked = 0.0
     for step in (step for step in steps if step.end >= 1):
@@ -369,13 +349,11 @@ def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: in
 def _check_kept_apart(config: JointConfig) -> None:
     """Refuse to score what was trained on."""
     data, asked = config.data, config.evaluation
-    if asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets:
-        return
-    if asked.test_set != data.test_set:
-        cure = "data.test_set" if data.test_set is None else f"the former to {data.test_set!r}"
+    kept = asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets
+    if not kept and asked.test_set != data.test_set:
         raise ConfigError(
             f"evaluation.test_set = {asked.test_set!r}, but data.test_set = {data.test_set!r} is "
-            f"what training keeps the answers of apart; set {cure}, or evaluate = false"
+            "what training keeps the answers of apart; make them equal, or set evaluate = false"
         )
 
 
@@ -397,11 +375,9 @@ def describe(config: Config) -> Table:
         "data fingerprint": base.meta.fingerprint[:16],
         "voices": config.voice,
         "parameters": f"trunk {total - tables:,}, task embeddings {tables:,}",
-        "memory": f"about {_memory(config, trunk) / 2**30:.1f} GiB per process",
+        "memory": f"about {_memory(config, total) / 2**30:.1f} GiB per process",
         "batch": f"{training.tokens_per_batch:,} tokens x {training.grad_accum}",
-        "length": f"{schedule.budget:.0f} s"
-        if schedule.budget
-        else f"{schedule.max_steps:,} steps",
+        "length": f"{schedule.budget} s" if schedule.budget else f"{schedule.max_steps:,} steps",
     }
     if isinstance(config, JointConfig):
         if not config.is_tiny:
@@ -418,6 +394,17 @@ def describe(config: Config) -> Table:
     for name, value in rows.items():
         table.add_row(name, plain(value))
     return table
+
+
+def _memory(config: Config, num_parameters: int) -> float:
+    """Bytes of weights, gradient, average and moments, and of what one backward pass keeps."""
+    sizes, training = config.trunk, config.training
+    of_layer = 12 * sizes.hidden_size + 4 * sizes.inner_size
+    kept = of_layer * sizes.depth
+    if sizes.gradient_checkpointing:
+        kept = sizes.hidden_size * sizes.depth + of_layer
+    width = 2 if torch.cuda.is_available() else 4
+    return 4 * 5 * num_parameters + width * kept * training.tokens_per_batch
 
 
 def _memory(config: Config, trunk: Trunk) -> float:

@@ -102,19 +102,18 @@ class Sequences:
         share = torch.rand(count, device=self.device)
         inverse = share < self.inverse_share if self.inverse_share else None
         dihedral, colours = self.source.draw_views(task, uniform[:, 1], inverse)
-        pairs = last[:, None]
-        if self.num_pairs > 1:
-            others = self.others(last, uniform[:, 2])[:, : self.num_pairs - 1]
-            pairs = torch.cat((others, pairs), dim=1)
+        pairs = self.with_others(last, uniform[:, 2])
         larger = self.scales.enabled
         shown = self.draw_scales(pairs, dihedral, colours[:, 0]) if larger else None
         return self.sequences(pairs, dihedral, colours, shown, inverse)
 
-    def others(self, last: Tensor, uniform: Tensor) -> Tensor:
-        """Distinct other pairs of each pair's task in random order, int64 [n, window]; -1 behind.
+    def with_others(self, last: Tensor, uniform: Tensor) -> Tensor:
+        """Pairs [n, K]: before each of `last` distinct others of its task in random order, or -1.
 
         Of a task with many pairs they come from a random window; none has the weight zero.
         """
+        if self.num_pairs == 1:
+            return last[:, None]
         task = self.source.pairs[last, TASK]
         count, begin = self.task_count[task][:, None], self.task_begin[task][:, None]
         window = torch.arange(max(CONTEXT_WINDOW, 2 * self.num_pairs), device=self.device)
@@ -123,7 +122,8 @@ class Sequences:
         absent = (window >= count) | (pairs == last[:, None])
         keys = torch.rand(pairs.shape, device=self.device) + 2 * absent
         keys, order = keys.sort(1)
-        return torch.where(keys < 2, pairs.gather(1, order), -1)
+        others = torch.where(keys < 2, pairs.gather(1, order), -1)[:, : self.num_pairs - 1]
+        return torch.cat((others, last[:, None]), dim=1)
 
     def draw_scales(self, pairs: Tensor, dihedral: Tensor, background: Tensor) -> Tensor:
         """Columns of `Scales` [n, 4] of sequences of pairs [n, K], all of which are shown alike."""

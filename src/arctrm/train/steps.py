@@ -1,16 +1,12 @@
 """Training steps: each adds the gradient of one packed batch, in one voice of the trunk.
 
-`ReaderStep` reads pairs and predicts the next token of outputs. `TrmStep` shows pairs with parts of
-their answers hidden or wrong, or with the reader's drafts, and predicts every answer cell, for some
-supervision steps: a loss after each, and only values pass from one to the next. What a step touches
-has a fixed address and shape, so that a captured CUDA graph can replay it; what cannot be captured
-is in `prepare`. `voice_steps` says which steps a run has, and when.
+What a step touches has a fixed address and shape, so that a captured CUDA graph can replay it; what
+cannot be captured is in `prepare`. `voice_steps` says which steps a run has, and when.
 
 Legend: T tokens, R rows (pairs), D width.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +24,7 @@ from arctrm.train.refining import answer_cells, questions, start, with_wrong_col
 from arctrm.train.sequences import LENGTH, Batch, Sequences
 from arctrm.train.source import PairSource
 
-VOICES = ("reader", "trm")
-READER, TRM = range(len(VOICES))
+READER, TRM = VOICES = range(2)
 OF_BOTH = ("rows", "cell_loss", "exact", "shape", "cell_accuracy", "attempts", "tokens")
 OF_TRM = ("halt_loss", "trm_steps", "drafted", "draft_tokens", "written_loss")
 COUNTS = (*OF_BOTH, *OF_TRM)
@@ -44,32 +39,11 @@ SAMPLED = 4096
 """Sequences drawn to see how long they are."""
 
 
-class Step(Protocol):
-    """Something that adds one batch's gradient to the parameters."""
-
-    counts: Tensor
-    """float64 [VOICES, COUNTS]: sums since they were last set to zero."""
-    begin: float
-    """Part of the run (0..1) after which the step is made."""
-    end: float
-    """Part of the run before which it is made; 1: to the end."""
-
-    def carry(self) -> dict[str, Tensor]:
-        """What a resumed run needs, updated in place."""
-
-    def prepare(self) -> None:
-        """What comes before every call and cannot be captured in a CUDA graph."""
-
-    def __call__(self) -> None:
-        """Add the gradient."""
-
-
-class _PackedStep:
-    """What both voices' steps keep: waiting sequences, sums, and when the step is made."""
+class Step:
+    """Adds one batch's gradient to the parameters."""
 
     def __init__(
         self,
-        trunk: Trunk,
         sequences: Sequences,
         num_tokens: int,
         num_sequences: int,
@@ -78,27 +52,62 @@ class _PackedStep:
         begin: float = 0.0,
         end: float = 1.0,
     ):
-        """Batches of `num_tokens` with room for `num_sequences`; `scale` of the gradient."""
-        self.trunk, self.sequences = trunk, sequences
-        self.num_tokens, self.scale, self.begin, self.end = num_tokens, scale, begin, end
+        """Batches of `num_tokens` with room for `num_sequences`; `scale` of the gradient; made in
+        the part of the run (0..1) from `begin` to `end`.
+        """
+        self.sequences, self.num_tokens, self.scale = sequences, num_tokens, scale
+        self.begin, self.end = begin, end
         self.queue = sequences.draw(num_sequences)
-        self.counts = new_counts(sequences.device)
+        self.drafts: DraftPool | None = None
+        self.keeper = True  # of the steps that share drafts, the one that refreshes and saves them
+        self.counts = torch.zeros(
+            len(VOICES), len(COUNTS), device=sequences.device, dtype=torch.float64
+        )
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, updated in place."""
-        return {"queue": self.queue, "counts": self.counts}
+        drafts = self.drafts.carry() if self.drafts and self.keeper else {}
+        return {"queue": self.queue, "counts": self.counts} | drafts
 
     def prepare(self) -> None:
-        """There is nothing to prepare."""
+        """What comes before every call and cannot be captured: draft now and then."""
+        if self.drafts and self.keeper:
+            self.drafts.prepare()
 
     @torch.no_grad()
     def next_batch(self) -> Batch:
         """The next of the waiting sequences."""
         return self.sequences.next_batch(self.queue, self.num_tokens)
 
+    def __call__(self) -> None:
+        """Add the gradient."""
+        raise NotImplementedError
 
-class ReaderStep(_PackedStep):
-    """The reader voice: the next token of every output."""
+    @torch.no_grad()
+    def count(
+        self, voice: int, losses: RowCounts, row_T: Tensor, more: Mapping[str, Tensor] = {}
+    ) -> None:
+        """Add a batch; `row_T`: row of each token, `more`: other counts of rows."""
+        found = {
+            "rows": losses.real,
+            "cell_loss": losses.loss,
+            "exact": losses.exact,
+            "shape": losses.shape,
+            "cell_accuracy": losses.cell_accuracy,
+            "attempts": losses.real,
+            "tokens": row_T < len(losses.real),
+            **more,
+        }
+        zero = torch.zeros((), device=self.counts.device)
+        sums = [found.get(name, zero).sum().double() for name in COUNTS]
+        self.counts[voice] += torch.stack(sums)
+
+
+class ReaderStep(Step):
+    """The reader voice: the next token of every output.
+
+    A share `noise` of the output cells has random colours, in every other row.
+    """
 
     def __init__(
         self,
@@ -110,9 +119,8 @@ class ReaderStep(_PackedStep):
         noise: float = 0.0,
         **when: float,
     ):
-        """A share `noise` of the output cells has random colours, in every other row."""
-        super().__init__(trunk, sequences, num_tokens, num_sequences, **when)
-        self.noise = noise
+        super().__init__(sequences, num_tokens, num_sequences, **when)
+        self.trunk, self.noise = trunk, noise
 
     def __call__(self) -> None:
         """Add the gradient of one packed batch."""
@@ -123,11 +131,12 @@ class ReaderStep(_PackedStep):
         logits = self.trunk.logits(read(self.trunk, batch._replace(tokens=tokens)))
         losses = row_counts(logits, batch.labels, batch.row, len(batch.rows))
         (losses.mean * self.scale).backward()
-        count(self.counts[READER], losses, batch.row)
+        self.count(READER, losses, batch.row)
 
 
-class TrmStep(_PackedStep):
-    """The TRM voice: the colour of every answer cell, after each supervision step.
+class TrmStep(Step):
+    """The TRM voice: the colour of every answer cell, after each supervision step; only values pass
+    from one to the next.
 
     Where the step begins later than the run, the first one made gives the own-cell head a start:
     the rows of the reader's head for the ten colours, which by then tell colours apart.
@@ -143,24 +152,23 @@ class TrmStep(_PackedStep):
         drafts: DraftPool | None = None,
         **when: float,
     ):
-        """One of the steps that share `drafts` has to be their `keeper`."""
-        super().__init__(trunk, sequences, num_tokens, num_sequences, **when)
-        self.config, self.drafts, self.keeper = config, drafts, drafts is not None
+        super().__init__(sequences, num_tokens, num_sequences, **when)
+        self.trunk, self.config, self.drafts = trunk, config, drafts
         self.has_begun = torch.zeros((), dtype=torch.long)
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, updated in place."""
-        drafts = self.drafts.carry() if self.drafts and self.keeper else {}
-        return super().carry() | {"has_begun": self.has_begun} | drafts
+        return super().carry() | {"has_begun": self.has_begun}
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Give the own-cell head its start, once; draft now and then."""
+        """Give the own-cell head (and its moving average) its start, once; draft now and then."""
         if self.begin and not self.has_begun:
-            self.trunk.own_head.weight.copy_(self.trunk.head.weight[:NUM_COLOURS])
+            own, colours = self.trunk.own_head.weight, self.trunk.head.weight[:NUM_COLOURS]
+            for weight in (own, getattr(own, "average", own)):
+                weight.copy_(colours)
         self.has_begun.fill_(1)
-        if self.drafts and self.keeper:
-            self.drafts.prepare()
+        super().prepare()
 
     def __call__(self) -> None:
         """Add the gradient of one packed batch: all supervision steps, each on its own."""
@@ -185,35 +193,13 @@ class TrmStep(_PackedStep):
             "drafted": drafted,
             "draft_tokens": drafted * (batch.rows[:, LENGTH] - batch.prompts[:num_rows]),
         }
-        count(self.counts[TRM], losses, batch.row, more)
+        self.count(TRM, losses, batch.row, more)
 
 
 def read(trunk: Trunk, batch: Batch) -> Tensor:
     """The reader's hidden states [T, D] of a packed batch."""
     condition = trunk.condition(batch.condition).index_select(0, batch.own_row)
     return trunk.hidden(trunk.embed(batch.tokens, condition), batch.positions, batch.seen)
-
-
-def new_counts(device: torch.device) -> Tensor:
-    """float64 [VOICES, COUNTS] of zeros."""
-    return torch.zeros(len(VOICES), len(COUNTS), device=device, dtype=torch.float64)
-
-
-@torch.no_grad()
-def count(sums: Tensor, losses: RowCounts, row_T: Tensor, more: Mapping[str, Tensor] = {}) -> None:
-    """Add a batch to its voice's sums; `row_T`: row of each token, `more`: other counts of rows."""
-    found = {
-        "rows": losses.real,
-        "cell_loss": losses.loss,
-        "exact": losses.exact,
-        "shape": losses.shape,
-        "cell_accuracy": losses.cell_accuracy,
-        "attempts": losses.real,
-        "tokens": row_T < len(losses.real),
-        **more,
-    }
-    zero = torch.zeros((), device=sums.device)
-    sums += torch.stack([found.get(name, zero).sum().double() for name in COUNTS])
 
 
 def metrics_of(counts: Tensor) -> dict[str, float]:
@@ -223,30 +209,29 @@ def metrics_of(counts: Tensor) -> dict[str, float]:
     reader's come with the prefix `reader_`.
     """
     sums = [dict(zip(COUNTS, row, strict=True)) for row in counts.tolist()]
-    trained = [voice for voice in (TRM, READER) if sums[voice]["rows"]]
-    named = [_means(sums[voice]) for voice in trained or [TRM]]
-    of_reader = named[1] if len(named) > 1 else {}
+    trained = [voice for voice in (TRM, READER) if sums[voice]["rows"]] or [TRM]
+    means, of_reader = _means(sums[trained[0]]), _means(sums[READER])
     return {
-        **named[0],
+        **means,
         "examples": sum(own["rows"] for own in sums),
         "tokens": sum(own["tokens"] for own in sums),
-        **{f"reader_{name}": of_reader[name] for name in OF_ANSWERS if of_reader},
+        **{f"reader_{name}": of_reader[name] for name in OF_ANSWERS if len(trained) > 1},
     }
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    rows = max(sums["rows"], 1.0)
+    mean = {name: sums[name] / max(sums["rows"], 1.0) for name in COUNTS}
     return {
-        "loss": (sums["cell_loss"] + HALT_WEIGHT * sums["halt_loss"]) / rows,
-        "exact_match": sums["exact"] / rows,
-        "shape_match": sums["shape"] / rows,
-        "cell_accuracy": sums["cell_accuracy"] / rows,
-        "avg_attempts": sums["attempts"] / rows,
-        "avg_trm_steps": sums["trm_steps"] / rows,
+        "loss": mean["cell_loss"] + HALT_WEIGHT * mean["halt_loss"],
+        "exact_match": mean["exact"],
+        "shape_match": mean["shape"],
+        "cell_accuracy": mean["cell_accuracy"],
+        "avg_attempts": mean["attempts"],
+        "avg_trm_steps": mean["trm_steps"],
         "avg_reasoning_length": sums["draft_tokens"] / max(sums["drafted"], 1.0),
-        "cell_loss": sums["cell_loss"] / rows,
-        "halt_loss": sums["halt_loss"] / rows,
-        "drafted_share": sums["drafted"] / rows,
+        "cell_loss": mean["cell_loss"],
+        "halt_loss": mean["halt_loss"],
+        "drafted_share": mean["drafted"],
     }
 
 
@@ -259,33 +244,30 @@ def voice_steps(
     optimiser step has a batch of each from `trm.begin` on, and whole batches of the reader before.
     """
     # 1. Where the sequences of each voice come from.
-    training, trm, reader = config.training, config.trm, config.reader
+    training, trm, noise = config.training, config.trm, config.reader.output_noise
     source, dtype = PairSource(base, config.data, config.seed, trunk.device), trunk.dtype
-    reading = Sequences(source, dtype, inverse_share=reader.inverse_share, by_blocks=by_blocks)
+    share = config.reader.inverse_share
+    reading = Sequences(source, dtype, inverse_share=share, by_blocks=by_blocks)
     refined = Sequences(source, dtype, whole=True, by_blocks=by_blocks)
-    drafts = None
-    if trm.draft_share:
-        drafts = DraftPool(reading, trm, TinyReader(trunk))
+    drafts = DraftPool(reading, trm, TinyReader(trunk)) if trm.draft_share else None
     # 2. Which part of the batch each voice has, and when.
-    parts = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
+    alone = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
     after, rest = trm.begin, 1 - trm.share
     both = [(READER, 1.0, 0.0, after), (READER, rest, after, 1.0), (TRM, trm.share, after, 1.0)]
-    own = parts.get(config.voice, [part for part in both if part[2] < part[3]])
+    parts = alone.get(config.voice, [part for part in both if part[2] < part[3]])
     # 3. A step for each.
     steps: list[Step] = []
     bound = config.batch_size if isinstance(config, JointConfig) else None
     for number in range(training.grad_accum):
-        for voice, share, begin, end in own:
+        for voice, share, begin, end in parts:
             tokens = max(1, round(training.tokens_per_batch * share / BLOCK)) * BLOCK
             when = {"scale": share / training.grad_accum, "begin": begin, "end": end}
             room = room_for(reading if voice == READER else refined, tokens, bound)
             if voice == READER:
-                noise = reader.output_noise
                 steps.append(ReaderStep(trunk, reading, tokens, room, noise=noise, **when))
             else:
-                step = TrmStep(trunk, refined, tokens, room, trm, drafts, **when)
-                step.keeper = number == 0
-                steps.append(step)
+                steps.append(TrmStep(trunk, refined, tokens, room, trm, drafts, **when))
+                steps[-1].keeper = number == 0
     return steps
 
 
