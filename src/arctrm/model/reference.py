@@ -1,4 +1,4 @@
-"""Published TRM checkpoints: the reference layout, its recursion with carry and halting, a loader.
+"""Published TRM checkpoints: the reference layout, its recursion, a loader.
 
 The Tiny Recursive Model of arXiv 2510.04871 as its authors wrote it: grids on a 30x30 canvas, a
 learned vector for every view of every task in the first of 16 prefix slots, rotary positions along
@@ -9,7 +9,6 @@ Legend: B rows, S = prefix slots + 900 cells, D width, A heads, K = D / A, V cel
 """
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
@@ -34,12 +33,13 @@ VOCABULARY = COLOUR + NUM_COLOURS
 NUM_CELLS = MAX_SIDE**2
 Turn = tuple[Tensor, Tensor]
 """Cosines and sines [S, K] of the rotary positions."""
+State = tuple[Tensor, Tensor]
+"""z_H and z_L, both [B, S, D]."""
 
 
 def encode(grid: Grid) -> np.ndarray:
     """Codes uint8 [30, 30] of a grid: EOS in the row below and the column right of it."""
-    height, width = grid.shape
-    codes = np.full((MAX_SIDE, MAX_SIDE), PAD, dtype=np.uint8)
+    (height, width), codes = grid.shape, np.full((MAX_SIDE, MAX_SIDE), PAD, dtype=np.uint8)
     codes[height : height + 1, :width] = codes[:height, width : width + 1] = EOS
     codes[:height, :width] = grid + COLOUR
     return codes
@@ -62,27 +62,12 @@ class ReferenceConfig:
     hidden_size: int
     num_heads: int
     L_layers: int
-    inner_size: int
-    """Inner width of the SwiGLU."""
+    inner_size: int  # of the SwiGLU
     H_cycles: int = 3
     L_cycles: int = 4
     puzzle_emb_len: int = 16
     rope_theta: float = 10000.0
     halt_max_steps: int = 16
-
-
-@dataclass
-class Carry:
-    """What passes from one supervision step to the next."""
-
-    z_H: Tensor
-    z_L: Tensor
-    """Both [B, S, D]."""
-    steps: Tensor
-    """int [B]: supervision steps taken on the current data."""
-    halted: Tensor
-    """bool [B]: the row is done and starts afresh with the next batch's row."""
-    current_data: dict[str, Tensor]
 
 
 class Block(nn.Module):
@@ -91,9 +76,10 @@ class Block(nn.Module):
     def __init__(self, config: ReferenceConfig):
         super().__init__()
         width, inner, self.num_heads = config.hidden_size, config.inner_size, config.num_heads
-        qkv, out = _linear(width, 3 * width), _linear(width, width)
+        linear = lambda given, made: nn.Linear(given, made, bias=False)
+        qkv, out = linear(width, 3 * width), linear(width, width)
         self.self_attn = nn.ModuleDict({"qkv_proj": qkv, "o_proj": out})
-        gate_up, down = _linear(width, 2 * inner), _linear(inner, width)
+        gate_up, down = linear(width, 2 * inner), linear(inner, width)
         self.mlp = nn.ModuleDict({"gate_up_proj": gate_up, "down_proj": down})
 
     def forward(self, x_BSD: Tensor, turn: Turn) -> Tensor:
@@ -106,18 +92,13 @@ class Block(nn.Module):
         return _norm(x + self.mlp["down_proj"](F.silu(gate) * up))
 
 
-def _linear(given: int, made: int) -> nn.Linear:
-    return nn.Linear(given, made, bias=False)
-
-
 def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
 
 
 def _turned(x: Tensor, turn: Turn) -> Tensor:
-    cos, sin = turn
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return x * turn[0] + torch.cat((-second, first), dim=-1) * turn[1]
 
 
 class ReferenceTRM(nn.Module):
@@ -133,56 +114,40 @@ class ReferenceTRM(nn.Module):
         self.puzzle_emb = nn.ParameterDict({"weights": torch.empty(num_embeddings, width)})
         layers = nn.ModuleList(Block(config) for _ in range(config.L_layers))
         self.L_level = nn.ModuleDict({"layers": layers})
-        self.lm_head, self.q_head = _linear(width, VOCABULARY), nn.Linear(width, 2)
+        self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
+        self.q_head = nn.Linear(width, 2)
         self.register_buffer("H_init", torch.empty(width))
         self.register_buffer("L_init", torch.empty(width))
 
-    def initial_carry(self, batch: dict[str, Tensor]) -> Carry:
-        """All rows halted, so that the first step fills them from its batch."""
-        rows, device = len(batch["inputs"]), batch["inputs"].device
-        z = self.H_init.expand(rows, self.config.puzzle_emb_len + NUM_CELLS, -1)
-        steps = torch.zeros(rows, dtype=torch.int, device=device)
-        return Carry(z, z, steps, torch.ones_like(steps, dtype=torch.bool), batch)
-
-    def forward(self, carry: Carry, batch: dict[str, Tensor]) -> tuple[Carry, dict[str, Tensor]]:
-        """One supervision step (TRM, figure 3): logits [B, 900, V] and q_halt_logits [B].
-
-        Rows that have halted are replaced by the batch's rows and start at the learned latents.
+    def forward(
+        self, batch: dict[str, Tensor], state: State | None = None
+    ) -> tuple[State, dict[str, Tensor]]:
+        """One supervision step (TRM, figure 3) from a state, by default the learned one: the next
+        state, logits [B, 900, V] and q_halt_logits [B].
         """
-        fresh, data = carry.halted, {}
-        for name, value in batch.items():
-            chosen = fresh.view(-1, *[1] * (value.ndim - 1))
-            data[name] = torch.where(chosen, value, carry.current_data[name])
-        y = torch.where(fresh[:, None, None], self.H_init, carry.z_H)
-        z = torch.where(fresh[:, None, None], self.L_init, carry.z_L)
-        x, turn = self.embed(data["inputs"], data["puzzle_identifiers"]), self.turn(y)
-
+        x = self.embed(batch["inputs"], batch["puzzle_identifiers"])
+        y, z = state or (self.H_init.expand_as(x), self.L_init.expand_as(x))
+        turn = self.turn(x)
         with torch.no_grad():  # all cycles but the last are without gradient
             for _ in range(self.config.H_cycles - 1):
                 y, z = self.cycle(x, y, z, turn)
         y, z = self.cycle(x, y, z, turn)
+        logits = self.lm_head(y)[:, self.config.puzzle_emb_len :]
+        q_halt = self.q_head(y[:, 0])[:, 0]
+        return (y.detach(), z.detach()), {"logits": logits, "q_halt_logits": q_halt}
 
-        logits = self.lm_head(y)[:, self.config.puzzle_emb_len :].float()
-        q_halt = self.q_head(y[:, 0])[:, 0].float()
-        steps = torch.where(fresh, 0, carry.steps) + 1
-        halted = steps >= self.config.halt_max_steps  # evaluation takes all steps
-        if self.training:
-            halted = halted | (q_halt.detach() > 0)
-        outputs = {"logits": logits, "q_halt_logits": q_halt}
-        return Carry(y.detach(), z.detach(), steps, halted, data), outputs
-
-    def cycle(self, x: Tensor, y: Tensor, z: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """Reason about question and answer `L_cycles` times, then better the answer."""
+    def cycle(self, x: Tensor, y: Tensor, z: Tensor, turn: Turn) -> State:
+        """Reason about question and answer `L_cycles` times, then better the answer: one network
+        updates both.
+        """
         for _ in range(self.config.L_cycles):
-            z = self.net(z, y + x, turn)
-        return self.net(y, z, turn), z
-
-    def net(self, state: Tensor, added: Tensor, turn: Turn) -> Tensor:
-        """The one network, which updates both latents."""
-        state = state + added
+            z = z + (y + x)
+            for layer in self.L_level["layers"].children():
+                z = layer(z, turn)
+        y = y + z
         for layer in self.L_level["layers"].children():
-            state = layer(state, turn)
-        return state
+            y = layer(y, turn)
+        return y, z
 
     def embed(self, codes: Tensor, view: Tensor) -> Tensor:
         """x [B, S, D]: the view's vector in slot 0, empty slots, the cells; times sqrt(D)."""
@@ -225,7 +190,6 @@ class ReferenceRefiner:
     ) -> list[Refined]:
         """See `Refiner.refine`; all steps are taken, as the reference implementation evaluates."""
         device, found = self.model.H_init.device, []
-        steps = num_steps or self.halt_max_steps
         usual = 2**17 if device.type == "cuda" else 2**12
         per_batch = max(1, (tokens_per_batch or usual) // NUM_CELLS)
         for first in range(0, len(asked), per_batch):
@@ -233,17 +197,16 @@ class ReferenceRefiner:
             codes = np.stack([encode(one.query).ravel() for one in chosen])
             views = torch.tensor([one.prompt.condition.task for one in chosen], device=device)
             batch = {"inputs": torch.from_numpy(codes).to(device), "puzzle_identifiers": views}
-            carry, answers = self.model.initial_carry(batch), []
+            state, answers, steps = None, [], num_steps or self.halt_max_steps
             for step in range(steps):
-                carry, said = self.model(carry, batch)
-                carry.halted = torch.zeros_like(carry.halted)
+                state, said = self.model(batch, state)
                 if keep_history or step == steps - 1:
                     canvases = said["logits"].unflatten(1, (MAX_SIDE, MAX_SIDE)).cpu()
-                    asked_for = zip(canvases, chosen, strict=True)
-                    answers.append([read_off(canvas, one.shape) for canvas, one in asked_for])
+                    both = zip(canvases, chosen, strict=True)
+                    answers.append([read_off(canvas, one.shape) for canvas, one in both])
             for i, q in enumerate(said["q_halt_logits"].tolist()):
-                grid, log_p = answers[-1][i]
                 history = tuple(after[i][0] for after in answers) if keep_history else ()
+                grid, log_p = answers[-1][i]
                 found.append(Refined(grid, q, log_p, steps, history))
             advance(len(chosen))
         return found
@@ -262,11 +225,8 @@ def read_off(logits: Tensor, shape: tuple[int, int]) -> tuple[Grid, float]:
 
 # --- Reading files
 
-_NEEDED = ("puzzle_emb.weights", "L_level.layers.0.mlp.down_proj.weight")
 _COUNTS = {"num_heads", "H_cycles", "L_cycles", "puzzle_emb_len", "rope_theta", "halt_max_steps"}
 """What leaves no trace in the weights."""
-_UNREADABLE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError)
-"""What torch raises for a file that is not its own, depending on where it stumbles."""
 
 
 def read_reference_file(path: Path) -> ReferenceTRM:
@@ -284,21 +244,18 @@ def read_reference_file(path: Path) -> ReferenceTRM:
         else:
             with zipfile.ZipFile(path):  # older formats allocate what the pickle says
                 weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
-            raise ValueError("no state dict")
         # A tensor in a .pt file may repeat its cells: a few bytes may declare any shape.
         if sum(t.numel() * t.element_size() for t in weights.values()) > path.stat().st_size:
             raise ValueError("tensors larger than the file")
-    except (*_UNREADABLE, zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError) as error:
+        return load_reference(weights, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # of torch, zipfile, pickle, the system: by where they stumble
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path}: not a state dict of plain tensors ({reason}); give a file that torch.save "
             "wrote from a state_dict, a .safetensors file, or an arctrm checkpoint folder"
         ) from error
-    try:
-        return load_reference(weights, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_reference(
@@ -307,23 +264,19 @@ def load_reference(
     """Model with the reference weights, float32; `config` is the reference's `arch` table.
 
     What it does not say is read off the weights, or is as in the published ARC models (H3 / L4,
-    heads of 64). Wrappers' prefixes of names are dropped.
-
-    Raises:
-        CheckpointError: names the first missing, unexpected or wrongly shaped tensor.
+    heads of 64). Wrappers' prefixes of names are dropped. Raises CheckpointError with the first
+    missing, unexpected or wrongly shaped tensor.
     """
     prefixes = r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+"
     no_values = r"rotary_emb\.|embed_pos\.|local_(weights|ids)$"
     named = {re.sub(prefixes, "", str(key)): value for key, value in state_dict.items()}
     weights = {key: value.float() for key, value in named.items() if not re.search(no_values, key)}
+    try:
+        num_views, _ = weights["puzzle_emb.weights"].shape
+        width, inner = weights["L_level.layers.0.mlp.down_proj.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"holds no TRM weights ({error})") from error
     layers = {key.split(".")[2] for key in weights if key.startswith("L_level.layers.")}
-    views, down = (weights.get(key, torch.empty(0)) for key in _NEEDED)
-    if views.ndim != 2 or down.ndim != 2 or 0 in (*views.shape, *down.shape):
-        raise CheckpointError(
-            f"the file holds no TRM weights ({', '.join(_NEEDED)}); it has "
-            f"{', '.join(sorted(weights)[:3]) or 'no tensors'}"
-        )
-    width, inner = down.shape
     sizes = {"hidden_size": width, "L_layers": len(layers), "num_heads": max(1, width // 64)}
     fixed = {"hidden_size": width, "L_layers": len(layers), "mlp_t": False, "pos_encodings": "rope"}
     for key, got in (config or {}).items():
@@ -333,10 +286,10 @@ def load_reference(
         elif key in _COUNTS or got != fixed.get(key, got):
             wanted = fixed.get(key, "a number from 1 to 100,000")
             raise CheckpointError(f"its configuration has {key} = {got!r}; only {wanted} fits")
-    if width % (2 * sizes["num_heads"]):
+    if not width or width % (2 * sizes["num_heads"]):
         raise CheckpointError(f"{sizes['num_heads']} heads do not divide a width of {width}")
     with torch.device("meta"):  # compared before anything of these sizes is made
-        model = ReferenceTRM(ReferenceConfig(inner_size=inner, **sizes), len(views))
+        model = ReferenceTRM(ReferenceConfig(inner_size=inner, **sizes), num_views)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
@@ -348,29 +301,22 @@ def load_reference(
 def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[View, int]]]:
     """Task id -> the views that have a vector, each with its row: from the identifiers.json beside
     the checkpoint `path`, a list of names `task`, or `task|||t3|||0213456789` (dihedral, colours).
-
-    Raises:
-        CheckpointError: it cannot be read, or is of another data set.
     """
-    file = path.with_name("identifiers.json")
-    wanted = "copy the identifiers.json of the data set that the checkpoint was trained on there"
+    file, views = path.with_name("identifiers.json"), {}
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{file} cannot be read ({reason}); {wanted}") from error
-    if not isinstance(names, list) or len(names) != num_embeddings:
-        listed = f"lists {len(names)} vectors" if isinstance(names, list) else "is not a list"
-        raise CheckpointError(f"{file}: {listed}, {path.name} has {num_embeddings}; {wanted}")
-    views: dict[str, list[tuple[View, int]]] = {}
-    for row, name in enumerate(map(str, names)):
-        task_id, _, how = name.partition("|||")
-        match = re.fullmatch(r"t([0-7])\|\|\|([0-9]{10})", how or "t0|||0123456789")
-        colours = tuple(map(int, match[2])) if match else ()
-        if match is None or sorted(colours) != list(SAME_COLOURS):
-            raise CheckpointError(
-                f"{file}: {name!r} does not end in a dihedral and a permutation of ten colours, "
-                f"such as 't3|||0213456789'; {wanted}"
-            )
-        views.setdefault(task_id, []).append((View(int(match[1]), colours), row))
+        if len(names) != num_embeddings:
+            raise ValueError(f"lists {len(names)} vectors, {path.name} has {num_embeddings}")
+        for row, name in enumerate(names):
+            task_id, _, how = name.partition("|||")
+            match = re.fullmatch(r"t([0-7])\|\|\|([0-9]{10})", how or "t0|||0123456789")
+            if match is None or len(set(match[2])) != len(SAME_COLOURS):
+                raise ValueError(f"{name!r} ends in no dihedral and permutation of ten")
+            view = View(int(match[1]), tuple(map(int, match[2])))
+            views.setdefault(task_id, []).append((view, row))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: {error}; copy the identifiers.json of the data set that the checkpoint was "
+            "trained on there"
+        ) from error
     return views
