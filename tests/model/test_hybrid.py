@@ -6,9 +6,9 @@ import torch
 
 from arctrm.config import CouplingConfig, HubConfig, TrunkConfig
 from arctrm.data.task import Pair
-from arctrm.model.hybrid import AskedInContext, Hybrid, HybridRefiner
+from arctrm.model.hybrid import Hybrid, HybridRefiner
 from arctrm.model.layout import Condition, output_tokens, prompt
-from arctrm.model.trm import TrunkRefiner, lay_out
+from arctrm.model.trm import Asked, TrunkRefiner, lay_out
 from arctrm.model.trunk import Trunk
 from arctrm.reader.decoding import decode
 from arctrm.reader.hub import with_soft
@@ -57,7 +57,7 @@ def questions(drafted=True):
         pairs = tuple(Pair(random_grid(rng, 2, 2), random_grid(rng, 1, 3)) for _ in range(number))
         draft = random_grid(rng, *shape)
         given = draft if drafted else None
-        asked.append(AskedInContext(query, prompt(query, condition), shape, given, pairs))
+        asked.append(Asked(query, prompt(query, condition), shape, given, pairs))
     return asked
 
 
@@ -184,7 +184,7 @@ def test_the_prefix_is_trained_as_it_is_used(hybrid):
     soft = whole.soft_prefix(rows, predictions[-1])
     prompts = [whole.reader.prompt(one.query, pairs=one.pairs) for one in asked]
     answers = [np.array([[3]], np.uint8)] * 3
-    asked = [AskedInContext(o.query, o.prompt, (1, 1), None, o.pairs) for o in asked]
+    asked = [Asked(o.query, o.prompt, (1, 1), None, o.pairs) for o in asked]
     written = whole.written_loss(asked, answers, soft) * 3  # 3, row end, end
     read = whole.reader.store(with_soft(prompts, soft), [3] * 3)
     first = read.read().log_softmax(-1)

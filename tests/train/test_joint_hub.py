@@ -9,8 +9,9 @@ import torch
 from arctrm.config import JointConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.errors import ConfigError
-from arctrm.model.hybrid import AskedInContext, Hybrid
+from arctrm.model.hybrid import Hybrid
 from arctrm.model.layout import prompt
+from arctrm.model.trm import Asked
 from arctrm.model.trunk import Trunk
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.train import sequences as s
@@ -83,7 +84,7 @@ def test_trm_hears_in_training_what_it_hears_in_answering(new, drafted):
         )
         shown = rows.tokens[of_row & rows.cells].view(one.answer.shape).numpy()
         draft = shown.astype(np.uint8) if drafted else None
-        asked = AskedInContext(
+        asked = Asked(
             one.query, prompt(one.query, one.condition), one.answer.shape, draft, one.pairs
         )
         alone = hybrid.listen([asked], int(of_row.sum()))

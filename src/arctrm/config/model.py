@@ -166,7 +166,7 @@ class CouplingConfig(StrictModel):
     back: bool = False
     """TRM's latents -> soft prefix of the reader for the next attempt."""
     num_context_slots: int = Field(16, ge=1, le=1024)
-    """Slots that TRM attends to beside the cells, filled by the reader."""
+    """Vectors of the context; TRM adds their mean to every token of the question."""
     num_back_vectors: int = Field(4, ge=1, le=POSITIONS)
     """Vectors of the soft prefix."""
     adapter_heads: int = Field(8, ge=1, le=1024)

@@ -1,13 +1,8 @@
 """Adapters between a hub model and TRM, which live in spaces of different widths.
 
-- `TextToLatentAdapter`: what the LLM has read -> first latents of every cell, and context slots;
-- `AlignedAdapter`: the LLM's state of each cell that it has read -> that very cell of TRM;
-- `LatentToTextAdapter`: TRM's latents -> a soft prefix of the LLM.
-
 All start as a whisper beside what TRM embeds itself; a zero would keep the gradient from the LLM.
-
-Legend: B rows, S states of a row, Q queries, A heads, K = D / A, H width of the LLM, D width of
-TRM, C context slots, P prefix vectors, N rows (= columns) of the canvas, T cells of a packed batch.
+Legend: B rows, S states of a row, Q queries, H width of the LLM, D width of TRM, C context slots,
+P prefix vectors, N rows (= columns) of the canvas, T cells of a packed batch.
 """
 
 from math import isqrt
@@ -22,21 +17,16 @@ from arctrm.errors import ConfigError
 WHISPER = 0.1
 """First deviation of what adapters add, where embeddings have 1."""
 SHARPNESS = 4.0
-"""First deviation of attention logits. At 1, queries average hundreds of states: all slots say
-nearly the same, and nearly the same for every task."""
-EMBEDDING_SCALE = 0.02
-"""Root mean square of the embeddings of a fresh language model; trained ones are near it."""
+"""First deviation of attention logits; at 1 all queries say nearly the same, for every task."""
 NUM_BLOCKS = 2
 
 
 class Read(NamedTuple):
-    """What the learned queries have read: everything `TextToLatentAdapter` says follows from it."""
+    """What the learned queries have read, for context slots, canvas rows and canvas columns."""
 
     slots: Tensor  # [B, C, D]
-    rows: Tensor
-    """[B, N, D]: one vector per canvas row."""
-    columns: Tensor
-    """[B, N, D]: one vector per canvas column."""
+    rows: Tensor  # [B, N, D]
+    columns: Tensor  # [B, N, D]
 
 
 class TextToLatentAdapter(nn.Module):
@@ -44,16 +34,6 @@ class TextToLatentAdapter(nn.Module):
 
     A cell's latents come from its row and its column vector through a small head, so that the map
     from 4096 wide states to 900 cells of 512 costs 7 million parameters, not 1.9 billion.
-
-    Args:
-        llm_hidden_size: width H of the LLM.
-        trm_hidden_size: width D of TRM.
-        trm_seq_len: cells of the full canvas, a square number (900 = 30 x 30).
-        num_context_slots: vectors that `context` gives.
-        num_heads: heads of the cross-attention; must divide D.
-
-    Raises:
-        ConfigError: `trm_seq_len` is no square, or the heads do not divide the width.
     """
 
     def __init__(
@@ -67,10 +47,7 @@ class TextToLatentAdapter(nn.Module):
         super().__init__()
         self.side, width = isqrt(trm_seq_len), trm_hidden_size
         if self.side**2 != trm_seq_len or not trm_seq_len:
-            raise ConfigError(
-                f"TextToLatentAdapter: trm_seq_len = {trm_seq_len} is not the number of cells of a "
-                "square canvas; use 900 (30 x 30)"
-            )
+            raise ConfigError(f"trm_seq_len = {trm_seq_len} is no square number; use 900 (30 x 30)")
         self.llm_hidden_size, self.num_context_slots = llm_hidden_size, num_context_slots
         self.project = _linear(llm_hidden_size, width)
         self.queries = _table(num_context_slots + 2 * self.side, width)
@@ -79,10 +56,7 @@ class TextToLatentAdapter(nn.Module):
         self.cell_head = _linear(width, 2 * width)
 
     def forward(self, llm_hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z_H and z_L, each [B, N x N, D], cells row by row.
-
-        `llm_hidden` is [B, H] or [B, S, H] with a bool mask [B, S] (True: a state).
-        """
+        """z_H and z_L [B, N x N, D] of states [B, H] or [B, S, H], bool mask [B, S]."""
         read = self.read(llm_hidden, mask)
         z_H, z_L = self._latents(read.rows[:, :, None], read.columns[:, None])
         return z_H.flatten(1, 2), z_L.flatten(1, 2)
@@ -92,16 +66,16 @@ class TextToLatentAdapter(nn.Module):
         return self.slots(self.read(llm_hidden, mask))
 
     def read(self, llm_hidden: Tensor, mask: Tensor | None = None) -> Read:
-        """What the queries read of the states: for callers who want the slots and some cells."""
+        """What the queries read of the states."""
         if llm_hidden.ndim == 2:
             llm_hidden = llm_hidden[:, None]
         if mask is None:
-            mask = torch.ones(llm_hidden.shape[:2], dtype=torch.bool, device=llm_hidden.device)
+            mask = llm_hidden.new_ones(llm_hidden.shape[:2], dtype=torch.bool)
         hidden = _masked(llm_hidden, mask, self.llm_hidden_size, "TextToLatentAdapter")
         return self.read_keys(self.keys(hidden), mask)
 
     def keys(self, llm_hidden: Tensor) -> Tensor:
-        """States [..., H] as the queries see them, [..., D]: smaller, where rows share states."""
+        """States [..., H] as the queries see them, [..., D]."""
         return _norm(self.project(_norm(llm_hidden)))
 
     def read_keys(self, keys_BSD: Tensor, mask: Tensor) -> Read:
@@ -120,7 +94,6 @@ class TextToLatentAdapter(nn.Module):
         return self._latents(read.rows[row_T, y_T], read.columns[row_T, x_T])
 
     def _latents(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """z_H and z_L [..., D] of cells whose row and column vectors [..., D] broadcast."""
         cell = _norm(row + column + row * column)
         z_H, z_L = (self.cell_head(cell) * WHISPER).chunk(2, dim=-1)
         return z_H, z_L
@@ -134,8 +107,7 @@ class AlignedAdapter(nn.Module):
         self.llm_hidden_size = llm_hidden_size
         self.norm = nn.LayerNorm(llm_hidden_size)
         self.project = _linear(llm_hidden_size, trm_hidden_size)
-        self.to_z = _linear(trm_hidden_size, trm_hidden_size)
-        self.to_input = _linear(trm_hidden_size, trm_hidden_size)
+        self.to_z, self.to_input = (_linear(trm_hidden_size, trm_hidden_size) for _ in range(2))
 
     def forward(self, llm_hidden: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """(z, injection), [T, D] each, of states [T, H]; zero where bool `there` [T] is False."""
@@ -145,14 +117,8 @@ class AlignedAdapter(nn.Module):
 
 
 class LatentToTextAdapter(nn.Module):
-    """TRM -> LLM: learned queries read both latents and become vectors among the embeddings.
-
-    Args:
-        trm_hidden_size: width D of TRM.
-        llm_hidden_size: width H of the LLM.
-        num_prefix: vectors P of the soft prefix.
-        num_heads: heads of the cross-attention; must divide D.
-        output_scale: first root mean square of the prefix: that of the LLM's embeddings.
+    """TRM -> LLM: learned queries read both latents and become vectors among the embeddings, whose
+    root mean square is `output_scale`.
     """
 
     def __init__(
@@ -161,7 +127,7 @@ class LatentToTextAdapter(nn.Module):
         llm_hidden_size: int = 4096,
         num_prefix: int = 4,
         num_heads: int = 8,
-        output_scale: float = EMBEDDING_SCALE,
+        output_scale: float = 0.02,
     ):
         super().__init__()
         self.trm_hidden_size, self.output_scale = trm_hidden_size, output_scale
@@ -171,14 +137,13 @@ class LatentToTextAdapter(nn.Module):
         self.project = _linear(trm_hidden_size, llm_hidden_size)
 
     def forward(self, z_H: Tensor, z_L: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Soft prefix [B, P, H] of latents [B, S, D]; bool mask [B, S] (True: read this one).
-
-        A row with nothing to read gives a learned constant.
+        """Soft prefix [B, P, H] of latents [B, S, D], bool mask [B, S]; a row with nothing to read
+        gives a learned constant.
         """
         if mask is None:
-            mask = torch.ones(z_H.shape[:2], dtype=torch.bool, device=z_H.device)
+            mask = z_H.new_ones(z_H.shape[:2], dtype=torch.bool)
         own = (_masked(z, mask, self.trm_hidden_size, "LatentToTextAdapter") for z in (z_H, z_L))
-        high, low = (_norm(z) for z in own)
+        high, low = map(_norm, own)
         keys = _norm(self.from_H(high) + self.from_L(low))
         x = self.block(self.queries.expand(len(keys), -1, -1), keys, mask)
         return self.project(_norm(x)) * self.output_scale
@@ -192,10 +157,7 @@ class _CrossBlock(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         if width % num_heads:
-            raise ConfigError(
-                f"adapter: width {width} is not a multiple of num_heads = {num_heads}; "
-                f"use {width // num_heads * num_heads or num_heads} or another number of heads"
-            )
+            raise ConfigError(f"adapter: width {width} is not a multiple of num_heads = {num_heads}")
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (_linear(width, width) for _ in range(4))
         self.gate_up, self.down = _linear(width, 2 * width), _linear(width, width)
@@ -219,14 +181,12 @@ class _CrossBlock(nn.Module):
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A matrix without bias that keeps the deviation of its input."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.trunc_normal_(layer.weight, std=inputs**-0.5)
     return layer
 
 
 def _table(rows: int, width: int) -> nn.Parameter:
-    """Learned vectors, small beside what attention adds to them."""
     return nn.Parameter(torch.randn(rows, width) * width**-0.5)
 
 
@@ -235,13 +195,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _masked(x: Tensor, mask: Tensor, width: int, name: str) -> Tensor:
-    """`x` [..., width] in float32 with zeros where the bool mask [...] is False.
-
-    What lies there is replaced, not multiplied: padding may hold anything, NaN included.
-
-    Raises:
-        ConfigError: the width is another than the adapter was made for, or the mask does not fit.
-    """
+    """`x` in float32, zero where the mask is False: what lies there may be anything, even NaN."""
     if x.shape[-1] != width or mask.shape != x.shape[:-1]:
         raise ConfigError(
             f"{name}: got vectors {list(x.shape)} with a mask {list(mask.shape)}, expected width "

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arctrm.data.task import NUM_COLOURS, Grid
+from arctrm.data.task import NUM_COLOURS, Grid, Pair
 from arctrm.model.attention import Spans, block_spans, spans
 from arctrm.model.layout import OUTPUT_PART, SIDE, VOCABULARY, Prompt, output_tokens, part_of
 from arctrm.model.trunk import EPS, Trunk, linear
@@ -133,6 +133,8 @@ class Asked:
     """Height and width of the answer; a draft has this shape."""
     draft: Grid | None = None
     """First answer; None: hidden cells."""
+    pairs: tuple[Pair, ...] = ()
+    """Demonstrations as the view shows them, for a hub model to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,16 +194,19 @@ class TrunkRefiner:
         found: dict[int, Refined] = {}
         for batch in batches(asked, tokens_per_batch or usual_tokens(self.trunk.device)):
             chosen = [asked[index] for index in batch]
-            rows, prompts = lay_out(chosen, self.trunk.device, self.trunk.dtype)
-            drafted = self.aligned and chosen[0].draft is not None
-            z = reader_states(self.trunk, rows, prompts) if drafted else None
-            state = first_state(self.trunk, rows, z)
-            most = num_steps or self.halt_max_steps
-            steps = supervision_steps(self.trunk, rows, state, most)
+            steps, rows = self.steps(chosen, num_steps or self.halt_max_steps)
             answers = read_off(rows, steps, chosen, halts=num_steps is None, history=keep_history)
             found |= zip(batch, answers, strict=True)
             advance(len(batch))
         return [found[index] for index in range(len(asked))]
+
+    def steps(self, asked: Sequence[Asked], num_steps: int) -> tuple[Iterator[Prediction], Rows]:
+        """Predictions of up to `num_steps` steps for a batch, and its rows."""
+        rows, prompts = lay_out(asked, self.trunk.device, self.trunk.dtype)
+        drafted = self.aligned and asked[0].draft is not None
+        z = reader_states(self.trunk, rows, prompts) if drafted else None
+        state = first_state(self.trunk, rows, z)
+        return supervision_steps(self.trunk, rows, state, num_steps), rows
 
 
 def usual_tokens(device: torch.device) -> int:
@@ -318,4 +323,3 @@ def _mean_of_cells(values_T: Tensor, rows: Rows, num_rows: int) -> Tensor:
     count = torch.zeros(num_rows + 1, device=row.device).index_add(0, row, rows.cells.float())
     total = torch.zeros(num_rows + 1, device=row.device).index_add(0, row, values_T)
     return (total / count.clamp(min=1))[:num_rows]
-

@@ -44,8 +44,8 @@ class Candidate:
     """The proposer's confidence as a logit: TRM's halting logit, the reader's log-odds."""
     source: str = TRM
     """Who proposed it."""
-    view: int | None = None
-    """Number of the view; None where there was none."""
+    view: int = 0
+    """Number of the view."""
     log_p: float = 0.0
     """Log-probability (nats) that the proposer gave it."""
     steps: int | None = None
@@ -77,18 +77,19 @@ def write(
 ) -> list[Decoded]:
     """The grid that the reader writes for each question, greedily, as its view shows it.
 
-    Where the reader is faster with something to follow, it follows what is `expected` of a test
-    input, else what its own first view gives; this changes nothing but the time. With `follow` =
-    False it does not (to learn what writing costs). Answers that have not ended at `deadline` (of
-    `time.monotonic`) have no grid.
-
-    Raises:
-        ResourceError: out of memory; says which key to lower.
+    Where the reader is faster with something to follow (and may `follow`), it follows what is
+    `expected` of a test input, else what its own first view gives; this changes nothing but the
+    time. Answers that have not ended at `deadline` (of `time.monotonic`) have no grid.
     """
     follows = follow and reader.follows_drafts
     known = dict(expected or {})
     found: dict[int, Decoded] = {}
-    for part in _first_and_rest(questions, known) if follows else [range(len(questions))]:
+    # The first view of every test input of which nothing is known, then all others.
+    seen, parts = set(known), ([], [])  # type: tuple[set[Key], tuple[list[int], list[int]]]
+    for index, question in enumerate(questions):
+        parts[not follows or question.key in seen].append(index)
+        seen.add(question.key)
+    for part in filter(None, parts):
         own = [questions[index] for index in part]
         written = decode(
             reader,
@@ -133,16 +134,6 @@ def prompt_of(question: Question) -> Prompt:
     return question.prompt
 
 
-def _first_and_rest(questions: Sequence[Question], known: Mapping[Key, Grid]) -> list[list[int]]:
-    """The first view of every test input of which nothing is known, then all others."""
-    seen = set(known)
-    parts: tuple[list[int], list[int]] = ([], [])
-    for index, question in enumerate(questions):
-        parts[question.key in seen].append(index)
-        seen.add(question.key)
-    return [part for part in parts if part]
-
-
 def _to_follow(question: Question, known: Mapping[Key, Grid]) -> Grid | None:
     """What may come out, as the view shows it: another view's answer, or the input itself."""
     if question.key in known:
@@ -165,19 +156,12 @@ def refine(
     """TRM's candidates, turned back, with `drafts` of the reader or without any.
 
     A question with a draft gives two candidates (from the draft, and from hidden cells of the
-    draft's size), one without gives one. `advance` is told of the questions.
-
-    Raises:
-        ResourceError: out of memory; says which key to lower.
+    draft's size), one without gives one. Raises ResourceError where there is too little memory.
     """
     asked = to_refine(questions, drafts)
     try:
-        answers = refiner.refine(
-            [one for _, one in asked],
-            num_steps,
-            tokens_per_batch=tokens_per_batch,
-            advance=advance,
-        )
+        own = [one for _, one in asked]
+        answers = refiner.refine(own, num_steps, tokens_per_batch=tokens_per_batch, advance=advance)
     except torch.OutOfMemoryError as error:
         now = tokens_per_batch or GPU_TOKENS
         raise ResourceError(
@@ -203,15 +187,12 @@ def to_refine(questions: Sequence[Question], drafts: Drafts | None) -> list[tupl
     found = []
     for question, draft in zip(questions, drafts or [None] * len(questions), strict=True):
         shape = question.shape if draft is None else draft.shape
-        ways = [None] if draft is None else [draft, None]
         prompt = layout.prompt(question.query, question.condition)
-        found += [(question, _asked(question, prompt, shape, way)) for way in ways]
+        for way in [None] if draft is None else [draft, None]:
+            one = Asked(question.query, prompt, shape, way)
+            if question.pairs:
+                from arctrm.model.hybrid import AskedInContext  # loaded, as there is a hub reader
+
+                one = AskedInContext(question.query, prompt, shape, way, question.pairs)
+            found.append((question, one))
     return found
-
-
-def _asked(question: Question, prompt: Prompt, shape: tuple[int, int], draft: Grid | None) -> Asked:
-    if not question.pairs:
-        return Asked(question.query, prompt, shape, draft)
-    from arctrm.model.hybrid import AskedInContext  # there is a hub reader, so this is loaded
-
-    return AskedInContext(question.query, prompt, shape, draft, question.pairs)

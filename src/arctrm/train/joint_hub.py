@@ -15,9 +15,9 @@ from torch import Tensor
 from arctrm.config import JointConfig
 from arctrm.data.base_set import BaseSet
 from arctrm.errors import ConfigError
-from arctrm.model.hybrid import AskedInContext, Heard, Hybrid
+from arctrm.model.hybrid import Heard, Hybrid
 from arctrm.model.layout import CHOICES, VOCABULARY, prompt
-from arctrm.model.trm import Prediction
+from arctrm.model.trm import Asked, Prediction
 from arctrm.train.drafts import DraftPool, questions_of
 from arctrm.train.losses import IGNORE, RowCounts, halting_loss, halting_mean, row_counts
 from arctrm.train.refining import Questions, draw_drafted, questions, with_drafts
@@ -29,14 +29,10 @@ from arctrm.train.steps import COUNTS, READER, TRM, Step, metrics_of, room_for
 class JointBatch(NamedTuple):
     """What one joint step computes on."""
 
-    read: Batch
-    """Sequences as the reader is shown them; no label where a draft is shown."""
-    at: Tensor
-    """int64 [R]: each of TRM's rows among the rows of `read`."""
-    slot: Tensor
-    """int64 [T]: place of each of TRM's tokens in its row."""
-    asked: Questions
-    """The same pairs for TRM."""
+    read: Batch  # sequences as the reader is shown them; no label where a draft is shown
+    at: Tensor  # int64 [R]: each of TRM's rows among the rows of `read`
+    slot: Tensor  # int64 [T]: place of each of TRM's tokens in its row
+    asked: Questions  # the same pairs for TRM
 
 
 class JointStep(Step):
@@ -148,10 +144,8 @@ class JointStep(Step):
         rows = batch.read.rows.unflatten(0, (-1, per))[batch.at[last] // per]
         found = questions_of(self.sequences.source.base, rows)
         answers = [one.answer for one in found]
-        asked = [
-            AskedInContext(q.query, prompt(q.query, q.condition), q.answer.shape, pairs=q.pairs)
-            for q in found
-        ]
+        spelt = ((one, prompt(one.query, one.condition)) for one in found)
+        asked = [Asked(q.query, told, q.answer.shape, pairs=q.pairs) for q, told in spelt]
         return self.hybrid.written_loss(asked, answers, soft[last.to(soft.device)])
 
 
