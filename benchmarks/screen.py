@@ -51,7 +51,7 @@ SMALL = {
     "training.ema_decay": "0.99",
     "training.log_every": "100",
 }
-ANSWERS = {"inference.views": "16", "inference.compile": "off", "judge.scoring_views": "8"}
+ANSWERS = {"inference.views": "16", "judge.scoring_views": "8"}
 
 
 class Arm(NamedTuple):

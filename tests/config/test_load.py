@@ -29,9 +29,16 @@ def toml(tmp_path, monkeypatch):
     return write
 
 
-def sentence(*, model=PretrainConfig, files=(), overrides=(), flags=None, environ=None) -> str:
+def load(model=PretrainConfig, files=(), overrides=(), flags=None, environ=None, record=None):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, text in (environ or {}).items():
+            patch.setenv(name, text)
+        return load_config(model, files, overrides, flags, record)
+
+
+def sentence(**layers) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_config(model, files, overrides, flags, environ or {})
+        load(**layers)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -42,7 +49,7 @@ def sentence(*, model=PretrainConfig, files=(), overrides=(), flags=None, enviro
 
 def test_without_layers_the_defaults_of_the_model_hold():
     for model in COMMANDS.values():
-        assert load_config(model, environ={}) == model()
+        assert load(model) == model()
 
 
 def test_each_layer_wins_over_the_one_below(toml):
@@ -52,39 +59,37 @@ def test_each_layer_wins_over_the_one_below(toml):
         "overrides": ["seed=4", "seed=5"],
         "flags": {"--seed": ("seed", 6)},
     }
-    arguments = {"environ": {}}
+    arguments = {}
     for layer, seed in {"files": 2, "environ": 3, "overrides": 5, "flags": 6}.items():
         arguments[layer] = given[layer]
-        assert load_config(PretrainConfig, **arguments).seed == seed
+        assert load(PretrainConfig, **arguments).seed == seed
 
 
 def test_files_are_merged_key_by_key_and_lists_are_replaced(toml):
     first = toml('[trunk]\nhidden_size = 64\nnum_heads = 2\n[data]\nsubsets = ["training"]')
     second = toml('[trunk]\nnum_heads = 4\n[data]\nsubsets = ["evaluation"]', "b.toml")
-    config = load_config(PretrainConfig, [first, second], environ={})
+    config = load(PretrainConfig, [first, second])
     assert (config.trunk.hidden_size, config.trunk.num_heads) == (64, 4)
     assert config.data.subsets == ("evaluation",)
 
 
 def test_a_table_that_names_one_key_keeps_the_defaults_the_command_sets_beside_it(toml):
-    config = load_config(SolveConfig, [toml('[inference]\ndtype = "float32"')], environ={})
+    config = load(SolveConfig, [toml('[inference]\ndtype = "float32"')])
     assert config.inference.views == SolveConfig().inference.views == 32
-    config = load_config(PretrainConfig, (), ["training.schedule.warmup_steps=5"], environ={})
+    config = load(PretrainConfig, (), ["training.schedule.warmup_steps=5"])
     assert config.training.schedule.max_steps == 1000
 
 
 def test_a_later_layer_displaces_the_key_that_its_own_excludes(toml):
     file = toml('[training.schedule]\nbudget = "20m"')
-    assert load_config(PretrainConfig, [file], environ={}).training.schedule.max_steps is None
-    schedule = load_config(
-        PretrainConfig, [file], ["training.schedule.max_steps=7"], environ={}
-    ).training.schedule
+    assert load(PretrainConfig, [file]).training.schedule.max_steps is None
+    schedule = load(PretrainConfig, [file], ["training.schedule.max_steps=7"]).training.schedule
     assert (schedule.budget, schedule.max_steps) == (None, 7)
 
 
 def test_environment_names_find_keys_whatever_their_case():
     environ = {"ARCTRM_TRUNK__LOOPS": "2", "ARCTRM_TRAINING__SCHEDULE__BUDGET": "90s"}
-    config = load_config(PretrainConfig, environ=environ)
+    config = load(PretrainConfig, environ=environ)
     assert config.trunk.loops == 2
     assert config.training.schedule.budget == 90
 
@@ -97,7 +102,7 @@ def test_variables_are_toml_values_or_bare_text():
         "ARCTRM_TRUNK__INJECTION": "false",
         "ARCTRM_TRACKING__RUN_NAME": "2024",
     }
-    config = load_config(PretrainConfig, environ=environ)
+    config = load(PretrainConfig, environ=environ)
     assert config.data.subsets == ("training", "my.json")
     assert config.data.test_set == "training"
     assert config.data.weights == {"training": 2}
@@ -107,11 +112,11 @@ def test_variables_are_toml_values_or_bare_text():
 
 def test_variables_of_another_command_and_the_debug_switch_are_left_alone():
     environ = {"ARCTRM_TRUNK__HIDDEN_SIZE": "64", "ARCTRM_DEBUG": "1", "ARCTRM_SEED": ""}
-    assert load_config(SolveConfig, environ=environ) == SolveConfig()
+    assert load(SolveConfig, environ=environ) == SolveConfig()
 
 
 def test_overrides_are_toml_values_or_bare_text():
-    config = load_config(
+    config = load(
         PretrainConfig,
         (),
         [
@@ -123,7 +128,6 @@ def test_overrides_are_toml_values_or_bare_text():
             "tracking.run_name=2024",
             "out=runs/a=b",
         ],
-        environ={},
     )
     assert config.data.subsets == ("training", "my.json")
     assert config.data.test_set == "training"
@@ -136,33 +140,32 @@ def test_overrides_are_toml_values_or_bare_text():
 
 def test_a_key_can_be_unset_in_every_layer(toml):
     for arguments in (
-        {"files": [toml('data.test_set = ""')], "environ": {}},
-        {"overrides": ["data.test_set=null"], "environ": {}},
+        {"files": [toml('data.test_set = ""')]},
+        {"overrides": ["data.test_set=null"]},
         {"environ": {"ARCTRM_DATA__TEST_SET": "null"}},
-        {"flags": {"--test-set": ("data.test_set", "")}, "environ": {}},
+        {"flags": {"--test-set": ("data.test_set", "")}},
     ):
-        assert load_config(DataBuildConfig, **arguments).data.test_set is None
+        assert load(DataBuildConfig, **arguments).data.test_set is None
 
 
 def test_flags_that_were_not_given_change_nothing(toml):
     file = toml('seed = 3\nout = "x"')
-    config = load_config(
+    config = load(
         DataBuildConfig,
         [file],
         flags={"--seed": ("seed", None), "--out": ("out", None)},
-        environ={},
     )
     assert (config.seed, config.out) == (3, Path("x"))
 
 
 def test_the_run_record_holds_every_key_and_validates_again(tmp_path):
-    config = load_config(PretrainConfig, (), ["trunk.hidden_size=64"], environ={})
+    config = load(PretrainConfig, (), ["trunk.hidden_size=64"])
     write_run_record(tmp_path, config)
     written = json.loads((tmp_path / "config.json").read_text())["config"]
     assert written == config.model_dump(mode="json")
     assert written["trunk"]["hidden_size"] == 64
     assert PretrainConfig.model_validate_json(json.dumps(written)) == config
-    assert load_config(PretrainConfig, environ={}, record=tmp_path / "config.json") == config
+    assert load(PretrainConfig, record=tmp_path / "config.json") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -179,14 +182,13 @@ def test_a_missing_file_is_named_with_the_nearest_one(toml):
 
 def test_a_folder_or_a_binary_file_is_not_a_configuration(toml, tmp_path):
     Path("binary.toml").write_bytes(b"\xff\xfe\x00")
-    assert sentence(files=[tmp_path]).endswith(
-        "is a directory; --config wants a readable TOML file"
-    )
-    assert sentence(files=[Path("binary.toml")]).startswith("binary.toml: not UTF-8 text;")
+    ending = "; --config wants a readable TOML file"
+    assert sentence(files=[tmp_path]).endswith(f"is a directory{ending}")
+    assert sentence(files=[Path("binary.toml")]).endswith(ending)
 
 
 def test_a_syntax_error_is_named_with_its_line(toml):
-    assert sentence(files=[toml("seed = 1\n\n[trm\n")]).startswith("a.toml: not valid TOML, ")
+    assert "(at line 3, column 5)" in sentence(files=[toml("seed = 1\n\n[trm\n")])
 
 
 @pytest.mark.parametrize(
@@ -211,34 +213,34 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             '[trunk]\nhidden_size = "512"',
-            "trunk.hidden_size = '512', allowed is a whole number; the default is 512",
+            "trunk.hidden_size = '512' should be a valid integer; the default is 512",
         ),
-        ("seed = true", "seed = true, allowed is a whole number; the default is 0"),
-        ("seed = 1.5", "seed = 1.5, allowed is a whole number; the default is 0"),
-        ("trunk = 5", "trunk = 5, allowed is a table; write it as [trunk]"),
+        ("seed = true", "seed = true should be a valid integer; the default is 0"),
+        ("seed = 1.5", "seed = 1.5 should be a valid integer; the default is 0"),
+        ("trunk = 5", "trunk = 5 should be a table; write it as [trunk]"),
         (
             'data.subsets = "training"',
-            'data.subsets = \'training\', allowed is a list such as ["a", "b"]; '
+            "data.subsets = 'training' should be a valid array; "
             'the default is ["training", "evaluation"]',
         ),
         (
             'training.dtype = "float16"',
-            "training.dtype = 'float16', allowed is 'auto', 'float32' or 'bfloat16'; "
+            "training.dtype = 'float16' should be 'auto', 'float32' or 'bfloat16'; "
             "the default is 'auto'",
         ),
         (
             "training.optimiser.betas = [0.9]",
-            "training.optimiser.betas = [0.9], allowed is one more item; "
+            "training.optimiser.betas = [0.9] should have one more item; "
             "the default is [0.9, 0.95]",
         ),
-        ("seed = -1", "seed = -1, allowed is a number of at least 0; the default is 0"),
+        ("seed = -1", "seed = -1 should be greater than or equal to 0; the default is 0"),
         (
             "data.identity_colours = 2",
-            "data.identity_colours = 2, allowed is a number of at most 1.0; the default is 0.2",
+            "data.identity_colours = 2 should be less than or equal to 1; the default is 0.2",
         ),
         (
             "training.optimiser.muon_lr = nan",
-            "training.optimiser.muon_lr = NaN, allowed is a finite number; the default is 0.006",
+            "training.optimiser.muon_lr = NaN should be a finite number; the default is 0.006",
         ),
         (
             'training.schedule.budget = "20x"',
@@ -250,17 +252,13 @@ def test_a_syntax_error_is_named_with_its_line(toml):
             "trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = 64; use 448 or 512",
         ),
         (
-            "[data.scaling]\nfactors = [[2, 2], [1, 1]]",
-            "data.scaling.factors = [[2, 2], [1, 1]]: none, or one that changes nothing; give "
-            "pairs [rows, columns] such as [[2, 2], [1, 2]]",
-        ),
-        (
-            '[data.scaling]\nshapes = ["pad", "lines", "pad"]',
-            "data.scaling.shapes = ['pad', 'lines', 'pad'] names a shape twice; name each once",
+            "data.scaling.factors = []",
+            "data.scaling.factors = [] should have at least 1 item after validation, not 0; the "
+            "default is [[1, 2], [2, 1], [2, 2]]",
         ),
         (
             "trunk.num_layers = 257",
-            "trunk.num_layers = 257, allowed is a number of at most 256; the default is 4",
+            "trunk.num_layers = 257 should be less than or equal to 256; the default is 4",
         ),
         (
             'voice = "trm"\ntrm.draft_share = 0.5',
@@ -269,8 +267,8 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             "training.tokens_per_batch = 2000",
-            "training.tokens_per_batch = 2000 with trm.share = 0.5 leaves one voice 1000 tokens, "
-            "and the largest pair has 1863; use 3727 or more",
+            "training.tokens_per_batch = 2000 with trm.share = 0.5 leaves one voice no "
+            "room for the largest pair, 1863 tokens; use 3727 or more",
         ),
         (
             '[training.schedule]\nbudget = "10m"\nmax_steps = 5',
@@ -285,15 +283,15 @@ def test_a_mistake_in_a_file_gives_one_sentence_with_file_key_got_and_allowed(to
 
 def test_the_sentence_names_the_layer_that_the_key_came_from(toml):
     good, bad = toml("seed = 1"), toml("seed = -2", "b.toml")
-    assert sentence(files=[good, bad]).startswith("b.toml: seed = -2,")
+    assert sentence(files=[good, bad]).startswith("b.toml: seed = -2 ")
     environ = {"ARCTRM_SEED": "-3"}
-    assert sentence(files=[bad], environ=environ).startswith("environment ARCTRM_SEED: seed = -3,")
-    assert sentence(environ=environ, overrides=["seed=-4"]).startswith("--set: seed = -4,")
+    assert sentence(files=[bad], environ=environ).startswith("environment ARCTRM_SEED: seed = -3 ")
+    assert sentence(environ=environ, overrides=["seed=-4"]).startswith("--set: seed = -4 ")
     assert sentence(overrides=["seed=-4"], flags={"--seed": ("seed", -5)}).startswith(
-        "--seed: seed = -5,"
+        "--seed: seed = -5 "
     )
     flag = sentence(model=DataBuildConfig, flags={"--num-aug": ("data.num_aug", -1)})
-    assert flag.startswith("--num-aug: data.num_aug = -1,")
+    assert flag.startswith("--num-aug: data.num_aug = -1 ")
 
 
 def test_fields_that_contradict_name_every_layer_they_came_from(toml):
@@ -319,18 +317,11 @@ def test_fields_that_contradict_name_every_layer_they_came_from(toml):
             "unknown key solver; allowed here: seed, out, data, trunk, reader, trm, training, "
             "tracking, voice, checkpoint",
         ),
-        ("ARCTRM_SEED__X", 'seed = {"x": 1}, allowed is a whole number; the default is 0'),
+        ("ARCTRM_SEED__X", 'seed = {"x": 1} should be a valid integer; the default is 0'),
     ],
 )
 def test_an_unknown_variable_is_refused(name, expected):
     assert sentence(environ={name: "1"}) == f"environment {name}: {expected}"
-
-
-def test_a_text_where_a_variable_wants_a_list_gives_the_sentence():
-    assert sentence(environ={"ARCTRM_DATA__SUBSETS": "training"}) == (
-        "environment ARCTRM_DATA__SUBSETS: data.subsets = 'training', allowed is a list such as "
-        '["a", "b"]; the default is ["training", "evaluation"]'
-    )
 
 
 def test_a_table_of_another_command_is_refused_with_that_command(toml):
@@ -360,29 +351,26 @@ def test_of_several_mistakes_the_first_is_told_and_the_others_counted(toml):
 
 def test_a_bare_name_finds_a_shipped_configuration_unless_there_is_such_a_file(toml):
     assert "smoke" in shipped_configs()
-    assert load_config(PretrainConfig, [Path("smoke")], environ={}).trunk.hidden_size == 64
-    assert load_config(PretrainConfig, [Path("smoke.toml")], environ={}).trunk.hidden_size == 64
+    assert load(PretrainConfig, [Path("smoke")]).trunk.hidden_size == 64
+    assert load(PretrainConfig, [Path("smoke.toml")]).trunk.hidden_size == 64
     own = toml("trunk.hidden_size = 128", "smoke.toml")
-    assert load_config(PretrainConfig, [own], environ={}).trunk.hidden_size == 128
+    assert load(PretrainConfig, [own]).trunk.hidden_size == 128
     assert sentence(files=[Path("smoek")]) == ("smoek: there is no such file; did you mean smoke?")
 
 
 def test_what_a_resumed_run_may_not_change_is_listed_with_both_values():
     then = PretrainConfig().model_dump(mode="json")
     assert differences(then, PretrainConfig()) == []
-    free = load_config(
+    free = load(
         PretrainConfig,
         (),
         [
             *("out=runs/b", "training.schedule.max_steps=7", "training.compile=off"),
             *("training.log_every=1", "tracking.wandb=true", "trunk.gradient_checkpointing=true"),
         ],
-        environ={},
     )
     assert differences(then, free) == []
-    other = load_config(
-        PretrainConfig, (), ["trunk.loops=2", "data.weights={training=2}"], environ={}
-    )
+    other = load(PretrainConfig, (), ["trunk.loops=2", "data.weights={training=2}"])
     assert sorted(differences(then, other)) == [
         "data.weights.training = None then, 2.0 now",
         "trunk.loops = 3 then, 2 now",

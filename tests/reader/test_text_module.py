@@ -245,7 +245,7 @@ def test_different_problems_give_different_latents(folder):
         ({"freeze": True, "mode": "lora"}, "freeze = True contradicts mode = 'lora'"),
         ({"freeze": False, "mode": "frozen"}, "freeze = False contradicts mode = 'frozen'"),
         ({"rank": 3}, "TextReasoningModule: unknown key rank"),
-        ({"lora_rank": 0}, "TextReasoningModule: lora_rank = 0, allowed is a number of at least 1"),
+        ({"lora_rank": 0}, "TextReasoningModule: lora_rank = 0 should be greater than"),
         ({"device_map": "auto", "device": "cpu"}, "hub.device = 'cpu' contradicts hub.device_map"),
     ],
 )

@@ -2,22 +2,29 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from pydantic.fields import FieldInfo
+from pydantic_settings import SettingsConfigDict
+
+PREFIX = "ARCTRM_"
+"""Of the environment variables."""
 
 
 class StrictModel(BaseModel):
     """Frozen, refuses unknown keys and infinite numbers; field docstrings are descriptions."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        enable_decoding=False,  # lists and tables in a variable are TOML, not JSON
     )
-
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    """Groups of dotted keys that exclude each other: a key given in a later layer (file, variable,
-    flag) displaces the other keys of its group in earlier layers."""
 
 
 FREE: dict[str, Any] = {"resume": "free"}

@@ -28,13 +28,18 @@ from arctrm.config.solving import (
 from arctrm.config.training import TrackingConfig, TrainingConfig
 
 
-class DataBuildConfig(StrictModel):
-    """`arctrm data build`."""
+class _Command(StrictModel):
+    """What every command has."""
 
     seed: Seed = 0
     """Seed of everything random."""
-    out: Path | None = None
-    """Folder to write."""
+    out: Path | None = Field(None, json_schema_extra=FREE)
+    """Folder to write; of `baseline` also a file of results."""
+
+
+class DataBuildConfig(_Command):
+    """`arctrm data build`."""
+
     data: DataConfig = DataConfig()
 
 
@@ -51,13 +56,9 @@ class DataShowConfig(StrictModel):
     """Print sizes and overlaps instead of tasks."""
 
 
-class _RunConfig(StrictModel):
+class _RunConfig(_Command):
     """What both training commands have."""
 
-    seed: Seed = 0
-    """Seed of everything random."""
-    out: Path | None = Field(None, json_schema_extra=FREE)
-    """Run folder."""
     data: DataConfig = DataConfig()
     trunk: TrunkConfig = TrunkConfig()
     reader: ReaderConfig = ReaderConfig()
@@ -68,12 +69,11 @@ class _RunConfig(StrictModel):
     def _both_voices_fit(self) -> None:
         """Raise where one voice's part of a batch holds not even the largest pair."""
         tokens, share = self.training.tokens_per_batch, self.trm.share
-        least = min(share, 1 - share)
-        if int(tokens * least) < PAIR_TOKENS:
+        least = int(PAIR_TOKENS / min(share, 1 - share)) + 1
+        if tokens < least:
             raise ValueError(
                 f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice "
-                f"{int(tokens * least)} tokens, and the largest pair has {PAIR_TOKENS}; use "
-                f"{int(PAIR_TOKENS / least) + 1} or more"
+                f"no room for the largest pair, {PAIR_TOKENS} tokens; use {least} or more"
             )
 
 
@@ -105,6 +105,14 @@ KNOWN_KEYS = {
     "lr": ("training", "optimiser", "adamw_lr"),
 }
 """Key of the older pipeline -> path of the key that means the same."""
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    *(((known,), path) for known, path in KNOWN_KEYS.items()),
+    (("llama_frozen",), ("hub", "mode")),
+    (("checkpoint",), ("bundled",)),
+    (("training", "schedule", "budget"), ("training", "schedule", "max_steps")),
+)
+"""Keys that exclude each other: one given in a later layer (file, variable, flag) displaces the
+others of its group in earlier layers."""
 
 
 class JointConfig(_RunConfig):
@@ -113,10 +121,6 @@ class JointConfig(_RunConfig):
     The first ten keys are those of the older pipeline's file; each is read.
     """
 
-    alternatives: ClassVar = (
-        *((known, ".".join(path)) for known, path in KNOWN_KEYS.items()),
-        ("llama_frozen", "hub.mode"),
-    )
     voice: ClassVar[Literal["both"]] = "both"
 
     data_path: str | None = Field(None, json_schema_extra=FREE)
@@ -174,7 +178,7 @@ class JointConfig(_RunConfig):
         """Write the older pipeline's keys into the tables that mean the same."""
         if not isinstance(given, Mapping):
             return given
-        config = {key: _copied(value) for key, value in given.items()}
+        config = _copied(given)
         is_hub = config.get("llama_model", TINY) != TINY
         for name, path in KNOWN_KEYS.items():
             if config.get(name) is not None and (is_hub or name != "llama_model"):
@@ -198,37 +202,32 @@ class JointConfig(_RunConfig):
                     f"llama_model = {self.llama_model!r} contradicts the table reader, which "
                     "trains the tiny reader; leave reader out"
                 )
-            return self
+            return self._adapters_fit()
         self._both_voices_fit()
         for key, given in (
             ("llama_frozen = true", self.llama_frozen),
             (f"reader_checkpoint = {str(self.reader_checkpoint)!r}", self.reader_checkpoint),
-            (f"hub.name = {self.hub.name!r} and the table hub", self.hub != HubConfig()),
+            ("the table hub", self.hub != HubConfig()),
         ):
             if given:
                 raise ValueError(
-                    f"llama_model = 'tiny' contradicts {key}: the tiny reader is a voice of TRM's "
-                    "trunk, which trm_checkpoint starts; leave it out, or set llama_model to the "
-                    "name of a hub model"
+                    f"llama_model = 'tiny' contradicts {key}, which is for a hub model; leave it "
+                    "out, or set llama_model to the name of one"
                 )
         return self
 
-    @model_validator(mode="after")
     def _adapters_fit(self) -> "JointConfig":
-        width, heads = self.trunk.hidden_size, self.coupling.adapter_heads
-        if self.is_tiny:
-            return self
-        if width % heads:
+        width, coupling = self.trunk.hidden_size, self.coupling
+        if width % coupling.adapter_heads:
             raise ValueError(
-                f"coupling.adapter_heads = {heads} does not divide trunk.hidden_size = {width}; "
-                f"use {next(n for n in range(heads, 0, -1) if width % n == 0)}"
+                f"coupling.adapter_heads = {coupling.adapter_heads} does not divide "
+                f"trunk.hidden_size = {width}; use 8, or another divisor"
             )
-        one = self.hub.training_tokens + self.coupling.num_back_vectors * self.coupling.back
-        if self.coupling.reader_tokens_per_batch < one:
+        one = self.hub.training_tokens + coupling.num_back_vectors * coupling.back
+        if coupling.reader_tokens_per_batch < one:
             raise ValueError(
-                f"coupling.reader_tokens_per_batch = {self.coupling.reader_tokens_per_batch} holds "
-                f"no sequence of hub.max_tokens ({one} tokens); use {one} or more, or lower "
-                "hub.max_tokens"
+                f"coupling.reader_tokens_per_batch = {coupling.reader_tokens_per_batch} holds no "
+                f"sequence of hub.max_tokens; use {one} or more, or lower hub.max_tokens"
             )
         return self
 
@@ -237,9 +236,8 @@ def _copied(value: Any) -> Any:
     """Tables as dictionaries that may be changed; a model as the keys that it was given."""
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_unset=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(part) for key, part in value.items()}
-    return value
+    is_table = isinstance(value, Mapping)
+    return {key: _copied(part) for key, part in value.items()} if is_table else value
 
 
 def _spread(config: dict[str, Any], path: tuple[str, ...], value: Any, name: str) -> None:
@@ -260,15 +258,9 @@ JointModelConfig = JointConfig
 """The name in the older pipeline."""
 
 
-class EvalConfig(StrictModel):
+class EvalConfig(_Command):
     """`arctrm eval`."""
 
-    alternatives: ClassVar = (("checkpoint", "bundled"),)
-
-    seed: Seed = 0
-    """Seed of everything random."""
-    out: Path | None = Field(None, json_schema_extra=FREE)
-    """Folder for scores.json and submission.json."""
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder or file; the bundled weights when absent."""
     bundled: bool = Field(False, json_schema_extra=FREE)
@@ -297,13 +289,9 @@ class EvalConfig(StrictModel):
         return self
 
 
-class SolveConfig(StrictModel):
+class SolveConfig(_Command):
     """`arctrm solve`."""
 
-    seed: Seed = 0
-    """Seed of everything random."""
-    out: Path | None = Field(None, json_schema_extra=FREE)
-    """Folder for submission.json."""
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder or file; the bundled weights when absent."""
     budget: Seconds = 60.0
@@ -312,7 +300,7 @@ class SolveConfig(StrictModel):
     """In a folder, report a bad task and go on."""
     max_attempts: int = Field(2, ge=1, le=16)
     """Rounds of reader and TRM of the planner; more than one where TRM's latents go back."""
-    inference: InferenceConfig = InferenceConfig(views=32, compile="off")
+    inference: InferenceConfig = InferenceConfig(views=32)
     judge: JudgeConfig = JudgeConfig()
     adaptation: AdaptationConfig = AdaptationConfig()
 
@@ -324,13 +312,9 @@ class BaselineHubConfig(HubConfig):
     """Id on the Hugging Face hub, or a local folder; when absent, the tiny reader answers."""
 
 
-class BaselineConfig(StrictModel):
+class BaselineConfig(_Command):
     """`arctrm baseline`: a language model alone, its answers ranked by votes."""
 
-    seed: Seed = 0
-    """Seed of everything random."""
-    out: Path | None = Field(None, json_schema_extra=FREE)
-    """results.json, or a folder for it; submission.json is written beside it."""
     checkpoint: Path | None = None
     """Checkpoint folder of a tiny reader; the bundled weights when absent."""
     views: Views = 8

@@ -23,7 +23,7 @@ class ScalingConfig(StrictModel):
 
     share: Part = 0.0
     """Share of the drawn pairs that are shown larger, if they are small enough; 0 = none."""
-    factors: Annotated[tuple[Block, ...], LISTED] = ((1, 2), (2, 1), (2, 2))
+    factors: Annotated[tuple[Block, ...], LISTED, Field(min_length=1)] = ((1, 2), (2, 1), (2, 2))
     """Blocks [rows, columns] that a cell may become, each equally likely."""
     shapes: Annotated[tuple[ShapeName, ...], LISTED] = ()
     """Other ways, each as likely as a block. pad: up to two rows and columns of one colour on each
@@ -37,19 +37,6 @@ class ScalingConfig(StrictModel):
     def num_ways(self) -> int:
         """Ways of showing a grid larger: blocks, then shapes."""
         return len(self.factors) + len(self.shapes)
-
-    @model_validator(mode="after")
-    def _every_way_is_one(self) -> "ScalingConfig":
-        if (1, 1) in self.factors or not self.factors:
-            raise ValueError(
-                f"data.scaling.factors = {[list(pair) for pair in self.factors]}: none, or one "
-                "that changes nothing; give pairs [rows, columns] such as [[2, 2], [1, 2]]"
-            )
-        if len(set(self.shapes)) < len(self.shapes):
-            raise ValueError(
-                f"data.scaling.shapes = {list(self.shapes)} names a shape twice; name each once"
-            )
-        return self
 
 
 class DataConfig(StrictModel):

@@ -5,32 +5,30 @@ files from left to right (tables are merged, everything else is replaced), envir
 (`ARCTRM_TRUNK__HIDDEN_SIZE=64`), `--set a.b=c`, the command's own flags.  Every value is kept as a
 `Setting` with its origin, so that an error names the file, flag or variable to mend.  Validation is
 strict: "5" is not 5.  `null` in an override or variable, and "" in a file, unset a key that may be
-absent (TOML has no null).  A key displaces its `alternatives` in the layers below: `--set
-training.schedule.max_steps=100` drops the budget of a file.
+absent (TOML has no null).  A key displaces those that it excludes in the layers below
+(`ALTERNATIVES`): `--set training.schedule.max_steps=100` drops the budget of a file.
 """
 
 import json
-import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
+import tomli
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
 
 import arctrm
-from arctrm.config.base import Fields, Key, StrictModel, all_fields, leaves, table_of
-from arctrm.config.commands import commands_with
+from arctrm.config.base import PREFIX, Fields, Key, StrictModel, all_fields, leaves
+from arctrm.config.commands import ALTERNATIVES, commands_with
 from arctrm.config.sentences import Setting, Settings, config_error
 from arctrm.errors import ConfigError
 
 Model = TypeVar("Model", bound=StrictModel)
 
-ENV_PREFIX = "ARCTRM_"
-NOT_CONFIG = {"ARCTRM_DEBUG"}
 _PACKAGE = Path(arctrm.__file__).parent
 # In an installed package, and in a clone.
 _SHIPPED = (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs")
@@ -41,32 +39,30 @@ def load_config(
     files: Sequence[Path] = (),
     overrides: Sequence[str] = (),
     flags: Mapping[str, tuple[str, Any]] | None = None,
-    environ: Mapping[str, str] | None = None,
     record: Path | None = None,
 ) -> Model:
     """Merge the layers and validate them as `model_class`.
 
     `files` are paths, or names of shipped configurations such as `arc1_1h`; `overrides` the texts
     after `--set`; `flags` maps a flag's name to its dotted key and value (None: not given);
-    `environ` is the process environment unless given; `record` the `config.json` of an earlier run.
+    `record` is the `config.json` of an earlier run.
 
     Raises:
         ConfigError: one sentence with origin, dotted key, what was got and what is allowed.
     """
     fields = all_fields(model_class)
-    groups = _groups(model_class)
     given = {tuple(key.split(".")): Setting(v, name) for name, (key, v) in (flags or {}).items()}
     settings: Settings = {}
     for layer in (
-        _default_layer(model_class),
+        _default_layer(fields),
         _record_layer(model_class, record) if record else {},
         *(_file_layer(path) for path in files),
-        _environment_layer(model_class, fields, os.environ if environ is None else environ),
+        _environment_layer(model_class, fields),
         _override_layer(fields, overrides),
         {path: setting for path, setting in given.items() if setting.value is not None},
     ):
         for path, setting in layer.items():
-            for other in {other for group in groups if path in group for other in group}:
+            for other in {other for group in ALTERNATIVES if path in group for other in group}:
                 if other not in layer:
                     settings.pop(other, None)
             _put(settings, path, setting)
@@ -90,50 +86,16 @@ def shipped_configs() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
-def _groups(model: type[StrictModel], prefix: Key = ()) -> list[set[Key]]:
-    """`alternatives` of the model and its tables, as paths from the top."""
-    groups = [{(*prefix, *key.split(".")) for key in group} for group in model.alternatives]
-    for name, field in model.model_fields.items():
-        if table := table_of(field):
-            groups += _groups(table, (*prefix, name))
-    return groups
-
-
-def _default_layer(model: type[BaseModel], prefix: Key = ()) -> Settings:
-    """What the defaults of nested models set beyond those models' own defaults.
-
-    Without this layer a file with `[inference] dtype = ...` would lose the `views` that a command
-    sets in `inference: InferenceConfig = InferenceConfig(views=32)`.
+def _default_layer(fields: Fields) -> Settings:
+    """What a default table sets beside its own defaults: [inference] of solve has other views, and
+    a file that sets another key of the table keeps them.
     """
     found: Settings = {}
-    for name, field in model.model_fields.items():
+    for path, field in fields.items():
         if isinstance(field.default, BaseModel):
-            found |= _default_layer(type(field.default), (*prefix, name))
-            given = field.default.model_dump(mode="json", exclude_unset=True)
-            found |= {path: Setting(v, "default") for path, v in leaves(given, (*prefix, name))}
+            given = field.default.model_dump(exclude_unset=True)
+            found |= {leaf: Setting(value, "default") for leaf, value in leaves(given, path)}
     return found
-
-
-def _file_layer(name: Path) -> Settings:
-    shipped = shipped_configs()
-    is_bare = name.parent == Path(".") and name.suffix in ("", ".toml") and not name.exists()
-    path = shipped.get(name.stem, name) if is_bare else name
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = [*map(str, sorted(path.parent.glob("*.toml"))), *shipped]
-        nearest = get_close_matches(str(name), known, n=1)
-        advice = f"did you mean {nearest[0]}?" if nearest else f"shipped are {', '.join(shipped)}"
-        raise ConfigError(f"{path}: there is no such file; {advice}") from None
-    except OSError as error:
-        reason = (error.strerror or "unreadable").lower()
-        raise ConfigError(f"{path}: {reason}; --config wants a readable TOML file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; --config wants a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
-        reason = f"{error}"[:1].lower() + f"{error}"[1:]
-        raise ConfigError(f"{path}: not valid TOML, {reason}; mend that line") from None
-    return {leaf: Setting(value, str(path)) for leaf, value in leaves(table)}
 
 
 def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
@@ -145,23 +107,41 @@ def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
             f"{path}: not the record of such a run ({str(error).splitlines()[0]}); "
             "give the run's configuration with --config"
         ) from None
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    return {leaf: Setting(value, str(path)) for leaf, value in leaves(given)}
+    return _parts((), config.model_dump(mode="json", exclude_defaults=True), str(path))
 
 
-def _environment_layer(
-    model_class: type[BaseModel], fields: Fields, environ: Mapping[str, str]
-) -> Settings:
+def _file_layer(name: Path) -> Settings:
+    shipped = shipped_configs()
+    is_bare = name.parent == Path(".") and name.suffix in ("", ".toml") and not name.exists()
+    path = shipped.get(name.stem, name) if is_bare else name
+    try:
+        return _parts((), tomli.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        known = [*map(str, sorted(path.parent.glob("*.toml"))), *shipped]
+        nearest = get_close_matches(str(name), known, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else f"shipped are {', '.join(shipped)}"
+        raise ConfigError(f"{path}: there is no such file; {advice}") from None
+    except (OSError, ValueError) as error:  # what is no UTF-8, and what is no TOML
+        reason = (getattr(error, "strerror", None) or str(error)).replace("\n", " ")
+        raise ConfigError(
+            f"{path}: {reason[:1].lower()}{reason[1:]}; --config wants a readable TOML file"
+        ) from None
+
+
+def _environment_layer(model_class: type[BaseModel], fields: Fields) -> Settings:
+    # The source wants a BaseSettings by its annotation only: any model's fields and config do.
+    source = EnvSettingsSource(cast(Any, model_class))
+    texts = dict(leaves(source()))
+    # It passes over a name that no field takes: refused, unless it is another command's.
+    for name, text in source.env_vars.items():
+        path = tuple(name.removeprefix(PREFIX.lower()).split("__"))
+        is_known = path[0] in model_class.model_fields or not commands_with(path[0])
+        if name.startswith(PREFIX.lower()) and path != ("debug",) and is_known:
+            texts.setdefault(path, text)
     layer: Settings = {}
-    for name in sorted(environ):
-        # An empty value means "not set" by convention.
-        if not name.startswith(ENV_PREFIX) or name in NOT_CONFIG or not environ[name]:
-            continue
-        path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
-        # A variable of another command's table is meant for that command and must not stop this.
-        if path[0] in model_class.model_fields or not commands_with(path[0]):
-            value = _parse_text(environ[name], fields.get(path))
-            layer |= _parts(path, value, f"environment {name}")
+    for path, text in texts.items():
+        origin = f"environment {PREFIX}{'__'.join(path).upper()}"
+        layer |= _parts(path, _parse_text(text, fields.get(path)), origin)
     return layer
 
 
@@ -175,17 +155,16 @@ def _override_layer(fields: Fields, overrides: Sequence[str]) -> Settings:
                 f"--set: got {override!r}, allowed is KEY=VALUE; "
                 "write for example --set trunk.hidden_size=256"
             )
-        for leaf, part in _parts(
-            path, _parse_text(text.strip(), fields.get(path)), "--set"
-        ).items():
-            _put(layer, leaf, part)
+        parts = _parts(path, _parse_text(text.strip(), fields.get(path)), "--set")
+        for leaf, setting in parts.items():
+            _put(layer, leaf, setting)
     return layer
 
 
 def _parts(path: Key, value: object, origin: str) -> Settings:
     """A table as its leaves, anything else as it is."""
-    found = dict(leaves(value, path)) if isinstance(value, dict) and value else {path: value}
-    return {leaf: Setting(part, origin) for leaf, part in found.items()}
+    found = leaves(value, path) if isinstance(value, dict) and value else [(path, value)]
+    return {leaf: Setting(part, origin) for leaf, part in found if leaf}
 
 
 def _put(settings: Settings, path: Key, setting: Setting) -> None:
@@ -202,8 +181,8 @@ def _parse_text(text: str, field: FieldInfo | None) -> object:
     if text == "null":
         return None
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
         return text
     return text if {str, Path} & _types(field) and not isinstance(value, str) else value
 

@@ -5,9 +5,8 @@ puts the origin before it.
 """
 
 import json
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,8 +16,7 @@ from arctrm.config.commands import KNOWN_KEYS, commands_with
 from arctrm.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One value and the file, variable or flag that gave it."""
 
     value: Any
@@ -27,26 +25,9 @@ class Setting:
 
 Settings = dict[Key, Setting]
 """Path of a key -> its setting."""
-
-_NUMBER = {"greater_than": "above {gt}", "greater_than_equal": "of at least {ge}"}
-_NUMBER |= {"less_than": "below {lt}", "less_than_equal": "of at most {le}"}
-ALLOWED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a text in quotes",
-    "path_type": "a path in quotes",
-    "tuple_type": 'a list such as ["a", "b"]',
-    "dict_type": "a table",
-    "model_type": "a table",
-    "literal_error": "{expected}",
-    "missing": "one more item",
-    "too_long": "at most {max_length} items",
-    **{kind: f"a number {words}" for kind, words in _NUMBER.items()},
-}
-"""What is allowed, by pydantic's name of the error."""
+_ALLOWED = {"dict_type": "should be a table", "model_type": "should be a table"}
+_ALLOWED |= {"missing": "should have one more item"}
+"""What is allowed, where pydantic does not say it in the words of TOML."""
 
 
 def config_error(
@@ -60,36 +41,35 @@ def config_error(
         return problem["type"] != "extra_forbidden", problem["loc"] not in settings
 
     problems = sorted(error.errors(), key=place)
-    sentence = _sentence(problems[0], settings, model_class)
-    more = len(problems) - 1
-    return ConfigError(f"{sentence} ({more} more error{'s'[: more > 1]})" if more else sentence)
+    more = f" ({len(problems) - 1} more error{'s'[: len(problems) - 2]})" if problems[1:] else ""
+    return ConfigError(_sentence(problems[0], settings, model_class) + more)
 
 
 def _sentence(problem: ErrorDetails, settings: Settings, model_class: type[BaseModel]) -> str:
     # A missing item is located where it should be; what was got is the list before it.
-    location = problem["loc"][:-1] if problem["type"] == "missing" else problem["loc"]
+    kind, message = problem["type"], problem["msg"]
+    location = problem["loc"][:-1] if kind == "missing" else problem["loc"]
     path = tuple(str(part) for part in location)
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
     key, got = "".join(parts).removeprefix("."), _shown(problem["input"])
-    if problem["type"] == "extra_forbidden":
-        return f"{_origin(path, settings)}: unknown key {key}; {_advice(path, model_class)}"
-    if problem["type"] == "value_error":
+    if kind == "value_error":
         message = str(problem["ctx"]["error"])
-        origin = _origin(path, settings, message)
-        if isinstance(problem["input"], dict):
-            return f"{origin}: {message}"
-        return f"{origin}: {key} = {message if message.startswith(got) else f'{got}: {message}'}"
-    allowed = ALLOWED.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
-    field = all_fields(model_class).get(path)
-    advice = "change it or leave it out"
-    if field and table_of(field):
-        advice = f"write it as [{key}]"
-    elif field and (default := field.get_default(call_default_factory=True)) is not None:
-        advice = f"the default is {_shown(default)}"
-    return f"{_origin(path, settings)}: {key} = {got}, allowed is {allowed}; {advice}"
+        if not isinstance(problem["input"], dict):
+            message = f"{key} = {message if message.startswith(got) else f'{got}: {message}'}"
+    elif kind == "extra_forbidden":
+        message = f"unknown key {key}; {_advice(path, model_class)}"
+    else:
+        field, advice = all_fields(model_class).get(path), "change it or leave it out"
+        if field and table_of(field):
+            advice = f"write it as [{key}]"
+        elif field and (default := field.get_default(call_default_factory=True)) is not None:
+            advice = f"the default is {_shown(default)}"
+        # Pydantic's sentence, such as "Input should be a valid integer", without its subject.
+        message = f"{key} = {got} {_ALLOWED.get(kind, message.partition(' ')[2])}; {advice}"
+    return f"{_origin(path, settings, message)}: {message}"
 
 
-def _origin(path: Key, settings: Settings, message: str = "") -> str:
+def _origin(path: Key, settings: Settings, message: str) -> str:
     """Where the value at `path` came from; for a table, where the keys in `message` came from."""
     for known, setting in settings.items():
         if path[: len(known)] == known:
@@ -109,14 +89,11 @@ def _origin(path: Key, settings: Settings, message: str = "") -> str:
 def _advice(path: Key, model_class: type[BaseModel]) -> str:
     """The nearest valid key, else the keys that are valid in that table."""
     keys = list(all_fields(model_class))
-    siblings = {key[-1]: ".".join(key) for key in keys if key[:-1] == path[:-1]}
-    everywhere: dict[str, str] = {}
-    for key in keys:  # a name may be in several tables
-        before = everywhere.get(key[-1])
-        everywhere[key[-1]] = f"{before} or {'.'.join(key)}" if before else ".".join(key)
-    for names, cutoff in ((siblings, 0.6), (everywhere, 0.8)):
-        if nearest := get_close_matches(path[-1], names, n=1, cutoff=cutoff):
-            return f"did you mean {names[nearest[0]]}?"
+    siblings = [key[-1] for key in keys if key[:-1] == path[:-1]]
+    if nearest := get_close_matches(path[-1], siblings, n=1):
+        return f"did you mean {'.'.join((*path[:-1], *nearest))}?"
+    if nearest := get_close_matches(path[-1], [key[-1] for key in keys], n=1, cutoff=0.8):
+        return f"did you mean {' or '.join('.'.join(k) for k in keys if k[-1] == nearest[0])}?"
     table = ".".join(path[:-1])
     owners = " and ".join(f"arctrm {name}" for name in commands_with(path[0]))
     belongs = f"{path[0]} belongs to {owners}, " if owners and not table else ""

@@ -33,8 +33,6 @@ class InferenceConfig(StrictModel):
     """Tokens of TRM in one batch; by default 131072 on a GPU (hub reader: 8192), 1024 on a CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers; auto: bfloat16 on a GPU and on a CPU that is faster in it."""
-    compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
-    """torch.compile of the layers; auto: on a GPU only."""
     llama_model: str | None = Field(None, min_length=1)
     """Where the hub reader of a checkpoint is now, if not where it was in training."""
     trust_remote_code: bool = False

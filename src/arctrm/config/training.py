@@ -1,6 +1,6 @@
 """`[training]` and `[tracking]`: batch, optimisers, schedule, checkpoints, logging."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,8 +29,6 @@ class OptimiserConfig(StrictModel):
 
 class ScheduleConfig(StrictModel):
     """Warm-up, constant, linear decay to zero; in steps or in wall-clock time."""
-
-    alternatives: ClassVar = (("budget", "max_steps"),)
 
     budget: Seconds | None = None
     """Wall-clock training time, such as "10m"; the decay ends on time."""
