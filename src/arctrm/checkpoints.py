@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON, written aside and renamed, read back strictly.
 
-A checkpoint is a folder `<run>/checkpoints/step_00001234/` of `checkpoint.json`, `model.safetensors`
+A checkpoint is a folder `<run>/checkpoints/step_00001234/`: `checkpoint.json`, `model.safetensors`
 ("weights.*" as trained, "ema.*" their moving average), `trainer.safetensors` (what all processes
-share) and `rank_<k>.safetensors` (each its own). Until it is complete it is called `.tmp-step_...`.
+share), `rank_<k>.safetensors` (each its own). Until it is complete it is called `.tmp-step_...`.
 A bundle has neither trainer nor rank files, and 8-bit matrices ("scales.*"). Nothing is unpickled.
 `python -m arctrm.checkpoints RUN OUT` exports a bundle.
 """
@@ -37,7 +37,7 @@ from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
 from arctrm.quantise import GROUP, dequantise_all, is_quantised, quantise
-from arctrm.system import clear_abandoned, disk_errors, flush_to_disk, temporary
+from arctrm.system import TEMPORARY, clear_abandoned, disk_errors, flush_to_disk, temporary
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +52,6 @@ RETIRED: dict[str, object] = {
     "reader.dropout": 0.0,
 }
 """Keys of a stored configuration that are gone -> the one value at which each is passed over."""
-_ASIDE = ".tmp-"
 
 
 # --- What a checkpoint says about itself
@@ -118,8 +117,7 @@ class CheckpointMeta(StrictModel):
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run folder, or None."""
-    found = _complete(run / "checkpoints")
-    return found[-1] if found else None
+    return max(_complete(run / "checkpoints"), default=None)
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -128,8 +126,8 @@ def resolve_checkpoint(path: Path) -> Path:
     if found is None:
         what = "no checkpoint" if path.is_dir() else "not a folder"
         raise CheckpointError(
-            f"{path}: {what}; give a run folder (with checkpoints/step_...), a checkpoint folder "
-            f"or a bundle folder (with {META} and {MODEL})"
+            f"{path}: {what}; give a run folder (with checkpoints/step_...), or the folder of a "
+            f"checkpoint or bundle (with {META} and {MODEL})"
         )
     return found
 
@@ -140,11 +138,7 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def read_model(
-    path: Path,
-    *,
-    ema: bool = True,
-    expected: Mapping[str, Iterable[int]] | None = None,
-    part: str = "",
+    path: Path, *, ema: bool = True, expected: Mapping[str, Any] | None = None, part: str = ""
 ) -> dict[str, Tensor]:
     """Weights of a run's latest checkpoint, a checkpoint or a bundle: float32 on the CPU.
 
@@ -174,7 +168,7 @@ def read_trunk(path: Path) -> tuple[Trunk, CheckpointMeta]:
     meta = read_meta(folder)
     with torch.device("meta"):
         trunk = meta.trained.new_trunk(len(meta.task_ids))
-    wanted = {f"trunk.{name}": tensor.shape for name, tensor in trunk.state_dict().items()}
+    wanted = {f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}
     weights = read_model(folder, expected=wanted, part="trunk.")
     trunk.load_state_dict({n.removeprefix("trunk."): t for n, t in weights.items()}, assign=True)
     return trunk, meta
@@ -190,13 +184,13 @@ def read_state(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def check_names(
-    expected: Mapping[str, Iterable[int]],
+    expected: Mapping[str, Any],
     got: Mapping[str, Tensor],
     path: Path,
     expected_by: str = "the model",
 ) -> None:
-    """Compare names and shapes of tensors; the error names the first of each kind that differs."""
-    want = {name: tuple(shape) for name, shape in expected.items()}
+    """Compare names and shapes (`expected`: shapes or tensors); the error names what differs."""
+    want = {name: tuple(getattr(of, "shape", of)) for name, of in expected.items()}
     have = {name: tuple(tensor.shape) for name, tensor in got.items()}
     missing, unexpected = (sorted(a.keys() - b.keys()) for a, b in ((want, have), (have, want)))
     differing = [name for name in want if have.get(name, want[name]) != want[name]]
@@ -295,7 +289,7 @@ def write_checkpoint(
     """
     parent = run / "checkpoints"
     final = parent / f"step_{meta.step:08d}"
-    aside = parent / (_ASIDE + final.name)  # one name for all processes: the run is locked
+    aside = parent / (TEMPORARY + final.name)  # one name for all processes: the run is locked
     rank, barrier = processes.process_index, processes.wait_for_everyone
     own = {f"rank_{rank}.safetensors": rank_state}
     try:
@@ -309,14 +303,15 @@ def write_checkpoint(
                 _write_tensors(aside / name, tensors)
             barrier()
             if rank == 0:
-                _write_meta(aside, meta, world_size=processes.num_processes)
+                ema = any(name.startswith("ema.") for name in model)
+                _write_meta(aside, meta, world_size=processes.num_processes, ema=ema)
                 shutil.rmtree(final, ignore_errors=True)
                 os.rename(aside, final)
                 flush_to_disk(parent)
-                older = [path for path in _complete(parent) if path != final]
-                for path in older[: max(len(older) - (keep_last - 1), 0)]:
+                older = [path for path in reversed(_complete(parent)) if path != final]
+                for path in older[keep_last - 1 :]:
                     # Renamed first, so that no half-deleted folder looks complete.
-                    os.rename(path, path.with_name(_ASIDE + path.name))
+                    os.rename(path, path.with_name(TEMPORARY + path.name))
                 clear_abandoned(parent)
             barrier()
     finally:
@@ -342,7 +337,7 @@ def export_bundle(checkpoint: Path, out: Path, **notes: object) -> Path:
         with disk_errors(out.parent):
             aside.mkdir(parents=True)
             _write_tensors(aside / MODEL, tensors)
-            _write_meta(aside, meta, notes=meta.notes | added, int8_group=GROUP)
+            _write_meta(aside, meta, notes=meta.notes | added, int8_group=GROUP, ema=False)
             os.rename(aside, out)
             flush_to_disk(out.parent)
     finally:
@@ -362,9 +357,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write_meta(folder: Path, meta: CheckpointMeta, **changes: object) -> None:
     files = sorted(folder.glob("*.safetensors"))
-    with safe_open(folder / MODEL, framework="pt") as file:
-        ema = any(name.startswith("ema.") for name in file.keys())  # noqa: SIM118
-    changes |= {"files": {path.name: path.stat().st_size for path in files}, "ema": ema}
+    changes["files"] = {path.name: path.stat().st_size for path in files}
     changes |= {"arctrm_version": __version__, "torch_version": torch.__version__}
     text = meta.model_copy(update=changes).model_dump_json(indent=1)
     (folder / META).write_text(text, encoding="utf-8")
@@ -394,16 +387,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
                 raise CheckpointError(
                     f"{folder}: {key} = {got!r}, where only {value!r} is left; {OLDER} reads it"
                 )
-        meta = CheckpointMeta.model_validate(
-            _meta_of_version_1(told, folder) if told["version"] == 1 else told
-        )
+        new = _meta_of_version_1(told, folder) if told["version"] == 1 else told
+        meta = CheckpointMeta.model_validate(new)
         Trained.model_validate(meta.config)
         return told, meta
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{file}: not a checkpoint's metadata ({reason}); use another checkpoint"
-        ) from error
+        raise CheckpointError(f"{file}: not a checkpoint's metadata ({reason})") from error
 
 
 def _load(
@@ -413,7 +403,7 @@ def _load(
     prefix: str = "",
     check: Callable[[Mapping[str, Tensor]], None] = lambda header: None,
 ) -> dict[str, Tensor]:
-    """Tensors whose names begin with `prefix`, which is removed; `check` sees their shapes first."""
+    """Tensors named `prefix`..., without the prefix; `check` sees their shapes before."""
     path, size = folder / name, meta.files.get(name)
     if size is None:
         raise CheckpointError(f"{folder}: has no {name}; give a checkpoint that training wrote")

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from pydantic import BaseModel
 
-TEMPORARY = ".tmp-"
-"""What is being written is called .tmp-<process>-<name> until it is whole."""
+TEMPORARY = ".tmp-"  # begins the name of what is being written: .tmp-<process>-<name>
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -71,11 +70,8 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while writing in `folder` into one sentence.
-
-    Raises:
-        ResourceError: the disk (or the quota) is full; names the folder and the free space.
-        CheckpointError: any other refusal, such as a read-only folder.
+    """Turn what the operating system refuses while writing in `folder` into one sentence: a full
+    disk (or quota) into a ResourceError, anything else into a CheckpointError.
     """
     try:
         yield
@@ -97,10 +93,8 @@ def git_revision() -> str:
     """
     here = ("git", "-C", str(Path(__file__).parent))
     revision = _output(*here, "rev-parse", "HEAD")
-    if (
-        revision is None
-        or _output(*here, "ls-files", "--error-unmatch", Path(__file__).name) is None
-    ):
+    tracked = _output(*here, "ls-files", "--error-unmatch", Path(__file__).name)
+    if revision is None or tracked is None:
         return "unknown"
     dirty = _output(*here, "status", "--porcelain", "--untracked-files=no", ":/")
     return revision + ("+dirty" if dirty else "")

@@ -80,10 +80,7 @@ class CountingStep:
 def counting_run(out, training, *parts, then=lambda: None):
     model = nn.ModuleDict({"trunk": nn.Linear(2, 1, bias=False)})
     process = SimpleNamespace(
-        device=torch.device("cpu"),
-        process_index=0,
-        num_processes=1,
-        wait_for_everyone=lambda: None,
+        device=torch.device("cpu"), process_index=0, num_processes=1, wait_for_everyone=lambda: None
     )
     meta = CheckpointMeta(
         step=0, elapsed=0, examples=0, config={}, voices=(), task_ids=(), task_fingerprints=()

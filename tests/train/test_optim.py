@@ -18,7 +18,6 @@ from arctrm.train.losses import row_counts
 from arctrm.train.optim import (
     EMA,
     FlatGradients,
-    LateGraph,
     Muon,
     Optimisers,
     Update,
@@ -39,10 +38,10 @@ def new_model(device="cpu"):
     return nn.ModuleDict({"trunk": trunk}).to(device)
 
 
-def new_update(device="cpu", clip_norm=1.0, config=CONFIG):
+def new_update(device="cpu", clip_norm=1.0, config=CONFIG, **options):
     trained = trained_parameters(new_model(device))
     gradients = FlatGradients(trained)
-    return Update(gradients, Optimisers(trained, config), EMA(trained, 0.9), clip_norm)
+    return Update(gradients, Optimisers(trained, config), EMA(trained, 0.9), clip_norm, **options)
 
 
 def fill(gradients, seed):
@@ -333,7 +332,7 @@ def test_five_stored_steps_end_where_the_older_code_ended():
 # -- graphs
 
 
-def test_every_call_of_a_late_graph_works_once(monkeypatch):
+def test_every_call_of_a_captured_update_works_once(monkeypatch):
     """As on a GPU: capturing runs nothing, replaying does."""
     done = []
 
@@ -341,11 +340,16 @@ def test_every_call_of_a_late_graph_works_once(monkeypatch):
         def replay(self):
             done.append("replay")
 
-    monkeypatch.setattr("arctrm.train.optim.captured", lambda work: Graph())
-    graph = LateGraph(lambda: done.append("run"), lambda: done.append("prepare"))
-    for _ in range(3):
-        graph()
-    assert done == ["run", "prepare", "replay", "replay"]
+    def capture(work):
+        done.append("capture")
+        return Graph()
+
+    monkeypatch.setattr("arctrm.train.optim.captured", capture)
+    update = new_update(captures=True)
+    monkeypatch.setattr(update.optimisers, "apply", lambda: done.append("run"))
+    for step in (1, 2, 3):
+        update(1.0, step)
+    assert done == ["run", "capture", "replay", "replay"]
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -354,10 +358,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.gpu
 @gpu
 def test_a_captured_update_equals_an_eager_one():
-    eager, captured = new_update("cuda"), new_update("cuda")
-    captured.capture()
+    eager, captured = new_update("cuda"), new_update("cuda", captures=True)
     expected, got = run(eager, range(5)), run(captured, range(5))
-    assert captured.apply.graph is not None
+    assert captured.graph is not None
     assert set(got) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-4, msg=name)

@@ -28,16 +28,9 @@ from helpers import random_grid
 
 CPU = torch.device("cpu")
 TOKENS, SEQUENCES = 4096, 64
-KINDS = {
-    "reader": {},
-    "trm": {"whole": True},
-    "hub": {"num_pairs": 6, "longest": TOKENS},
-}
+KINDS = {"reader": {}, "trm": {"whole": True}, "hub": {"num_pairs": 6, "longest": TOKENS}}
 ALL_WAYS = ScalingConfig(
-    share=0.8,
-    factors=((2, 2), (1, 3)),
-    shapes=("pad", "lines", "tile", "stretch"),
-    sides=30,
+    share=0.8, factors=((2, 2), (1, 3)), shapes=("pad", "lines", "tile", "stretch"), sides=30
 )
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

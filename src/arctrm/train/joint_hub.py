@@ -42,7 +42,9 @@ class JointStep(Step):
         """`sequences` are what the reader reads, without scaling and inverse tasks."""
         num_tokens = config.coupling.reader_tokens_per_batch
         room = room_for(sequences, num_tokens, config.batch_size)
-        super().__init__(sequences, num_tokens, room, scale=1 / config.training.grad_accum)
+        super().__init__(
+            hybrid.trunk, sequences, num_tokens, room, scale=1 / config.training.grad_accum
+        )
         self.hybrid, self.trm, self.coupling = hybrid, config.trm, config.coupling
         self.refined = Sequences(sequences.source, hybrid.trunk.dtype, whole=True)
         self.attempts = config.max_attempts if config.coupling.back else 1

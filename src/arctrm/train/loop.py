@@ -28,27 +28,23 @@ from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of,
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
 
-SYNC_EVERY = 20
-"""Optimiser steps between two looks at the clock and at the interrupt flag."""
-MAX_WARMUP = 0.5
-"""Warm-up ends at this fraction of the run at the latest, however short the run is."""
+SYNC_EVERY = 20  # optimiser steps between two looks at the clock and at the interrupt flag
+MAX_WARMUP = 0.5  # warm-up ends at this fraction of the run at the latest
 LOCK = ".lock"
 
 
+@dataclass
 class Schedule:
     """Linear warm-up, constant, linear decay to zero at the end of the run: a pure function of
     (optimiser steps taken, seconds of training), so that a resumed run stays on the same curve.
     """
 
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
+    config: ScheduleConfig
 
     def progress(self, step: int, elapsed: float) -> float:
         """Fraction of the run that lies behind: 0 at the start, 1 at the end."""
-        if self.config.max_steps is not None:
-            return min(step / self.config.max_steps, 1.0)
-        assert self.config.budget is not None  # ScheduleConfig allows exactly one of the two
-        return min(max(elapsed / self.config.budget, 0.0), 1.0)
+        done = step if self.config.max_steps is not None else max(elapsed, 0.0)
+        return min(done / (self.config.max_steps or self.config.budget or 0.0), 1.0)
 
     def factor(self, step: int, elapsed: float) -> float:
         """Multiplier of the peak learning rates for optimiser step number `step` (from 0)."""
@@ -88,28 +84,20 @@ class Run:
         self.gradients = FlatGradients(trained)
         self.optimisers = Optimisers(trained, self.config.optimiser)
         self.ema = EMA(trained, self.config.ema_decay) if self.config.ema_decay > 0 else None
-        clip_norm = self.config.optimiser.clip_norm
-        self.update = Update(self.gradients, self.optimisers, self.ema, clip_norm)
-        if self.captures:
-            self.update.capture()
+        clip, captures = self.config.optimiser.clip_norm, self.captures
+        self.update = Update(self.gradients, self.optimisers, self.ema, clip, captures)
 
     @property
     def carry(self) -> dict[str, Tensor]:
         """This process's tensors that a resumed run needs."""
-        return {
-            f"carry.{number}.{name}": tensor
-            for number, step in enumerate(self.steps)
-            for name, tensor in step.carry().items()
-        }
+        carried = ((number, step.carry()) for number, step in enumerate(self.steps))
+        return {f"carry.{i}.{name}": tensor for i, own in carried for name, tensor in own.items()}
 
     def active(self) -> list[int]:
         """Numbers of the steps that are made now."""
         progress = self.schedule.progress(self.step, self.elapsed)
-        return [
-            number
-            for number, step in enumerate(self.steps)
-            if step.begin <= progress and (progress < step.end or step.end >= 1)
-        ]
+        parts = [(step.begin, step.end if step.end < 1 else 2) for step in self.steps]
+        return [i for i, (begin, end) in enumerate(parts) if begin <= progress < end]
 
 
 def train(run: Run, tracker: Tracker) -> None:
@@ -134,14 +122,12 @@ def train(run: Run, tracker: Tracker) -> None:
         if run.step != saved_step:
             save(run)
     if not run.schedule.finished(run.step, run.elapsed):
-        raise KeyboardInterrupt(
-            f"saved step {run.step} in {run.out}; the same command with --resume goes on"
-        )
+        raise KeyboardInterrupt(f"saved step {run.step} in {run.out}; --resume goes on")
 
 
 def train_step(run: Run) -> bool:
-    """Gradients of the active steps, their mean over processes, one update; whether something was
-    captured before.
+    """Gradients of the active steps, their mean over processes, one update; returns whether
+    something was captured before.
     """
     active = run.active()
     new = [number for number in active if run.captures and number not in run.graphs]
@@ -158,9 +144,9 @@ def train_step(run: Run) -> bool:
     except torch.OutOfMemoryError as error:
         tokens, accumulated = run.config.tokens_per_batch, run.config.grad_accum
         raise ResourceError(
-            f"out of memory with training.tokens_per_batch = {tokens}; lower it, for example --set "
+            f"out of memory with training.tokens_per_batch = {tokens}; for example --set "
             f"training.tokens_per_batch={tokens // 2} --set training.grad_accum={accumulated * 2}, "
-            "or set trunk.gradient_checkpointing = true"
+            "or trunk.gradient_checkpointing=true"
         ) from error
     run.step += 1
     return bool(new)
@@ -174,8 +160,7 @@ def read_metrics(run: Run) -> dict[str, float]:
     if run.accelerator.num_processes > 1:
         torch.distributed.all_reduce(total)
     metrics = run.metrics_of(total)
-    tokens = metrics.pop("tokens")
-    now = time.monotonic()
+    tokens, now = metrics.pop("tokens"), time.monotonic()
     seconds, run.logged_at = now - run.logged_at, now
     if not total.isfinite().all():
         raise _not_finite(run, f"the loss is {metrics['loss']}")
@@ -195,10 +180,10 @@ def _not_finite(run: Run, what: str) -> ArctrmError:
     groups = {name: o.param_groups[0] for name, o in run.optimisers.all.items()}
     rates = ", ".join(f"{name}_lr = {float(g['lr']):.2g}" for name, g in groups.items())
     good = checkpoints.latest_checkpoint(run.out)
-    kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint"
     return ArctrmError(
-        f"{run.out}: {what} at step {run.step} ({rates}), and nothing was saved; {kept}; lower "
-        "training.optimiser.muon_lr and adamw_lr, or set training.optimiser.clip_norm = 1"
+        f"{run.out}: {what} at step {run.step} ({rates}), and nothing was saved; the last good "
+        f"checkpoint is {good}; lower training.optimiser.muon_lr and adamw_lr, or set "
+        "training.optimiser.clip_norm = 1"
     )
 
 
@@ -220,26 +205,23 @@ def save(run: Run) -> Path:
     state = {"rng": torch.get_rng_state(), **run.carry}
     if torch.cuda.is_available():
         state["rng_cuda"] = torch.cuda.get_rng_state()
-    return checkpoints.write_checkpoint(
-        run.out, meta, model, trainer, state, run.accelerator, keep_last
-    )
+    processes = run.accelerator
+    return checkpoints.write_checkpoint(run.out, meta, model, trainer, state, processes, keep_last)
 
 
 def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
-    """Put a run that has made no step where the checkpoint was taken.
-
-    A process that was not there then keeps the batches that it drew for itself.
+    """Put a run that has made no step where the checkpoint was taken; a process that was not there
+    then keeps the batches that it drew for itself.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in run.model.state_dict().items()}
-    run.model.load_state_dict(checkpoints.read_model(folder, ema=False, expected=shapes))
+    expected = run.model.state_dict()
+    run.model.load_state_dict(checkpoints.read_model(folder, ema=False, expected=expected))
     if run.ema is not None:
-        run.ema.load(checkpoints.read_model(folder, expected=shapes))
+        run.ema.load(checkpoints.read_model(folder, expected=expected))
     trainer, state = checkpoints.read_state(folder, run.accelerator.process_index)
     run.optimisers.load(trainer)
     if state is not None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in run.carry.items()}
         held = {name: tensor for name, tensor in state.items() if name.startswith("carry.")}
-        checkpoints.check_names(shapes, held, folder, "this run")
+        checkpoints.check_names(run.carry, held, folder, "this run")
         for name, tensor in run.carry.items():
             tensor.copy_(held[name])
         torch.set_rng_state(state["rng"])
@@ -259,10 +241,9 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise CheckpointError(
-                f"{folder}: process {file.read().strip() or '?'} trains there; wait for it, or "
-                "choose another --out"
-            ) from None
+            who = f"process {file.read().strip() or '?'}"
+            problem = f"{folder}: {who} trains there; wait for it, or choose another --out"
+            raise CheckpointError(problem) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -285,15 +266,13 @@ class SharedClock:
         self.is_first = self.just_synced = True
 
     def tick(self, stop: list[int], *, restart: bool = False) -> bool:
-        """Advance after an optimiser step; True when any process was asked to stop.
-
-        `restart`: the step took longer than others will, by compilation.
+        """Advance after an optimiser step (`restart`: that took longer than others will, by
+        compilation); True when any process was asked to stop.
         """
-        run = self.run
+        run, unusual = self.run, restart or self.is_first
         done = run.step - self.synced_step
         alone = run.accelerator.num_processes == 1
         every_step = alone and run.accelerator.device.type == "cpu"
-        unusual = restart or self.is_first
         self.just_synced = every_step or unusual or done >= SYNC_EVERY
         if not self.just_synced:
             run.elapsed = self.synced_elapsed + done * self.seconds_per_step

@@ -1,17 +1,16 @@
 """From a gradient to new weights: Muon for the matrices of the layers, AdamW for the rest, and a
 moving average.
 
-All gradients live in one buffer, so zeroing, clipping and the reduction over processes are one
-operation each. Muon sees the fused matrices (q/k/v, gate/up) as the separate matrices they are: it
-is given views that share their storage. Nothing waits for the device, and on a GPU what changes
-from step to step (learning rates, the decay of the average) stands in tensors, so that steps and
-update can be replayed as CUDA graphs.
+All gradients live in one buffer; Muon sees fused matrices (q/k/v, gate/up) as the separate ones
+they are, through views. Nothing waits for the device, and on a GPU what changes from step to step
+(rates, the decay of the average) stands in tensors, so that a CUDA graph can replay it.
 """
 
 import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +22,19 @@ from arctrm.errors import CheckpointError
 
 FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
 """Matrices in one, stacked along the rows."""
-HUB = "hub."
-"""Weights of these names were trained with AdamW by others, and so are they here."""
+HUB = "hub."  # weights of these names were trained with AdamW by others, and are here
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Muon's quintic iteration: https://kellerjordan.github.io/posts/muon/."""
 NUM_ITERATIONS = 5
 EPS = 1e-7
-WARM_UPS = 3
-"""Eager runs of a step before it is captured."""
+WARM_UPS = 3  # eager runs of a step before it is captured
 
 Named = Mapping[str, nn.Parameter]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter, of those that are trained; empty tables left out."""
-    named = model.named_parameters()
-    return {name: p for name, p in named if p.requires_grad and p.numel()}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
 
 
 class FlatGradients:
@@ -66,12 +62,9 @@ class FlatGradients:
 
 
 class Muon(Optimizer):
-    """The update of `torch.optim.Muon` (orthogonalised Nesterov momentum, decoupled weight decay)
-    in batched products: Newton-Schulz of one matrix takes longer to launch than to compute, so
-    matrices of one shape, or its transpose, are a stack.
-
-    The rate of an [R, C] matrix is `lr` (a number, or a tensor of no dimension) x
-    sqrt(max(1, R / C)). Newton-Schulz runs in `dtype`.
+    """The update of `torch.optim.Muon` (orthogonalised Nesterov momentum, decoupled weight decay),
+    in batched products over matrices of one shape, or its transpose, because Newton-Schulz of one
+    matrix takes longer to launch than to compute. `lr`: a number, or a tensor of no dimension.
     """
 
     def __init__(
@@ -82,9 +75,8 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        super().__init__(
-            list(matrices), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(list(matrices), defaults)
         self.dtype = dtype
         for matrix in self.param_groups[0]["params"]:
             self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
@@ -121,10 +113,7 @@ def _by_shape(matrices: list[Tensor]) -> list[list[list[int]]]:
 
 
 def _orthogonal(stacks: list[Tensor]) -> list[Tensor]:
-    """Bring the singular values of each matrix near 1; stacks [N, R, C] of a shape and [M, C, R].
-
-    The products are of the size of the smaller side, whichever way the matrices came.
-    """
+    """Bring the singular values of each matrix near 1; stacks [N, R, C] and [M, C, R]."""
     is_tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
     x = torch.cat([s.mT if tall else s for s, tall in zip(stacks, is_tall, strict=True)])
     a, b, c = COEFFICIENTS
@@ -142,48 +131,35 @@ class Optimisers:
 
     def __init__(self, parameters: Named, config: OptimiserConfig):
         matrices, others = _split(parameters, use_muon=config.kind == "muon")
-        decay = config.weight_decay
-        self.all: dict[str, Optimizer] = {}
-        if matrices:
-            rate = _rate(config.muon_lr, matrices[0].device)
-            self.all["muon"] = Muon(matrices, rate, decay, config.momentum)
-        if others:
-            device = others[0].device
-            self.all["adamw"] = AdamW(
-                others,
-                lr=_rate(config.adamw_lr, device),
-                betas=config.betas,
-                weight_decay=decay,
-                fused=device.type == "cuda",
-            )
+        decay, self.all = config.weight_decay, dict[str, Optimizer]()
+        device = (matrices + others)[0].device
+        is_gpu = device.type == "cuda"  # where rates change in place
         self.peaks = {"muon": config.muon_lr, "adamw": config.adamw_lr}
+        rates = {n: torch.tensor(x, device=device) if is_gpu else x for n, x in self.peaks.items()}
+        if matrices:
+            self.all["muon"] = Muon(matrices, rates["muon"], decay, config.momentum)
+        if others:
+            self.all["adamw"] = AdamW(
+                others, rates["adamw"], config.betas, weight_decay=decay, fused=is_gpu
+            )
 
     def set_rates(self, factor: float) -> None:
         """`factor` x the peak learning rates, for the next steps."""
         for name, optimiser in self.all.items():
-            for group in optimiser.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(self.peaks[name] * factor)
-                else:
-                    group["lr"] = self.peaks[name] * factor
+            (group,) = optimiser.param_groups
+            rate = self.peaks[name] * factor
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
     def apply(self) -> None:
         """One step of each at the rates that were set."""
         for optimiser in self.all.values():
             optimiser.step()
 
-    def make_capturable(self) -> None:
-        """Allow a CUDA graph to capture `apply`; AdamW warns of steps outside one from then on."""
-        for optimiser in self.all.values():
-            for group in optimiser.param_groups:
-                group["capturable"] = True
-
     def state(self) -> dict[str, Tensor]:
         """Tensors `<optimiser>.<parameter index>.<key>`: those of the optimisers, not copies."""
         return {
-            f"{name}.{index}.{key}": value
-            for name, optimiser in self.all.items()
-            for index, p in enumerate(_parameters(optimiser))
+            f"{place}.{key}": value
+            for place, (optimiser, p) in self._places().items()
             for key, value in optimiser.state[p].items()
         }
 
@@ -191,40 +167,29 @@ class Optimisers:
         """Restore what `state` returned; the next step is bit-identical.
 
         (torch's own `load_state_dict` casts buffers to the dtype of their parameter.)
-
-        Raises:
-            CheckpointError: state of other parameters; the optimisers are left as they were.
         """
-        places = {
-            f"{name}.{index}": (optimiser, p)
-            for name, optimiser in self.all.items()
-            for index, p in enumerate(_parameters(optimiser))
-        }
-        held = {name.rpartition(".")[0] for name in state}
-        fits = held == places.keys() and all(
-            not tensor.ndim or tensor.shape == places[name.rpartition(".")[0]][1].shape
+        places, named = self._places(), {name: name.rpartition(".") for name in state}
+        if {place for place, _, _ in named.values()} != places.keys() or any(
+            tensor.ndim and tensor.shape != places[named[name][0]][1].shape
             for name, tensor in state.items()
-        )
-        if not fits:
+        ):
             raise CheckpointError(
-                f"the optimiser state is of {len(held)} parameters, or of other shapes than the "
-                f"{len(places)} that are trained; resume with the configuration of the checkpoint"
+                "the optimiser state is of other parameters than those that are trained; resume "
+                "with the configuration of the checkpoint"
             )
         for name, tensor in state.items():
-            place, _, key = name.rpartition(".")
+            place, _, key = named[name]
             optimiser, p = places[place]
             # A step count stays on the CPU unless the optimiser is fused.
             on_cpu = key == "step" and not optimiser.param_groups[0].get("fused")
             optimiser.state[p][key] = tensor.to("cpu" if on_cpu else p.device, copy=True)
 
-
-def _parameters(optimiser: Optimizer) -> list[Tensor]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
-
-
-def _rate(value: float, device: torch.device) -> float | Tensor:
-    """A learning rate that changes in place on a GPU."""
-    return torch.tensor(value, device=device) if device.type == "cuda" else value
+    def _places(self) -> dict[str, tuple[Optimizer, Tensor]]:
+        return {
+            f"{name}.{index}": (optimiser, p)
+            for name, optimiser in self.all.items()
+            for index, p in enumerate(optimiser.param_groups[0]["params"])
+        }
 
 
 def _split(parameters: Named, *, use_muon: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -239,9 +204,8 @@ def _split(parameters: Named, *, use_muon: bool) -> tuple[list[Tensor], list[Ten
         parts = next((n for key, n in FUSED_PARTS.items() if key in name), 1)
         assert p.grad is not None
         for data, grad in zip(p.data.chunk(parts), p.grad.chunk(parts), strict=True):
-            matrix = nn.Parameter(data)
-            matrix.grad = grad
-            matrices.append(matrix)
+            matrices.append(nn.Parameter(data))
+            matrices[-1].grad = grad
     return matrices, others
 
 
@@ -253,8 +217,9 @@ class EMA:
         self.names = list(parameters)
         self.weights = [p.detach() for p in parameters.values()]
         self.averages = [w.clone() for w in self.weights]
-        self.distance = torch.zeros((), device=self.weights[0].device)
-        """1 - decay of the next move."""
+        for p, average in zip(parameters.values(), self.averages, strict=True):
+            vars(p)["average"] = average  # for who sets a weight anew
+        self.distance = torch.zeros((), device=self.weights[0].device)  # 1 - decay of the next move
 
     def set_decay(self, step: int) -> None:
         """The decay after optimiser step number `step` (from 1)."""
@@ -275,26 +240,34 @@ class EMA:
             average.copy_(state[name])
 
 
+@dataclass(eq=False)
 class Update:
-    """What follows the gradient: clip to `clip_norm` (0 = not), step, move `ema`, if any."""
+    """What follows the gradient: clip to `clip_norm` (0 = not), step, move `ema`, if any.
 
-    def __init__(
-        self, gradients: FlatGradients, optimisers: Optimisers, ema: EMA | None, clip_norm: float
-    ):
-        self.gradients, self.optimisers, self.ema = gradients, optimisers, ema
-        self.clip_norm = clip_norm
-        self.apply: Callable[[], None] = self._apply
+    Where it `captures`, the first call runs eagerly, which makes the buffers; the second captures a
+    CUDA graph (which runs nothing), and it and all later ones replay. A checkpoint is restored
+    before the first.
+    """
+
+    gradients: FlatGradients
+    optimisers: Optimisers
+    ema: EMA | None
+    clip_norm: float
+    captures: bool = False
+    is_warm: bool = False
+    graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, factor: float, step: int) -> None:
         """The update of step number `step` (from 1) at `factor` x the peak learning rates."""
         self.optimisers.set_rates(factor)
         if self.ema is not None:
             self.ema.set_decay(step)
-        self.apply()
-
-    def capture(self) -> None:
-        """Replay a CUDA graph from the second call on; restore a checkpoint before the first."""
-        self.apply = LateGraph(self._apply, self.optimisers.make_capturable)
+        if self.captures and self.is_warm and self.graph is None:
+            for optimiser in self.optimisers.all.values():
+                optimiser.param_groups[0]["capturable"] = True
+            self.graph = captured(self._apply)
+        self.graph.replay() if self.graph else self._apply()
+        self.is_warm = True
 
     def _apply(self) -> None:
         if self.clip_norm > 0:
@@ -304,29 +277,9 @@ class Update:
             self.ema.move()
 
 
-class LateGraph:
-    """Work whose first call runs eagerly, which makes its buffers; the second captures it (which
-    runs nothing), and it and all later ones replay.
-    """
-
-    def __init__(self, work: Callable[[], None], prepare: Callable[[], None]):
-        self.work, self.prepare = work, prepare
-        self.is_warm = False
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self) -> None:
-        """Do the work once."""
-        if self.is_warm and self.graph is None:
-            self.prepare()
-            self.graph = captured(self.work)
-        self.graph.replay() if self.graph else self.work()
-        self.is_warm = True
-
-
 def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a training step, after eager runs on a stream of their own.
-
-    The eager runs are real steps: zero the gradient after them; their batches count as drawn.
+    """A CUDA graph of a training step, after eager runs on a stream of their own: these are real
+    steps, so zero the gradient after them; their batches count as drawn.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -338,9 +291,8 @@ def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `work`, which is not run; keep alive what it reads and writes.
-
-    Graphs are replayed one after another and leave nothing for each other, so they share memory.
+    """A CUDA graph of `work`, which is not run; keep alive what it reads and writes. Graphs share
+    memory: they are replayed one after another and leave nothing for each other.
     """
     graph = torch.cuda.CUDAGraph()
     # Other threads (NCCL's watchdog) may touch CUDA meanwhile.

@@ -30,12 +30,9 @@ class Questions(NamedTuple):
     """Training rows of TRM: the question, a first answer, and what the answer should be."""
 
     rows: Rows
-    labels: Tensor
-    """int64 [T]: colour of each answer cell, else IGNORE."""
-    prompts: Tensor
-    """int64: tokens of each sequence (dummies included) before its answer."""
-    drafted: Tensor
-    """bool [R]: the first answer is the reader's draft."""
+    labels: Tensor  # int64 [T]: colour of each answer cell, else IGNORE
+    prompts: Tensor  # int64: tokens of each sequence (dummies included) before its answer
+    drafted: Tensor  # bool [R]: the first answer is the reader's draft
 
 
 def questions(

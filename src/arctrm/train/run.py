@@ -1,8 +1,7 @@
 """`arctrm pretrain` and `arctrm joint`: from a configuration to checkpoints, in the order of a run.
 
 Data -> model (untrained, or from a checkpoint whose tasks are matched by content) -> steps -> the
-loop -> for `joint` with `evaluate`, the score of what was trained. `pretrain` trains a trunk in one
-voice or both; `joint` a trunk in both, or a hub model, adapters and a trunk.
+loop -> for `joint` with `evaluate`, the score of what was trained.
 """
 
 import gc
@@ -30,14 +29,12 @@ from arctrm.model.attention import has_packed_kernel
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.system import compute_dtype, git_revision, new_accelerator, write_run_record
 from arctrm.train.loop import Run, locked, restore, train
-from arctrm.train.sequences import LENGTH
-from arctrm.train.steps import SAMPLED, metrics_of, voice_steps
+from arctrm.train.steps import metrics_of, sampled_lengths, voice_steps
 from arctrm.train.tracking import Tracker, clock
 
 Config = PretrainConfig | JointConfig
 
-RANK_SEED_STEP = 1_000_003
-"""Between the seeds of two processes."""
+RANK_SEED_STEP = 1_000_003  # between the seeds of two processes
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
@@ -61,8 +58,7 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
     began_at = time.monotonic()
     accelerator = _train(config, resume)
     if not config.evaluate:
-        accelerator.end_training()
-        return
+        return accelerator.end_training()
     from arctrm.solve.evaluate import evaluate
     from arctrm.solve.results import UNFINISHED
 
@@ -115,8 +111,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
             note(
                 f"{'resuming' if resume else 'training'} in {plain(config.out)}: "
                 f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {count:,} parameters; "
-                f"{accelerator.num_processes} process(es) on {accelerator.device.type}, "
-                f"{config.training.tokens_per_batch:,} tokens a batch"
+                f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
             )
         step, told = (run.step if resume else None), run.meta.config
         with Tracker(config.out, config.tracking, told, resume_step=step, is_main=is_main) as to:
@@ -130,8 +125,7 @@ def _restore(run: Run, checkpoint: Path, config: Config) -> None:
     meta = checkpoints.read_meta(checkpoint)
     for difference in differences(meta.config, config):
         raise CheckpointError(
-            f"{checkpoint}: {difference}; resume with the same value, or start anew in another "
-            "folder"
+            f"{checkpoint}: {difference}; resume with the same value, or choose another --out"
         )
     if meta.data_fingerprint != run.meta.data_fingerprint:
         raise CheckpointError(
@@ -157,15 +151,14 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     torch.manual_seed(config.seed)
     trunk = new_trunk(config, base).to(device)
     trunk.dtype = compute_dtype(training.dtype, device)
-    is_hub = isinstance(config, JointConfig) and not config.is_tiny
+    hub = config if isinstance(config, JointConfig) and not config.is_tiny else None
     wanted = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
-    is_compiled = wanted and not is_hub  # whose batches have no fixed shapes
+    is_compiled = wanted and not hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
-    captures = packed and not is_hub
+    captures = packed and not hub
     if training.cuda_graph == "on" and not captures:
         raise ConfigError(
-            f"training.cuda_graph = 'on' with training.dtype = {training.dtype!r} on "
-            f"{device.type}: a graph needs the trunk alone, in bfloat16 on a GPU; set "
+            "training.cuda_graph = 'on': a graph needs the trunk alone, in bfloat16 on a GPU; set "
             "training.cuda_graph = 'auto'"
         )
     notes = {}
@@ -173,26 +166,23 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         notes = _start_trunk(trunk, config.checkpoint, config, base, accelerator.is_main_process)
     if is_compiled:
         trunk.compile_blocks()
+    hybrid = _hub_hybrid(hub, trunk) if hub else None
+    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     model, of_counts = nn.ModuleDict({"trunk": trunk}), metrics_of
     voices: tuple[str, ...] = ("reader", "trm") if config.voice == "both" else (config.voice,)
-    if isinstance(config, JointConfig) and is_hub:
-        hybrid = _hub_hybrid(config, trunk)
-        model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
-        voices = ("trm",)
-    torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
-    if isinstance(config, JointConfig) and is_hub:
+    if hub and hybrid:
         from arctrm.train.joint_hub import hub_metrics, hub_steps
 
-        steps, of_counts = hub_steps(config, hybrid, base), hub_metrics
+        model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
+        steps, of_counts, voices = hub_steps(hub, hybrid, base), hub_metrics, ("trm",)
     else:
         steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
     model.train()
     if isinstance(config, JointConfig) and config.epochs is not None:
         count = steps_of(config.epochs, base, steps, accelerator.num_processes)
-        schedule = {"budget": None, "max_steps": count}
-        training = training.model_copy(
-            update={"schedule": training.schedule.model_copy(update=schedule)}
-        )
+        changes = {"budget": None, "max_steps": count}
+        schedule = training.schedule.model_copy(update=changes)
+        training = training.model_copy(update={"schedule": schedule})
     meta = checkpoints.CheckpointMeta.model_validate(
         {
             **dict.fromkeys(("step", "elapsed", "examples"), 0),
@@ -205,24 +195,14 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
             "notes": notes,
         }
     )
-    return Run(
-        out=config.out,
-        config=training,
-        accelerator=accelerator,
-        model=model,
-        steps=steps,
-        metrics_of=of_counts,
-        meta=meta,
-        began_at=began_at,
-        captures=captures and training.cuda_graph != "off",
-    )
+    captures = captures and training.cuda_graph != "off"
+    return Run(config.out, training, accelerator, model, steps, of_counts, meta, began_at, captures)
 
 
 def new_trunk(config: Config, base: BaseSet) -> Trunk:
     """The untrained trunk of a configuration, with the task embeddings of a base set."""
-    return checkpoints.Trained.model_validate(config.model_dump(mode="json")).new_trunk(
-        base.num_tasks
-    )
+    trained = checkpoints.Trained.model_validate(config.model_dump(mode="json"))
+    return trained.new_trunk(base.num_tasks)
 
 
 def _start_trunk(
@@ -239,8 +219,7 @@ def _start_trunk(
         there, here = (getattr(one.trunk, key) for one in (meta.trained, config))
         if there != here:
             raise CheckpointError(
-                f"{folder}: trunk.{key} = {there!r} there, {here!r} here; use the value of the "
-                "checkpoint"
+                f"{folder}: trunk.{key} = {there!r} there, {here!r} here; use the former"
             )
     weights, own = _part(checkpoints.read_model(folder), "trunk."), trunk.state_dict()
     rows = meta.rows_of(base.task_fingerprints())
@@ -251,7 +230,7 @@ def _start_trunk(
     other_ways = _ways(meta.trained.data) != _ways(config.data)
     if other_ways:
         weights["scale_emb"] = own["scale_emb"]
-    checkpoints.check_names({name: tensor.shape for name, tensor in own.items()}, weights, folder)
+    checkpoints.check_names(own, weights, folder)
     trunk.load_state_dict(weights)
     if "trm" not in meta.voices:  # the reader's head tells colours apart
         with torch.no_grad():
@@ -279,10 +258,7 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
 
     reader = load_hub_reader(config.hub, trunk.device)
     if reader.device.type != trunk.device.type:
-        raise ConfigError(
-            f"hub.device = {config.hub.device!r}: TRM is trained on {trunk.device}; leave "
-            "hub.device out"
-        )
+        raise ConfigError(f"hub.device: TRM is trained on {trunk.device}; leave hub.device out")
     hybrid = Hybrid(reader, trunk, config.coupling)
     starts: list[tuple[Path | None, str, nn.Module]] = [
         (config.trm_checkpoint, "adapters.", hybrid.adapters),
@@ -296,13 +272,9 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
         if module is hybrid.adapters:  # those that both have, each as a whole
             there, here = ({name.partition(".")[0] for name in names} for names in (weights, own))
             both = tuple(f"{name}." for name in there & here)
-            weights, own = (
-                {name: t for name, t in of.items() if name.startswith(both)}
-                for of in (weights, own)
-            )
-        checkpoints.check_names(
-            {name: tensor.shape for name, tensor in own.items()}, weights, folder
-        )
+            own = {name: tensor for name, tensor in own.items() if name.startswith(both)}
+            weights = {name: t for name, t in weights.items() if name.startswith(both)}
+        checkpoints.check_names(own, weights, folder)
         module.load_state_dict(module.state_dict() | weights)
     return hybrid
 
@@ -330,24 +302,19 @@ def with_data_path(config: JointConfig) -> JointConfig:
     return config.model_copy(update={"data": DataConfig.model_validate({**dict(data), **changes})})
 
 
-@torch.no_grad()
 def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: int) -> int:
     """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs: the
     same for a resumed run.
     """
     asked = 0.0
     for step in (step for step in steps if step.end >= 1):
-        sequences = step.sequences
-        with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):
-            torch.manual_seed(0)
-            lengths = sequences.draw(SAMPLED)[..., LENGTH].double()
+        lengths = sampled_lengths(step.sequences)
         fitting = min(step.num_tokens / float(lengths.sum(1).mean()), len(step.queue))
         asked += fitting * float((lengths > 0).sum(1).double().mean())
     return math.ceil(epochs * base.num_pairs / (asked * num_processes))
 
 
-def _check_kept_apart(config: JointConfig) -> None:
-    """Refuse to score what was trained on."""
+def _check_kept_apart(config: JointConfig) -> None:  # nothing is scored that was trained on
     data, asked = config.data, config.evaluation
     kept = asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets
     if not kept and asked.test_set != data.test_set:
@@ -405,16 +372,3 @@ def _memory(config: Config, num_parameters: int) -> float:
         kept = sizes.hidden_size * sizes.depth + of_layer
     width = 2 if torch.cuda.is_available() else 4
     return 4 * 5 * num_parameters + width * kept * training.tokens_per_batch
-
-
-def _memory(config: Config, trunk: Trunk) -> float:
-    """Bytes of weights, gradient, average and moments, and of what one backward pass keeps."""
-    sizes, training = config.trunk, config.training
-    numbers = sum(p.numel() for p in trunk.parameters()) * (4 + (training.ema_decay > 0))
-    if training.optimiser.kind == "muon":  # it keeps one moment
-        numbers -= sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
-    of_layer = 12 * sizes.hidden_size + 4 * sizes.inner_size
-    kept = of_layer * sizes.depth
-    if sizes.gradient_checkpointing:
-        kept = sizes.hidden_size * sizes.depth + of_layer
-    return 4 * numbers + (2 if torch.cuda.is_available() else 4) * kept * training.tokens_per_batch

@@ -1,9 +1,8 @@
 """How the grids of a training row are shown larger: scale augmentation, on the device.
 
-A row shows its pair as it is (scale 0), each cell as a block (scale k > 0: the k-th of the
-configured factors) or, numbered behind those, in one of the configured shapes. A shape treats rows
-and columns alike and apart, by a pattern of bits for each of the two. Without a host sync, so that
-a captured CUDA graph can replay it.
+A row shows its pair as it is (scale 0), each cell as a block (scale k > 0: the k-th of the factors)
+or, numbered behind those, in a shape, which treats rows and columns alike and apart, by a pattern
+of bits for each. Without a host sync, so that a captured CUDA graph can replay it.
 
 Legend: n drawn rows, or tokens of them.
 """
@@ -22,20 +21,17 @@ from arctrm.data.task import MAX_SIDE, NUM_COLOURS
 NUM_COLUMNS = 4
 SCALE, DOWN, ACROSS, FILL = range(NUM_COLUMNS)
 
-MOST_PADDING = 2
-"""Rows or columns that "pad" adds on a side, at most."""
+MOST_PADDING = 2  # rows or columns that "pad" adds on a side, at most
 
 
 class Shape(NamedTuple):
     """A way of showing grids larger, along one axis; patterns are int64 [n]."""
 
-    side: Callable[[Tensor, Tensor], Tensor]
-    """(side [n], pattern) -> the side as it is shown."""
+    side: Callable[[Tensor, Tensor], Tensor]  # (side [n], pattern) -> the side as it is shown
     cell: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(place [n] where it is shown, side of the grid itself, pattern) -> place in the grid itself,
     whether there is none (bool)."""
-    aligned: bool
-    """It keeps a rule only where cells of input and output correspond, so sizes must be equal."""
+    aligned: bool  # input and output must be of one size: their cells correspond
 
 
 def _padding(pattern: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,23 +40,13 @@ def _padding(pattern: Tensor) -> tuple[Tensor, Tensor]:
     return pattern % count, torch.div(pattern, count, rounding_mode="floor") % count
 
 
-def _padded_side(side: Tensor, pattern: Tensor) -> Tensor:
-    before, after = _padding(pattern)
-    return side + before + after
-
-
 def _padded_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
     own = place - _padding(pattern)[0]
     return own, (own < 0) | (own >= side)
 
 
-def _tiled_side(side: Tensor, pattern: Tensor) -> Tensor:
-    """Bit 0 of the pattern: twice along this axis."""
-    return side * (1 + pattern % 2)
-
-
 def _tiled_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """Bit 1 of the pattern: the second is a mirror image."""
+    """Bit 0 of the pattern: twice along this axis; bit 1: the second is a mirror image."""
     own = place % side.clamp(min=1)
     mirrored = (pattern // 2 % 2 == 1) & (place >= side)
     return torch.where(mirrored, side - 1 - own, own), torch.zeros_like(mirrored)
@@ -73,8 +59,7 @@ def _stretched_side(side: Tensor, pattern: Tensor) -> Tensor:
 
 
 def _stretched_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, Tensor]:
-    twice = _bits(pattern)
-    ends = (1 + twice).cumsum(1)
+    ends = (1 + _bits(pattern)).cumsum(1)
     return (ends <= place[:, None]).sum(1), torch.zeros_like(place, dtype=torch.bool)
 
 
@@ -84,11 +69,11 @@ def _bits(pattern: Tensor) -> Tensor:
 
 
 SHAPES: dict[ShapeName, Shape] = {
-    "pad": Shape(_padded_side, _padded_cell, aligned=True),
+    "pad": Shape(lambda side, bits: side + sum(_padding(bits)), _padded_cell, aligned=True),
     "lines": Shape(
         lambda side, _: 2 * side - 1, lambda place, _, __: (place // 2, place % 2 == 1), False
     ),
-    "tile": Shape(_tiled_side, _tiled_cell, aligned=False),
+    "tile": Shape(lambda side, bits: side * (1 + bits % 2), _tiled_cell, aligned=False),
     "stretch": Shape(_stretched_side, _stretched_cell, aligned=True),
 }
 
@@ -106,9 +91,8 @@ class Scales:
         self.aligned = torch.tensor([False] * (1 + len(config.factors)) + aligned, device=device)
 
     def draw(self, height: Tensor, width: Tensor, same: Tensor, background: Tensor) -> Tensor:
-        """int64 [n, NUM_COLUMNS], if enabled, of rows whose largest sides are `height`, `width`
-        [n]; `same` (bool [n]): input and output have one size; `background`: colours [n] of which
-        half of the fillings are.
+        """int64 [n, NUM_COLUMNS] of rows whose largest sides are `height`, `width` [n]; `same`
+        (bool [n]): input and output have one size; `background` [n]: half of the fillings.
         """
         count = height.shape[0]
         scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
@@ -140,11 +124,10 @@ class Scales:
         """Height and width [n] as they are shown."""
         if not self.enabled:
             return height, width
-        scale = shown[:, SCALE]
-        rows, columns = self.factors[scale].unbind(1)
-        seen = [height * rows, width * columns]
-        for name, number in self.number.items():
-            for axis, side in enumerate((height, width)):
+        scale, seen = shown[:, SCALE], [height, width]
+        for axis, side in enumerate((height, width)):
+            seen[axis] = side * self.factors[scale, axis]
+            for name, number in self.number.items():
                 larger = SHAPES[name].side(side, shown[:, DOWN + axis])
                 seen[axis] = torch.where(scale == number, larger, seen[axis])
         return seen[0], seen[1]
@@ -152,18 +135,17 @@ class Scales:
     def cells(
         self, y: Tensor, x: Tensor, height: Tensor, width: Tensor, shown: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cells of grids of `height` and `width` [n] that stand at (y, x) [n] where they are
-        shown, and whether there is none but a filling (bool).
+        """The cells of grids of `height` and `width` [n] that are shown at (y, x) [n], and whether
+        there is none but a filling (bool).
         """
         nowhere = torch.zeros_like(y, dtype=torch.bool)
         if not self.enabled:
             return y, x, nowhere
-        scale = shown[:, SCALE]
-        rows, columns = self.factors[scale].unbind(1)
-        own = [y // rows, x // columns]
-        for name, number in self.number.items():
-            here = scale == number
-            for axis, (place, side) in enumerate(((y, height), (x, width))):
+        scale, own = shown[:, SCALE], [y, x]
+        for axis, (place, side) in enumerate(((y, height), (x, width))):
+            own[axis] = place // self.factors[scale, axis]
+            for name, number in self.number.items():
+                here = scale == number
                 cell, none = SHAPES[name].cell(place, side, shown[:, DOWN + axis])
                 own[axis] = torch.where(here, cell, own[axis])
                 nowhere = nowhere | (here & none)

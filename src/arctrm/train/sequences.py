@@ -1,14 +1,14 @@
 """Packed training sequences: drawn, spelt and laid side by side on the device, without a host sync.
 
 A sequence is one pair, or (hub readers) other pairs of the same task before it, all under one view.
-What sees what is a parameter: in the TRM voice a sequence is seen whole; in the reader voice its
-prompt is, and every later token sees the sequence up to itself. Sequences wait in a queue that
-keeps its order, so that a long one which does not fit now comes first next time. Shapes are static:
-a captured CUDA graph can replay the whole thing.
+In the TRM voice it is seen whole; in the reader voice its prompt is, and every later token sees the
+sequence up to itself. Sequences wait in a queue that keeps its order, so that a long one which does
+not fit now comes first next time. Shapes are static: a captured CUDA graph can replay it all.
 
 Legend: T tokens, N sequences, K pairs in a sequence, R = N x K rows (pairs), n any rows.
 """
 
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,8 +30,7 @@ PAIR, INDEX, LENGTH = range(SHOWN.stop, SHOWN.stop + 3)
 COLOURS = slice(LENGTH + 1, LENGTH + 1 + NUM_COLOURS)
 NUM_COLUMNS = COLOURS.stop
 
-CONTEXT_WINDOW = 16
-"""Pairs of a task, at least, among which those that come first are drawn."""
+CONTEXT_WINDOW = 16  # pairs of a task, at least, among which those that come first are drawn
 DUMMY = 256
 """Tokens of the first dummy sequences: attention costs their square, so they are short."""
 
@@ -39,18 +38,12 @@ DUMMY = 256
 class Batch(NamedTuple):
     """Packed sequences; the end of the axis may hold dummies, which belong to no row."""
 
-    rows: Tensor
-    """int64 [R, columns]."""
-    tokens: Tensor
-    """int64 [T]: ids of the trunk."""
-    positions: Tensor
-    """int64 [T]: packed positions."""
-    labels: Tensor
-    """int64 [T]: the next token where it belongs to an output, else IGNORE."""
-    row: Tensor
-    """int64 [T]: row of the token; R or more: no row."""
-    slot: Tensor
-    """int64 [T]: place of the token in its row."""
+    rows: Tensor  # int64 [R, columns]
+    tokens: Tensor  # int64 [T]: ids of the trunk
+    positions: Tensor  # int64 [T]: packed positions
+    labels: Tensor  # int64 [T]: the next token where it belongs to an output, else IGNORE
+    row: Tensor  # int64 [T]: row of the token; R or more: no row
+    slot: Tensor  # int64 [T]: place of the token in its row
     prompts: Tensor
     """int64: tokens of each sequence (dummies included) before the output of its first pair."""
     seen: Spans
@@ -67,32 +60,26 @@ class Batch(NamedTuple):
         return self.row.clamp(max=self.rows.shape[0] - 1)
 
 
+@dataclass(eq=False)
 class Sequences:
     """Packs sequences of `source`'s pairs; `dtype` is the arithmetic of the layers."""
 
-    def __init__(
-        self,
-        source: PairSource,
-        dtype: torch.dtype,
-        *,
-        whole: bool = False,
-        inverse_share: float = 0.0,
-        by_blocks: bool = False,
-        num_pairs: int = 1,
-        longest: int = PAIR_TOKENS,
-    ):
-        """`whole`: sequences are seen whole (TRM voice). `inverse_share` of them ask for the input
-        of an output. `by_blocks`: attention goes by blocks, for compiled code on a GPU. A sequence
-        has up to `num_pairs` pairs and `longest` tokens.
-        """
-        self.source, self.dtype, self.device = source, dtype, source.device
-        self.whole, self.inverse_share, self.by_blocks = whole, inverse_share, by_blocks
-        self.num_pairs, self.longest = num_pairs, longest
+    source: PairSource
+    dtype: torch.dtype
+    _: KW_ONLY
+    whole: bool = False  # sequences are seen whole (TRM voice)
+    inverse_share: float = 0.0  # of the sequences ask for the input of an output
+    by_blocks: bool = False  # attention goes by blocks, for compiled code on a GPU
+    num_pairs: int = 1  # of a sequence, at most
+    longest: int = PAIR_TOKENS  # tokens of a sequence, at most
+
+    def __post_init__(self) -> None:
+        source, self.device = self.source, self.source.device
         order = source.pairs[:, TASK].argsort(stable=True)
         self.by_task = order[source.drawable[order]]
         counts = torch.bincount(source.pairs[self.by_task, TASK], minlength=len(source.fixed))
         self.task_count, self.task_begin = counts, counts.cumsum(0) - counts
-        self.scales = scaling.Scales(source.data.scaling, self.device)
+        self.scales = scaling.Scales(source.data.scaling, source.device)
 
     def draw(self, count: int) -> Tensor:
         """`count` fresh sequences, int64 [count, K, columns]; the pair drawn by weight is last."""
@@ -103,8 +90,7 @@ class Sequences:
         inverse = share < self.inverse_share if self.inverse_share else None
         dihedral, colours = self.source.draw_views(task, uniform[:, 1], inverse)
         pairs = self.with_others(last, uniform[:, 2])
-        larger = self.scales.enabled
-        shown = self.draw_scales(pairs, dihedral, colours[:, 0]) if larger else None
+        shown = self.draw_scales(pairs, dihedral, colours[:, 0]) if self.scales.enabled else None
         return self.sequences(pairs, dihedral, colours, shown, inverse)
 
     def with_others(self, last: Tensor, uniform: Tensor) -> Tensor:

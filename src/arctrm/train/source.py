@@ -73,9 +73,8 @@ class PairSource:
     def colour_at(
         self, grid: Tensor, dihedral: Tensor, colours: Tensor, y: Tensor, x: Tensor, inside: Tensor
     ) -> Tensor:
-        """Colours int64 [T] at (y, x) of each token's grid [T, 3] as its view shows it.
-
-        Meaningless where not `inside` (the first cell is read there).
+        """Colours int64 [T] at (y, x) of each token's grid [T, 3] as its view shows it (meaningless
+        where not `inside`).
         """
         offset, height, width = grid.unbind(1)
         transpose, flip_rows, flip_columns = self.dihedrals[dihedral].bool().unbind(1)
@@ -96,8 +95,7 @@ def view_of(
 ) -> tuple[Tensor, Tensor]:
     """Dihedral [n] and colours [n, 10] of view number `view` of each task; 0 is the identity.
 
-    A view is a function of (seed, task row, number), so `num_aug` bounds how many there are.
-    `fixed` [n, 10] marks the colours that may not move.
+    A function of (seed, task row, number). `fixed` [n, 10]: the colours that may not move.
     """
     uniform = hashed_uniform(seed, task, view, NUM_COLOURS + 2)
     dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
@@ -121,10 +119,8 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
 
 
 def inverse_fixed_colours(base: BaseSet) -> np.ndarray:
-    """bool [tasks, 10]: the colours that no view of the inverse task (output to input) may move.
-
-    As `views.fixed_colours`: colour 0, and those that the input of some demonstration has and its
-    output has not.
+    """bool [tasks, 10]: the colours that no view of the inverse task (output to input) may move, as
+    `views.fixed_colours`: 0, and those that only the input of some demonstration has.
     """
     pairs = np.asarray(base.pairs).astype(np.int64)
     given, asked = (_colours_in(base.cells, pairs[:, grid]) for grid in (OUTPUT, INPUT))
@@ -143,23 +139,15 @@ def _colours_in(cells: np.ndarray, grids: np.ndarray) -> np.ndarray:
 
 
 def pair_weights(base: BaseSet, data: DataConfig) -> np.ndarray:
-    """float64 [num_pairs]: weight of a pair's subset x of its area x of test pairs.
-
-    Raises:
-        DataError: a subset that is not there has a weight, or no pair has one above 0.
-    """
-    unknown = set(data.weights) - set(base.meta.subsets)
-    if unknown:
-        raise DataError(
-            f"data.weights names {sorted(unknown)[0]!r}, which is not a subset of the data set; "
-            f"its subsets are {', '.join(base.meta.subsets)}"
-        )
+    """float64 [num_pairs]: weight of a pair's subset x of its area x of test pairs."""
+    if unknown := sorted(set(data.weights) - set(base.meta.subsets)):
+        known = ", ".join(base.meta.subsets)
+        raise DataError(f"data.weights: {unknown[0]!r} is no subset of the data set ({known})")
     pairs = np.asarray(base.pairs)
     by_subset = np.array([data.weights.get(label, 1.0) for label in base.meta.subsets])
     areas = pairs[:, 4::3].max(1).astype(float) * pairs[:, 5::3].max(1)
     weights = by_subset[pairs[:, 1]] * areas**-data.area_power
     weights *= np.where(pairs[:, IS_TEST], data.test_pair_weight, 1.0)
     if not weights.sum() > 0:
-        keys = "data.weights and data.test_pair_weight"
-        raise DataError(f"{keys} leave no pair to draw; give a subset a weight above 0")
+        raise DataError("data.weights and data.test_pair_weight leave no pair to draw")
     return weights

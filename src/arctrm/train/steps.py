@@ -7,6 +7,7 @@ Legend: T tokens, R rows (pairs), D width.
 """
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,34 +36,28 @@ OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
 FEW_ROWS, TOKENS_PER_ROW, TOKENS_PER_ROW_OF_MANY, SPARE = 32, 64, 280, 1.1
 """Room for sequences in a batch: one for 64 tokens up to 32; beyond, one for 280 tokens (attention
 launches blocks for every one, used or not); in any case 1.1 times what the batch holds."""
-SAMPLED = 4096
-"""Sequences drawn to see how long they are."""
+SAMPLED = 4096  # sequences drawn to see how long they are
 
 
+@dataclass(eq=False)
 class Step:
-    """Adds one batch's gradient to the parameters."""
+    """Adds the gradient of one batch, of `num_tokens` with room for `num_sequences`."""
 
-    def __init__(
-        self,
-        sequences: Sequences,
-        num_tokens: int,
-        num_sequences: int,
-        *,
-        scale: float = 1.0,
-        begin: float = 0.0,
-        end: float = 1.0,
-    ):
-        """Batches of `num_tokens` with room for `num_sequences`; `scale` of the gradient; made in
-        the part of the run (0..1) from `begin` to `end`.
-        """
-        self.sequences, self.num_tokens, self.scale = sequences, num_tokens, scale
-        self.begin, self.end = begin, end
-        self.queue = sequences.draw(num_sequences)
-        self.drafts: DraftPool | None = None
-        self.keeper = True  # of the steps that share drafts, the one that refreshes and saves them
-        self.counts = torch.zeros(
-            len(VOICES), len(COUNTS), device=sequences.device, dtype=torch.float64
-        )
+    trunk: Trunk
+    sequences: Sequences
+    num_tokens: int
+    num_sequences: int
+    _: KW_ONLY
+    scale: float = 1.0  # of the gradient
+    begin: float = 0.0  # part of the run (0..1) after which the step is made
+    end: float = 1.0  # part of the run before which it is made; 1: to the end
+    drafts: DraftPool | None = None
+    keeper: bool = True  # of the steps that share drafts, the one that refreshes and saves them
+
+    def __post_init__(self) -> None:
+        device = self.sequences.device
+        self.queue = self.sequences.draw(self.num_sequences)
+        self.counts = torch.zeros(len(VOICES), len(COUNTS), device=device, dtype=torch.float64)
 
     def carry(self) -> dict[str, Tensor]:
         """What a resumed run needs, updated in place."""
@@ -103,24 +98,13 @@ class Step:
         self.counts[voice] += torch.stack(sums)
 
 
+@dataclass(eq=False)
 class ReaderStep(Step):
-    """The reader voice: the next token of every output.
-
-    A share `noise` of the output cells has random colours, in every other row.
+    """The reader voice: the next token of every output. A share `noise` of the output cells has
+    random colours, in every other row.
     """
 
-    def __init__(
-        self,
-        trunk: Trunk,
-        sequences: Sequences,
-        num_tokens: int,
-        num_sequences: int,
-        *,
-        noise: float = 0.0,
-        **when: float,
-    ):
-        super().__init__(sequences, num_tokens, num_sequences, **when)
-        self.trunk, self.noise = trunk, noise
+    noise: float = field(default=0.0, kw_only=True)
 
     def __call__(self) -> None:
         """Add the gradient of one packed batch."""
@@ -134,26 +118,18 @@ class ReaderStep(Step):
         self.count(READER, losses, batch.row)
 
 
+@dataclass(eq=False)
 class TrmStep(Step):
-    """The TRM voice: the colour of every answer cell, after each supervision step; only values pass
-    from one to the next.
+    """The TRM voice: the colour of every answer cell, after each supervision step.
 
     Where the step begins later than the run, the first one made gives the own-cell head a start:
     the rows of the reader's head for the ten colours, which by then tell colours apart.
     """
 
-    def __init__(
-        self,
-        trunk: Trunk,
-        sequences: Sequences,
-        num_tokens: int,
-        num_sequences: int,
-        config: TRMConfig,
-        drafts: DraftPool | None = None,
-        **when: float,
-    ):
-        super().__init__(sequences, num_tokens, num_sequences, **when)
-        self.trunk, self.config, self.drafts = trunk, config, drafts
+    config: TRMConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.has_begun = torch.zeros((), dtype=torch.long)
 
     def carry(self) -> dict[str, Tensor]:
@@ -266,17 +242,22 @@ def voice_steps(
             if voice == READER:
                 steps.append(ReaderStep(trunk, reading, tokens, room, noise=noise, **when))
             else:
-                steps.append(TrmStep(trunk, refined, tokens, room, trm, drafts, **when))
-                steps[-1].keeper = number == 0
+                shared = {"drafts": drafts, "keeper": number == 0}
+                steps.append(TrmStep(trunk, refined, tokens, room, trm, **shared, **when))
     return steps
 
 
 def room_for(sequences: Sequences, num_tokens: int, bound: int | None = None) -> int:
     """Sequences that a batch of `num_tokens` has room for, `bound` at most; the same every time."""
-    devices = [sequences.device] if sequences.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        mean = float(sequences.draw(SAMPLED)[..., LENGTH].sum(1).double().mean())
+    mean = float(sampled_lengths(sequences).sum(1).mean())
     few = min(num_tokens // TOKENS_PER_ROW, FEW_ROWS)
     room = max(few, num_tokens // TOKENS_PER_ROW_OF_MANY, round(SPARE * num_tokens / mean), 1)
     return room if bound is None else min(room, bound)
+
+
+@torch.no_grad()
+def sampled_lengths(sequences: Sequences) -> Tensor:
+    """float64 [SAMPLED, K]: lengths of drawn sequences, the same every time."""
+    with torch.random.fork_rng([sequences.device] if sequences.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return sequences.draw(SAMPLED)[..., LENGTH].double()

@@ -10,8 +10,8 @@ import netrc
 import os
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlparse
 
@@ -23,97 +23,71 @@ from arctrm.console import note, progress_console
 from arctrm.errors import CheckpointError
 from arctrm.system import disk_errors, write_bytes_atomically
 
-METRICS = (
-    "loss",
-    "exact_match",
-    "shape_match",
-    "cell_accuracy",
-    "avg_attempts",
-    "avg_trm_steps",
-    "avg_reasoning_length",
-)
-"""The metrics that every stage logs, averaged over examples."""
 _SHOWN = (
     ("loss", "loss {:.4f}"),
     ("exact_match", "exact {:.1%}"),
     ("reader_exact_match", "reader exact {:.1%}"),
     ("examples_per_second", "{:,.0f} examples/s"),
 )
-_WANDB_START_SECONDS = 30.0
 _PLAIN_SECONDS = 10.0
 """Between two progress lines where there is no terminal."""
 
 
+@dataclass(eq=False)
 class Tracker:
     """Context manager that appends metrics to `<run>/metrics.jsonl` and, if asked, to W&B, and
     shows them: one live line on a terminal, elsewhere (a log file) a plain line now and then.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        config: TrackingConfig,
-        resolved: dict[str, Any],
-        *,
-        resume_step: int | None = None,
-        is_main: bool = True,
-    ) -> None:
-        """Prepare; nothing is opened before the `with` block.
+    run: Path
+    config: TrackingConfig
+    resolved: dict[str, Any]  # the configuration that W&B shows
+    _: KW_ONLY
+    resume_step: int | None = None  # from which files of an earlier run go on
+    is_main: bool = True  # another process writes nothing
 
-        `resolved` is the configuration that W&B shows, `resume_step` the step that the files of an
-        earlier run are continued from; a process that is not `is_main` writes nothing.
-        """
-        self.path = run / "metrics.jsonl"
-        self._run, self._config, self._resolved = run, config, resolved
-        self._resume_step, self._is_main = resume_step, is_main
+    def __post_init__(self) -> None:
+        self.path = self.run / "metrics.jsonl"
         self._wandb: Any = None
         self._live: Progress | None = None
         self._first: tuple[float, float] | None = None  # progress and elapsed at the first line
         self._line, self._is_printed, self._printed_at = "", True, -math.inf
 
     def __enter__(self) -> Self:
-        if not self._is_main:
+        if not self.is_main:
             return self
-        with disk_errors(self._run):
-            self._run.mkdir(parents=True, exist_ok=True)
-            kept = [] if self._resume_step is None else _lines_up_to(self.path, self._resume_step)
+        with disk_errors(self.run):
+            self.run.mkdir(parents=True, exist_ok=True)
+            kept = [] if self.resume_step is None else _lines_up_to(self.path, self.resume_step)
             write_bytes_atomically(self.path, "".join(kept).encode())
-        if self._config.wandb:
-            self._wandb = _start_wandb(
-                self._run, self._config, self._resolved, self._resume_step is not None
-            )
+        if self.config.wandb:
+            self._start_wandb()
         if progress_console().is_terminal:
-            columns = (BarColumn(bar_width=20), TaskProgressColumn())
-            text = TextColumn("{task.description}")
-            self._live = Progress(*columns, text, console=progress_console())
+            columns = (
+                BarColumn(bar_width=20),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._live = Progress(*columns, console=progress_console())
             self._task = self._live.add_task("starting", total=1.0)
             self._live.start()
         return self
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line, in the file when this returns; a number that is not finite is null.
-
         `metrics` hold "progress" (0..1) and "elapsed" (seconds), too.
-
-        Raises:
-            ResourceError: the disk is full.
         """
-        if not self._is_main:
+        if not self.is_main:
             return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
-        with disk_errors(self._run), self.path.open("a", encoding="utf-8") as file:
+        with disk_errors(self.run), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(values, step=step))
         self._show(step, values)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
         elif not self._is_printed:
@@ -139,12 +113,38 @@ class Tracker:
             self._printed_at = time.monotonic()
             progress_console().print(self._line, soft_wrap=True)
 
-    def _guarded(self, action: Callable[[], object]) -> None:
+    def _guarded(self, action: Callable[[], object], what: str = "stopped") -> None:
         try:
             action()
-        except Exception as error:  # whatever a tracking service does, training goes on
-            note(f"W&B stopped ({escape(_first_line(error))}); metrics go on to {self.path}")
+        except Exception as error:  # network, quota, a broken installation: training goes on
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            note(f"W&B {what} ({escape(first)}); metrics go on to {self.path}")
             self._wandb = None
+
+    def _start_wandb(self) -> None:
+        """Start, or on resume continue, the W&B run; offline ones are files in `<run>/wandb`."""
+        mode: Any = wandb_mode()
+        if mode != "online":
+            note(f"W&B runs {mode}; log in with `wandb login` (and unset WANDB_MODE) to send it")
+        identity = self.run / "wandb_id"
+
+        def start() -> None:
+            import wandb  # slow to import
+
+            goes_on = self.resume_step is not None and identity.is_file()
+            self._wandb = wandb.init(
+                project=self.config.project,
+                name=self.config.run_name or self.run.name,
+                dir=self.run,
+                config=self.resolved,
+                id=identity.read_text(encoding="utf-8").strip() if goes_on else None,
+                resume="allow" if goes_on else None,
+                mode=mode,
+                settings=wandb.Settings(console="off", silent=True, init_timeout=30),
+            )
+            write_bytes_atomically(identity, (self._wandb.id + "\n").encode())
+
+        self._guarded(start, "could not start")
 
 
 def clock(seconds: float) -> str:
@@ -156,50 +156,14 @@ def clock(seconds: float) -> str:
 
 def wandb_mode() -> str:
     """WANDB_MODE if set, else "online" with a login (environment or netrc), else "offline"."""
-    chosen = os.environ.get("WANDB_MODE")
-    if chosen:
+    if chosen := os.environ.get("WANDB_MODE"):
         return chosen
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
     except (OSError, netrc.NetrcParseError):
         known = None
-    return "offline" if known is None else "online"
-
-
-def _start_wandb(run: Path, config: TrackingConfig, resolved: dict[str, Any], resume: bool) -> Any:
-    """Start, or on resume continue, the W&B run; None with a note where that fails.
-
-    Online only with a login and without WANDB_MODE; otherwise offline, files in `<run>/wandb`.
-    """
-    mode: Any = wandb_mode()
-    if mode != "online":
-        note(f"W&B runs {mode}; log in with `wandb login` (and unset WANDB_MODE) to send metrics")
-    identity = run / "wandb_id"
-    try:
-        import wandb  # slow to import
-
-        known = identity.read_text(encoding="utf-8").strip() if identity.is_file() else None
-        known = known if resume else None
-        started = wandb.init(
-            project=config.project,
-            name=config.run_name or run.name,
-            dir=run,
-            config=resolved,
-            id=known,
-            resume="allow" if known else None,
-            mode=mode,
-            settings=wandb.Settings(console="off", silent=True, init_timeout=_WANDB_START_SECONDS),
-        )
-        write_bytes_atomically(identity, (started.id + "\n").encode())
-    except Exception as error:  # network, quota, a broken installation: none may end training
-        note(
-            f"W&B could not start ({escape(_first_line(error))}); metrics go to metrics.jsonl only"
-        )
-        return None
-    return started
+    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -210,10 +174,4 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     try:
         return [line for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: a line is not a metrics record ({error}); move the file away to resume"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: not metrics ({error}); move it away to resume") from error
