@@ -5,7 +5,7 @@ import pytest
 
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
-from arctrm.invariants.properties import Side, components, enclosed, properties, shapes
+from arctrm.invariants.properties import Side, components, enclosed, properties
 from arctrm.invariants.task import COPY, Invariants, broken, changes, weights
 
 
@@ -41,7 +41,7 @@ def test_a_cell_is_enclosed_where_no_sides_lead_out():
 
 
 def test_forms_are_masks_and_colours():
-    (line_size, line, six), (ring_size, ring, three) = shapes(RING, 0)
+    (line_size, line, six), (ring_size, ring, three) = Side(RING).shapes
     assert (line_size, six, ring_size, three) == ((1, 2), 6, (3, 3), 3)
     assert np.frombuffer(line, bool).tolist() == [True, True]
     assert np.frombuffer(ring, bool).sum() == 8

@@ -7,7 +7,7 @@ from tokenizers import processors
 from arctrm.data.task import Pair
 from arctrm.errors import ConfigError
 from arctrm.model import layout
-from arctrm.reader.hub_prompts import chat_prompt, find_spelling, merges_digits, pairs_prompt
+from arctrm.reader.hub_prompts import chat_prompt, find_spelling, pairs_prompt
 from arctrm.reader.text import parse_grid_text
 from hub_models import END, TOKENIZERS, marked_words, sentence_piece, words, wrapped
 
@@ -28,12 +28,12 @@ PAIRS = [
 
 def asked(make="sentence pieces", bound=10_000, pairs=PAIRS, query=QUERY):
     spelling = find_spelling(wrapped(TOKENIZERS[make]()))
-    return pairs_prompt(spelling, query, pairs, bound, "task 00aa")
+    return pairs_prompt(spelling, query, pairs, bound, "some/model")
 
 
 def chatted(make="sentence pieces", bound=10_000, chat=True, tokenizer=None, pairs=PAIRS):
     tokenizer = tokenizer or wrapped(TOKENIZERS[make](), chat=chat)
-    return chat_prompt(tokenizer, QUERY, pairs, bound, "task 00aa", "some/model")
+    return chat_prompt(tokenizer, QUERY, pairs, bound, "some/model")
 
 
 @pytest.mark.parametrize("make", TOKENIZERS)
@@ -52,27 +52,13 @@ def test_every_tokenizer_spells_a_grid_with_one_id_per_cell(make):
     assert [row for row in rows if row] == ["123", "009"]
 
 
-def test_merging_tokenizers_are_told_apart():
-    merging = {make for make in TOKENIZERS if merges_digits(wrapped(TOKENIZERS[make]()))}
-    # Words without a space between them are one unknown word.
-    digits = {"byte-level, digits merge", "sentence pieces, digits merge"}
-    assert merging == {*digits, "words", "words with the space"}
-
-
 def test_cells_are_bare_digits_unless_separated_ones_are_asked_for_or_all_there_is():
     both = wrapped(TOKENIZERS["byte-level, digits merge"]())
     assert find_spelling(both).choices == find_spelling(both, "restricted").choices
     separated = find_spelling(both, "separated").choices
     assert [both.decode([token]) for token in separated[:3]] == [" 0", " 1", " 2"]
-    found = find_spelling(wrapped(marked_words(*"0123456789")))
-    assert found.how.startswith("cells are digits with the space before them")
-
-
-def test_how_it_was_found_is_said():
-    assert find_spelling(wrapped(sentence_piece())).how == (
-        "cells are bare digits, rows end with a newline, a grid with <|end|>"
-    )
-    assert "rows end with ';'" in find_spelling(wrapped(words(*"0123456789", ";"))).how
+    alone = wrapped(marked_words(*"0123456789"))
+    assert find_spelling(alone).choices == find_spelling(alone, "separated").choices
 
 
 def test_a_letter_that_only_looks_like_a_byte_is_not_taken_for_the_newline():
@@ -81,23 +67,18 @@ def test_a_letter_that_only_looks_like_a_byte_is_not_taken_for_the_newline():
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "cells", "said"),
+    ("tokenizer", "cells", "lacks"),
     [
-        (words("a", "b", "\n"), "auto", "has no token of its own for the digit 0"),
-        (words(*"012345789", "\n"), "auto", "has no token of its own for the digit 6"),
-        (words(*"0123456789", "\n"), "separated", "has no token with a space before it for the"),
-        (words(*"0123456789", "\n"), "separated", "set cells = 'restricted' or use a reader whose"),
-        (marked_words(*"0123456789"), "restricted", "set cells = 'separated' or use a reader"),
-        (words(*"0123456789"), "auto", "has no token for a newline"),
+        (words(*"012345789", "\n"), "auto", "6"),
+        (words(*"0123456789", "\n"), "separated", "0"),
+        (marked_words(*"0123456789"), "restricted", "0"),
+        (words(*"0123456789"), "auto", "a newline"),
     ],
 )
-def test_what_cannot_spell_a_grid_is_refused_in_one_sentence(tokenizer, cells, said):
-    with pytest.raises(ConfigError) as error:
+def test_what_cannot_spell_a_grid_is_refused_in_one_sentence(tokenizer, cells, lacks):
+    said = f"some/model: the tokenizer has no token of its own for {lacks}, .* tiny reader"
+    with pytest.raises(ConfigError, match=said):
         find_spelling(wrapped(tokenizer), cells, "some/model")
-    assert str(error.value).startswith("some/model: the tokenizer")
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
-    assert "tiny reader" in str(error.value)
 
 
 def test_a_tokenizer_without_an_end_gets_a_token_of_its_own_for_it():
@@ -146,54 +127,34 @@ def test_cells_never_merge_whatever_the_tokenizer_would_do():
     assert merged[-1] not in asked("sentence pieces, digits merge").tokens
 
 
-def test_the_longest_demonstrations_are_left_out_first_and_it_is_said():
-    whole, least = asked(), asked(pairs=[])
-    assert whole.note == ""
-    length = len(whole.tokens)
-    assert asked(bound=length - 1).note == (
-        f"task 00aa: 1 of 3 demonstrations do not fit into {length - 1} tokens and were left out: "
-        "train[1]"
-    )
-    without = asked(pairs=[PAIRS[0], PAIRS[2]])
-    assert np.array_equal(asked(bound=length - 1).tokens, without.tokens)
-    alone = asked(bound=len(least.tokens))
-    assert "train[0], train[1], train[2]" in alone.note
-    assert np.array_equal(alone.tokens, least.tokens)
-    for bound in range(len(least.tokens), length):
-        assert len(asked(bound=bound).tokens) <= bound
-
-
 @pytest.mark.parametrize("build", [asked, chatted])
 def test_a_query_that_does_not_fit_is_refused_in_one_sentence(build):
-    with pytest.raises(ConfigError, match=r"task 00aa: the query alone takes \d+ tokens, allowed"):
+    with pytest.raises(ConfigError, match=r"some/model: the query alone takes \d+ tokens, allowed"):
         build(bound=5)
 
 
 def test_a_chat_prompt_is_plain_language_through_the_template():
-    text = chatted("byte-level, digits merge").text
+    tokenizer = wrapped(TOKENIZERS["byte-level, digits merge"](), chat=True)
+    text = tokenizer.decode(chatted(tokenizer=tokenizer).tokens)
     assert text.startswith("<|user|>\n")
     assert text.endswith("Test\nInput:\n3 2 1\nOutput:\n<|assistant|>\n")
+    assert "\n1 2 3\n4 5 6\n" in text
     assert "Demonstration 3\nInput:\n9\nOutput:\n8\n" in text
     assert parse_grid_text(text + "Here it is:\n7 7\n7 7").tolist() == [[7, 7], [7, 7]]
+    single = wrapped(TOKENIZERS["byte-level, single digits"](), chat=True)
+    assert "\n123\n456\n" in single.decode(chatted(tokenizer=single).tokens)
 
 
-def test_cells_of_a_chat_prompt_stand_apart_only_where_digits_merge():
-    assert "\n1 2 3\n4 5 6\n" in chatted("byte-level, digits merge").text
-    assert "\n123\n456\n" in chatted("byte-level, single digits").text
+@pytest.mark.parametrize("build", [asked, chatted])
+def test_the_longest_demonstrations_are_left_out_first(build):
+    whole, least = (len(build(pairs=own).tokens) for own in (PAIRS, []))
+    without = build(pairs=[PAIRS[0], PAIRS[2]])
+    assert np.array_equal(build(bound=whole - 1).tokens, without.tokens)
+    assert len(build(bound=least).tokens) == least
+    for bound in range(least, whole, 7):
+        assert len(build(bound=bound).tokens) <= bound
 
 
-def test_demonstrations_of_a_chat_prompt_are_left_out_too():
-    whole = chatted()
-    shorter = chatted(bound=len(whole.tokens) - 1)
-    assert "left out: train[1]" in shorter.note
-    assert "Demonstration 2\n" in shorter.text
-    assert "Demonstration 3\n" not in shorter.text
-
-
-def test_chat_templates_that_are_not_there_or_fail_are_one_sentence():
+def test_a_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(ConfigError, match="some/model: the tokenizer has no chat template, which"):
         chatted(chat=False)
-    tokenizer = wrapped(sentence_piece(), chat=True)
-    tokenizer.chat_template = "{{ raise_exception('only system messages') }}"
-    with pytest.raises(ConfigError, match=r"cannot be rendered \(only system messages\); set"):
-        chatted(tokenizer=tokenizer)

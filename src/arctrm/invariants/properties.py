@@ -26,25 +26,29 @@ class Side:
         self.counts: list[int] = np.bincount(grid.ravel(), minlength=NUM_COLOURS).tolist()
         """Cells of each colour."""
         self.colours = frozenset(c for c, count in enumerate(self.counts) if count)
-        self.empty = self.counts.index(max(self.counts))
-        """The background: the commonest colour; of equally common ones the first."""
-        self.full: np.ndarray = grid != self.empty
-        """bool [H, W]: not background."""
+        self.empty = self.counts.index(max(self.counts))  # the background: the commonest colour
+        self.full: np.ndarray = grid != self.empty  # bool [H, W]
 
     @cached_property
     def objects(self) -> np.ndarray:
-        """Components of whatever colours, connected by corners, too."""
+        """int64 [H, W]: components of whatever colours, connected by corners, too."""
         return components(self.grid, self.empty, corners=True, one_colour=False)
 
     @cached_property
     def pieces(self) -> np.ndarray:
-        """Components of one colour, connected by sides."""
+        """int64 [H, W]: components of one colour, connected by sides."""
         return components(self.grid, self.empty, corners=False, one_colour=True)
 
     @cached_property
     def shapes(self) -> list[tuple[tuple[int, int], bytes, int]]:
-        """See `shapes`."""
-        return shapes(self.grid, self.empty)
+        """Size, mask and colour of every component of one colour, connected by corners, too."""
+        numbers = components(self.grid, self.empty, corners=True, one_colour=True)
+        found = []
+        for number in range(1, int(numbers.max(initial=0)) + 1):
+            ys, xs = np.nonzero(numbers == number)
+            box = numbers[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] == number
+            found.append((box.shape, box.tobytes(), int(self.grid[ys[0], xs[0]])))
+        return sorted(found)
 
     @cached_property
     def box(self) -> tuple[int, int, int, int] | None:
@@ -55,14 +59,18 @@ class Side:
 
 def properties(given: Side, made: Side) -> dict[Key, Hashable]:
     """All properties of an input and an output."""
-    found: dict[Key, Hashable] = {}
     parts = [_size, _colours, _pattern, _objects]
-    if given.grid.shape == made.grid.shape:
-        parts.append(_changes)
-    for part in parts:
-        found |= {(name, -1): value for name, value in part(given, made)}
+    parts += [_changes] if given.grid.shape == made.grid.shape else []
+    found: dict[Key, Hashable] = {
+        (name, -1): value for part in parts for name, value in part(given, made)
+    }
     found |= _of_colours(given, made)
     return {k: bool(v) if isinstance(v, np.bool_) else v for k, v in found.items()}
+
+
+def _or_not(name: str, value: Hashable) -> Named:
+    yield name, value
+    yield f"not {name}", not value
 
 
 def _size(given: Side, made: Side) -> Named:
@@ -70,8 +78,7 @@ def _size(given: Side, made: Side) -> Named:
     yield "same size", (h, w) == (big_h, big_w)
     yield "same height", h == big_h
     yield "same width", w == big_w
-    yield "square", h == w
-    yield "not square", h != w
+    yield from _or_not("square", h == w)
     yield "smaller", h * w < big_h * big_w
     yield "larger", h * w > big_h * big_w
     yield "height by height", Fraction(h, big_h)
@@ -117,8 +124,7 @@ def _pattern(given: Side, made: Side) -> Named:
         "periodic across": _period(grid.T) <= len(grid.T) // 2,
     }
     for name, value in symmetric.items():
-        yield name, value
-        yield f"not {name}", not value
+        yield from _or_not(name, value)
     if given.grid.shape != grid.shape:
         yield "part of the input", _is_part(given.grid, grid)
         yield "holds the input", _is_part(grid, given.grid)
@@ -129,19 +135,15 @@ def _pattern(given: Side, made: Side) -> Named:
 
 
 def _objects(given: Side, made: Side) -> Named:
-    # Cells of each component.
-    objects, pieces = (np.bincount(c.ravel())[1:].tolist() for c in (made.objects, made.pieces))
-    yield "objects", len(objects)
-    yield "as many objects", len(objects) == given.objects.max()
-    yield "one object", len(objects) == 1
-    yield "not one object", len(objects) != 1
-    yield "objects of one size", len(set(objects)) == 1
-    yield "no lone cell", 1 not in objects
-    yield "a lone cell", 1 in objects
-    yield "pieces", len(pieces)
-    yield "as many pieces", len(pieces) == given.pieces.max()
-    yield "pieces of one size", len(set(pieces)) == 1
-    yield "no lone piece", 1 not in pieces
+    for name in ("objects", "pieces"):
+        sizes = np.bincount(getattr(made, name).ravel())[1:].tolist()
+        yield name, len(sizes)
+        yield f"as many {name}", len(sizes) == getattr(given, name).max()
+        yield f"{name} of one size", len(set(sizes)) == 1
+        yield "no lone cell" if name == "objects" else "no lone piece", 1 not in sizes
+    sizes = np.bincount(made.objects.ravel())[1:].tolist()
+    yield "a lone cell", 1 in sizes
+    yield from _or_not("one object", len(sizes) == 1)
     before, after = given.shapes, made.shapes
     forms_before, forms = sorted(s[:2] for s in before), sorted(s[:2] for s in after)
     yield "forms of the input", set(forms) <= set(forms_before)
@@ -204,38 +206,30 @@ def _of_colours(given: Side, made: Side) -> Iterator[tuple[Key, Hashable]]:
 
 
 def _rows(grid: Grid) -> set[bytes]:
-    return {row.tobytes() for row in np.ascontiguousarray(grid)}
+    return {row.tobytes() for row in grid}
 
 
 def _period(grid: Grid) -> int:
     """The least number of rows after which they repeat; all of them where they do not."""
-    height = len(grid)
-    periods = (p for p in range(1, height) if np.array_equal(grid[p:], grid[: height - p]))
-    return next(periods, height)
+    periods = (p for p in range(1, len(grid)) if np.array_equal(grid[p:], grid[:-p]))
+    return next(periods, len(grid))
 
 
 def _is_part(whole: Grid, part: Grid) -> bool:
-    """Whether `part` stands somewhere in `whole`."""
     if part.shape[0] > whole.shape[0] or part.shape[1] > whole.shape[1]:
         return False
     windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)
     return bool((windows == part).all((2, 3)).any())
 
 
-# --- Connected components of a grid
-
-
 def components(grid: Grid, empty: int, corners: bool, one_colour: bool) -> np.ndarray:
-    """Numbers int64 [H, W], from 1, of the components of the cells that are not `empty` (0).
-
-    Cells are connected by their sides, with `corners` by these, too; with `one_colour` only where
-    they have the same colour.
+    """Numbers int64 [H, W], from 1, of the components of the cells that are not `empty` (0), which
+    are connected by sides (and `corners`), with `one_colour` only to cells of their colour.
     """
     width = grid.shape[1] + 2
     cells = np.pad(grid, 1, constant_values=empty).ravel().tolist()
     steps = [1, width, -1, -width]
-    if corners:
-        steps += [width + 1, width - 1, -width - 1, 1 - width]
+    steps += [width + 1, width - 1, -width - 1, 1 - width] if corners else []
     found, count = [0] * len(cells), 0
     for start, colour in enumerate(cells):
         if colour == empty or found[start]:
@@ -254,18 +248,5 @@ def components(grid: Grid, empty: int, corners: bool, one_colour: bool) -> np.nd
 
 def enclosed(grid: Grid, empty: int) -> np.ndarray:
     """bool [H, W]: `empty` cells from which no way over sides leads out of the grid."""
-    open_air = np.pad(np.where(grid == empty, 1, 0), 1, constant_values=1)
-    ways = components(open_air, 0, corners=False, one_colour=True)
-    inside = (open_air == 1) & (ways != ways[0, 0])
-    return inside[1:-1, 1:-1]
-
-
-def shapes(grid: Grid, empty: int) -> list[tuple[tuple[int, int], bytes, int]]:
-    """Size, mask and colour of every component of one colour, connected by corners, too; sorted."""
-    numbers = components(grid, empty, corners=True, one_colour=True)
-    found = []
-    for number in range(1, int(numbers.max(initial=0)) + 1):
-        ys, xs = np.nonzero(numbers == number)
-        box = numbers[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] == number
-        found.append((box.shape, box.tobytes(), int(grid[ys[0], xs[0]])))
-    return sorted(found)
+    ways = components(np.pad(grid == empty, 1, constant_values=True), 0, False, True)
+    return ((ways > 0) & (ways != ways[0, 0]))[1:-1, 1:-1]

@@ -1,12 +1,9 @@
 """The invariants of a task: what all its demonstrations share, and what a candidate breaks of it.
 
-Of two answers that a model finds likely, the one that breaks what every demonstration keeps (it
-loses a colour that none of them loses, say) is seldom right. How much a broken invariant says is a
-weight in nats for each name: the logarithm of how much oftener wrong candidates break it than right
-answers do, where all demonstrations keep it. `benchmarks/invariant_weights.py` counts them on
-ARC-AGI-1 training tasks and writes `weights.json`. (That a program of features shared by all
-examples tells hypotheses apart is the idea of version spaces: Mitchell 1982, "Generalization as
-search".)
+A broken invariant has a weight in nats, by its name: the logarithm of how much oftener wrong
+candidates break it than right answers do, where all demonstrations keep it.
+`benchmarks/invariant_weights.py` counts them on ARC-AGI-1 training tasks and writes `weights.json`.
+(The idea is that of version spaces: Mitchell 1982, "Generalization as search".)
 """
 
 import json
@@ -24,18 +21,14 @@ COPY = "copy of the input"
 A rule of its own: it is not among the counted weights."""
 COPY_NATS = 10.0
 """No right answer of ARC-AGI-1's training tasks breaks it; more than ten places of a ranking."""
-CACHED_TASKS = 128
-OUTSIDE = 10
-"""Stands for cells beyond the edge."""
 
 Table = dict[Hashable, int]
 """The colour of the output's cell, by what was seen in the input."""
 
 
 def broken(task: Task, given: Grid, grid: Grid) -> list[tuple[str, float]]:
-    """What `grid` breaks as the answer to the test input `given`: (name, nats), heaviest first.
-
-    Names without a weight count 0. What was found out about a task and its inputs is kept.
+    """What `grid` breaks as the answer to the test input `given`: (name, nats), heaviest first;
+    0 for names without a weight.
     """
     names = _of(tuple(map(pair_key, task.demonstrations))).broken(given, grid)
     found = [(name, weights().get(name, 0.0)) for name in names]
@@ -70,7 +63,6 @@ class Invariants:
         }
         self._tables = _tables(known)
         self.names = frozenset(name for name, _ in self._shared) | frozenset(self._tables)
-        """Of the invariants."""
         self._inputs: dict[Hashable, tuple[Side, dict, dict[Hashable, frozenset[str]]]] = {}
 
     def broken(self, given: Grid, made: Grid) -> frozenset[str]:
@@ -90,14 +82,11 @@ class Invariants:
         return known[key]
 
 
-@lru_cache(CACHED_TASKS)
+@lru_cache(128)
 def _of(demonstrations: tuple) -> Invariants:
     """The invariants of pairs, given as their keys."""
-    grids = [
-        [np.frombuffer(cells, np.uint8).reshape(shape) for shape, cells in pair]
-        for pair in demonstrations
-    ]
-    return Invariants([Pair(*both) for both in grids])
+    grid = lambda shape, cells: np.frombuffer(cells, np.uint8).reshape(shape)
+    return Invariants([Pair(*(grid(*side) for side in pair)) for pair in demonstrations])
 
 
 def _tables(demonstrations: Sequence[tuple[Side, Side]]) -> dict[str, Table]:
@@ -121,6 +110,7 @@ def surroundings(given: Side) -> Iterator[tuple[str, Sequence[Hashable]]]:
     grid, width = given.grid, given.grid.shape[1]
     near, far = _windows(grid, 1), _windows(grid, 2)
     cells = grid.ravel().tolist()
+    with_cells = lambda values: list(zip(cells, values.ravel().tolist(), strict=True))
     yield "the eight cells around", [row.tobytes() for row in near]
     yield "the cells around, two deep", [row.tobytes() for row in far]
     yield "the four cells around", [row.tobytes() for row in near[:, [1, 3, 4, 5, 7]].copy()]
@@ -129,11 +119,11 @@ def surroundings(given: Side) -> Iterator[tuple[str, Sequence[Hashable]]]:
     # Of each cell's component: its number of cells, and how many components are larger, from 1.
     objects, pieces = (np.bincount(of.ravel()) for of in (given.objects, given.pieces))
     objects[0] = pieces[0] = 0  # the background
-    yield "size of the object", _with(cells, objects[given.objects])
-    yield "size of the piece", _with(cells, pieces[given.pieces])
+    yield "size of the object", with_cells(objects[given.objects])
+    yield "size of the piece", with_cells(pieces[given.pieces])
     larger = (objects[None, 1:] > objects[1:, None]).sum(1) + 1
-    yield "rank of the object", _with(cells, np.concatenate([[0], larger])[given.objects])
-    yield "enclosed or not", _with(cells, enclosed(grid, given.empty))
+    yield "rank of the object", with_cells(np.concatenate([[0], larger])[given.objects])
+    yield "enclosed or not", with_cells(enclosed(grid, given.empty))
     mirrored = np.stack([grid, grid[::-1], grid[:, ::-1], grid[::-1, ::-1]], axis=-1)
     yield "the mirrored cells", [row.tobytes() for row in mirrored.reshape(-1, 4).copy()]
     rows = [bytes(sorted(set(row))) for row in grid.tolist()]
@@ -149,10 +139,6 @@ def surroundings(given: Side) -> Iterator[tuple[str, Sequence[Hashable]]]:
 def _windows(grid: Grid, radius: int) -> np.ndarray:
     """The cells around every cell, itself in the middle, [H x W, (2 x radius + 1) squared]."""
     side = 2 * radius + 1
-    around = np.pad(grid, radius, constant_values=OUTSIDE)
+    around = np.pad(grid, radius, constant_values=10)  # stands for cells beyond the edge
     windows = np.lib.stride_tricks.sliding_window_view(around, (side, side))
     return windows.reshape(grid.size, side * side).copy()
-
-
-def _with(cells: list[int], values: np.ndarray) -> Sequence[Hashable]:
-    return list(zip(cells, values.ravel().tolist(), strict=True))

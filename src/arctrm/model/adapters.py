@@ -157,7 +157,7 @@ class _CrossBlock(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         if width % num_heads:
-            raise ConfigError(f"adapter: width {width} is not a multiple of num_heads = {num_heads}")
+            raise ConfigError(f"width {width} is not a multiple of num_heads = {num_heads}")
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (_linear(width, width) for _ in range(4))
         self.gate_up, self.down = _linear(width, 2 * width), _linear(width, width)

@@ -54,7 +54,8 @@ class Hybrid(nn.Module):
         super().__init__()
         self.reader, self.trunk, self.config = reader, trunk, config
         self.adapters = nn.ModuleDict()
-        heads, scale = config.adapter_heads, reader.embedding_scale()
+        heads = config.adapter_heads
+        scale = float(reader.embed(reader.choices).detach().float().square().mean().sqrt())
         if config.context:
             self.adapters["context"] = TextToLatentAdapter(
                 reader.width, trunk.width, 900, config.num_context_slots, heads

@@ -2,9 +2,8 @@
 
 All problems of a batch are attempted together; one whose probes are all right is not sent again.
 The best-judged attempt is kept, not the last one. What decodes and judges is the caller's function,
-so the planner holds no model but the reader and sees no answer.
-
-Legend: b problems still running, P prefix vectors, H width of the reader.
+so the planner sees no answer. Legend: b problems still running, P prefix vectors, H width of the
+reader.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arctrm.errors import ConfigError
-from arctrm.planner.verifier import Verdict, prompt_with_feedback
+from arctrm.planner.verifier import HEADING, Verdict
 
 VerdictLike = Verdict | tuple[bool, str]
 """A `Verdict`, or just (success, feedback)."""
@@ -65,25 +64,14 @@ class PlannerResult(_ReadByName):
 
     reasoning_history: tuple[Attempt, ...]
 
+    success = property(lambda self: self.best.success, doc="Whether an attempt was all right.")
+    total_attempts = property(lambda self: len(self.reasoning_history), doc="Attempts made.")
+    final_feedback = property(lambda self: self.reasoning_history[-1].feedback, doc="On the last.")
+
     @property
     def best(self) -> Attempt:
         """The attempt to use: a successful one, else the best score; of equals the earlier."""
         return max(self.reasoning_history, key=lambda a: (a.success, a.score, -a.number))
-
-    @property
-    def success(self) -> bool:
-        """Whether an attempt had every probe right."""
-        return self.best.success
-
-    @property
-    def total_attempts(self) -> int:
-        """Attempts made."""
-        return len(self.reasoning_history)
-
-    @property
-    def final_feedback(self) -> str:
-        """Feedback on the last attempt."""
-        return self.reasoning_history[-1].feedback
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -116,10 +104,7 @@ class ARCPlanner:
         self, problem_description: str, verifier_fn: RowVerifier
     ) -> PlannerResult:
         """Attempt one problem; `verifier_fn` gets z_init [H] and the new text."""
-
-        def verify(z_init: Tensor, texts: list[str], rows: list[int]) -> Sequence[VerdictLike]:
-            return [verifier_fn(z_init[0], texts[0])]
-
+        verify: BatchVerifier = lambda z_init, texts, rows: [verifier_fn(z_init[0], texts[0])]
         return self.solve_batch([problem_description], verify)[0]
 
     def solve_batch(
@@ -149,22 +134,21 @@ class ARCPlanner:
     def _read(
         self, problems: Sequence[str], last: Sequence[Verdict | None]
     ) -> list[tuple[Tensor, str, int | None]]:
-        """(z_init, text, new tokens) of each problem; the reader is told what was wrong before.
+        """(z_init, text, new tokens); problems with equally long soft prefixes are read together.
 
-        Problems with equally long soft prefixes are read together.
+        What was wrong before stands behind the problem, whose cache can so be reused.
         """
-        prompts = [
-            prompt_with_feedback(problem, "" if said is None else said.feedback)
-            for problem, said in zip(problems, last, strict=True)
-        ]
+        told = ["" if said is None else said.feedback for said in last]
+        both = zip(problems, told, strict=True)
+        prompts = [f"{own}\n\n{HEADING}\n{fault}" if fault else own for own, fault in both]
         prefixes = [None if said is None else said.latent_prefix for said in last]
         stacked = [None if p is None else p[None] if p.ndim == 1 else p for p in prefixes]
         lengths = [0 if prefix is None else len(prefix) for prefix in stacked]
         read: dict[int, tuple[Tensor, str, int | None]] = {}
         for length in dict.fromkeys(lengths):
             rows = [row for row, own in enumerate(lengths) if own == length]
-            alike = [p for row in rows if length and (p := stacked[row]) is not None]
-            prefix = torch.stack(alike) if alike else None
+            alike = [p for row in rows if (p := stacked[row]) is not None]
+            prefix = torch.stack(alike) if length else None
             output = self.llm_module.generate_latent(
                 [prompts[row] for row in rows], latent_prefix=prefix, max_length=self.max_length
             )
@@ -179,7 +163,4 @@ def _verdict(said: VerdictLike) -> Verdict:
         return said
     if isinstance(said, tuple) and len(said) == 2:
         return Verdict(bool(said[0]), float(bool(said[0])), str(said[1]))
-    raise ValueError(
-        f"the verifier function returned {type(said).__name__}; a Verdict or a (success, feedback) "
-        "tuple is wanted for every row"
-    )
+    raise ValueError(f"the verifier gave {said!r}; a Verdict or a (success, feedback) is wanted")

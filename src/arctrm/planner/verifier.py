@@ -1,10 +1,8 @@
 """The verifier: judges an attempt by demonstrations that were held out, never by the answer.
 
 A probe is a demonstration that was asked for like a test input, without its output. A grid that is
-missing or malformed is wrong, whatever it is compared with: an earlier pipeline decoded most grids
-to 0x0 and counted empty equal to empty. A target, where one is given (training, scoring), is
-compared with the prediction for the metrics alone; feedback, score and success do not know whether
-there is one.
+missing or malformed is wrong, whatever it is compared with. A target, where one is given, is
+compared with the prediction for the metrics alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -89,7 +87,13 @@ class GridVerifier:
 
     def __init__(self, target_grid: Any = None, demonstrations: Sequence[Any] | None = None):
         self.target = None if target_grid is None else _to_grid(target_grid, "target_grid")
-        self.outputs = tuple(_output(d, i) for i, d in enumerate(demonstrations or ()))
+        outputs = []
+        for index, one in enumerate(demonstrations or ()):
+            known = one.output if isinstance(one, Pair) else None
+            known = one["output"] if isinstance(one, Mapping) else known
+            known = one[1] if isinstance(one, Sequence) else known
+            outputs.append(_to_grid(known, f"demonstrations[{index}].output"))
+        self.outputs = tuple(outputs)
 
     def verify(
         self, probes: Sequence[Any], prediction: Any = None, latent_prefix: Tensor | None = None
@@ -98,10 +102,7 @@ class GridVerifier:
         was held out (None or anything that is no grid: wrong). `latent_prefix` is passed on.
         """
         if len(probes) != len(self.outputs):
-            raise ValueError(
-                f"GridVerifier: got {len(probes)} probes for {len(self.outputs)} demonstrations; "
-                "give one per demonstration, None where there is no grid"
-            )
+            raise ValueError(f"got {len(probes)} probes for {len(self.outputs)} demonstrations")
         found = tuple(probe(p, truth) for p, truth in zip(probes, self.outputs, strict=True))
         grid, of = _well_formed(prediction), max(1, len(found))
         names = ("exact", "shape", "palette", "cells") if found else ()
@@ -116,14 +117,11 @@ class GridVerifier:
         return Verdict(success, score, told, found, grid, latent_prefix, metrics)
 
 
-def feedback_text(probes: Sequence[ProbeResult], max_cells: int = MAX_CELLS) -> str:
+def feedback_text(probes: Sequence[ProbeResult]) -> str:
     """One line of counts, then one line per wrong probe; empty without probes.
 
     It is made from probe results only, so it cannot say anything about the query's answer. Wrong
-    cells are named as "(row,col) predicted/true", counted from 0, row by row, at most `max_cells`
-    in all: equal shares, and what a probe does not need goes to the others.
-
-    A line looks like one of:
+    cells are named as "(row,col) predicted/true", counted from 0, in equal shares of `MAX_CELLS`:
         demonstration 1: no grid, should be 3x3
         demonstration 2: size 3x4, should be 3x3; colours missing 5, extra 7
         demonstration 3: 3 of 9 cells wrong: (0,1) 3/5 (2,2) 0/1 and 1 more
@@ -131,49 +129,25 @@ def feedback_text(probes: Sequence[ProbeResult], max_cells: int = MAX_CELLS) -> 
     if not probes:
         return ""
     wrong = [(number, p) for number, p in enumerate(probes, 1) if not p.exact]
-    cells: dict[int, list[str]] = {number: [] for number, _ in wrong}
-    for number, p in wrong:
-        if p.predicted is not None and p.shape:
-            for y, x in np.argwhere(p.predicted != p.truth).tolist():
-                cells[number].append(f"({y},{x}) {p.predicted[y, x]}/{p.truth[y, x]}")
-    shares, left = {}, max(0, max_cells)
-    for done, number in enumerate(sorted(cells, key=lambda number: len(cells[number]))):
-        shares[number] = min(len(cells[number]), left // (len(cells) - done))
-        left -= shares[number]
     lines = [f"{len(probes) - len(wrong)} of {len(probes)} held-out demonstrations right"]
     for number, p in wrong:
-        parts, wanted = [], "should be {}x{}".format(*p.truth.shape)
+        wanted = "should be {}x{}".format(*p.truth.shape)
         if p.predicted is None:
-            parts.append(f"no grid, {wanted}")
-        elif not p.shape:
-            parts.append("size {}x{}, ".format(*p.predicted.shape) + wanted)
-        else:
-            named, more = cells[number][: shares[number]], len(cells[number]) - shares[number]
-            head = f"{len(cells[number])} of {p.truth.size} cells wrong"
-            tail = f" and {more} more" if more else ""
-            parts.append(f"{head}: {' '.join(named)}{tail}" if named else head)
-        if p.predicted is not None and not p.palette:
+            lines.append(f"demonstration {number}: no grid, {wanted}")
+            continue
+        told = "size {}x{}, ".format(*p.predicted.shape) + wanted
+        if p.shape:
+            places = np.argwhere(p.predicted != p.truth).tolist()
+            named = [f"({y},{x}) {p.predicted[y, x]}/{p.truth[y, x]}" for y, x in places]
+            told, share = f"{len(named)} of {p.truth.size} cells wrong", MAX_CELLS // len(wrong)
+            told += f": {' '.join(named[:share])}" if share else ""
+            told += f" and {len(named) - share} more" if 0 < share < len(named) else ""
+        if not p.palette:
             kinds = (("missing", p.missing_colours), ("extra", p.extra_colours))
-            told = [f"{kind} {' '.join(map(str, which))}" for kind, which in kinds if which]
-            parts.append(f"colours {', '.join(told)}")
-        lines.append(f"demonstration {number}: {'; '.join(parts)}")
+            colours = [f"{kind} {' '.join(map(str, which))}" for kind, which in kinds if which]
+            told += f"; colours {', '.join(colours)}"
+        lines.append(f"demonstration {number}: {told}")
     return "\n".join(lines)
-
-
-def prompt_with_feedback(problem: str, feedback: str) -> str:
-    """The problem, unchanged so that its cache is reused, then what went wrong before."""
-    return f"{problem}\n\n{HEADING}\n{feedback}" if feedback else problem
-
-
-def _output(demonstration: Any, index: int) -> Grid:
-    if isinstance(demonstration, Pair):
-        demonstration = (demonstration.input, demonstration.output)
-    if isinstance(demonstration, Mapping):
-        demonstration = (demonstration.get("input"), demonstration.get("output"))
-    where, (_, output) = f"demonstrations[{index}]", demonstration
-    if output is None:
-        raise TaskError(f"{where} has no output to compare a probe with; give demonstrations only")
-    return _to_grid(output, f"{where}.output")
 
 
 def _well_formed(value: Any) -> Grid | None:

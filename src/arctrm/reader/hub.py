@@ -1,12 +1,9 @@
 """Any causal language model of the Hugging Face hub as a reader: frozen, LoRA or fully trained.
 
-The model is used as it is (composed, not subclassed) and is no submodule: state dicts, optimisers
-and averages see only what is trained of it. Grids are spelt by 12 ids (`reader.hub_prompts`), and
-the head is applied to these alone, so that a vocabulary of 128,000 costs nothing. Pairs in the
-layout of the trunk (`model.layout`) are read with words of the model where the layout has marks.
-
-Legend: R prompts, S tokens, P soft prefix vectors, T tokens of the layout, D width, V vocabulary,
-12 choices.
+The model is used as it is and is no submodule: state dicts, optimisers and averages see only what
+is trained of it. Grids are spelt by 12 ids (`reader.hub_prompts`), and the head is applied to these
+alone. Pairs in the layout of the trunk are read with words of the model where it has marks. Legend:
+R prompts, S tokens, P soft prefix vectors, T tokens of the layout, D width, V vocabulary.
 """
 
 import inspect
@@ -40,16 +37,14 @@ from arctrm.reader.hub_prompts import (
 CACHE = (
     "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 )
-"""The argument by which transformers' models take a cache; the second name goes with 5.40."""
-SEQUENCES_AT_ONCE = 8
-"""Packed sequences of about one length that are padded to the longest of them."""
+"""The argument by which transformers' models take a cache."""
+SEQUENCES_AT_ONCE = 8  # of about one length, padded to the longest of them
 
 
 class HubReader(nn.Module):
     """A causal LM and its tokenizer; follows `Reader`.
 
-    Parameters are what is trained: none, the LoRA matrices, or every weight, below `pretrained`
-    under the names that the model gives them.
+    Parameters are what is trained: none, the LoRA matrices, or every weight.
     """
 
     model: Any
@@ -64,12 +59,17 @@ class HubReader(nn.Module):
         self.choices = torch.tensor(self.spelling.choices, device=self.device)
         self.pretrained = nn.Module()
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                _add_parameter(self.pretrained, name, parameter)
+            if parameter.requires_grad:  # below the dotted name that the model gives it
+                *path, last = name.split(".")
+                owner = self.pretrained
+                for part in path:
+                    if part not in owner._modules:
+                        owner.add_module(part, nn.Module())
+                    owner = owner.get_submodule(part)
+                owner.register_parameter(last, parameter)
         self._checkpointed: list[nn.Module] = []
         if config.gradient_checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
             layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
             self._checkpointed = list(layers)
 
@@ -101,21 +101,16 @@ class HubReader(nn.Module):
         return min(self.config.max_tokens or room, self.max_tokens)
 
     def prompt(
-        self,
-        query: Grid,
-        condition: Condition = Condition(),
-        pairs: Sequence[Pair] = (),
-        where: str = "prompt",
+        self, query: Grid, condition: Condition = Condition(), pairs: Sequence[Pair] = ()
     ) -> HubPrompt:
-        """The prompt that asks for the output of `query` after `pairs`; those that do not fit are
-        left out, and its `note` says so. Raises ConfigError where the query alone does not fit.
+        """The prompt that asks for the output of `query` after `pairs`, the longest of them left
+        out where it is too long. Raises ConfigError where the query alone does not fit.
         """
-        return pairs_prompt(self.spelling, query, pairs, self.max_prompt_tokens, where)
+        return pairs_prompt(self.spelling, query, pairs, self.max_prompt_tokens, self.name)
 
-    def chat_prompt(self, query: Grid, pairs: Sequence[Pair], where: str = "prompt") -> HubPrompt:
+    def chat_prompt(self, query: Grid, pairs: Sequence[Pair]) -> HubPrompt:
         """The same in plain language through the chat template. Raises ConfigError without one."""
-        bound = self.max_prompt_tokens
-        return chat_prompt(self.tokenizer, query, pairs, bound, where, self.name)
+        return chat_prompt(self.tokenizer, query, pairs, self.max_prompt_tokens, self.name)
 
     def opened(self, sizes: Sequence[int]) -> "HubReader":
         """Itself: there is nothing to prepare."""
@@ -132,10 +127,9 @@ class HubReader(nn.Module):
     def run(
         self, embedded_RSD: Tensor, positions_RS: Tensor, mask: Tensor, cache: Any = None
     ) -> Tensor:
-        """Hidden states after the final norm, float32 [R, S, D].
+        """Hidden states after the final norm, float32 [R, S, D]; `mask` int64 [R, tokens so far].
 
-        Without a cache it can be differentiated; with one the tokens are appended to it, always in
-        evaluation mode. `mask` int64 [R, tokens so far]: 0 on padding.
+        Differentiable without a cache; to one the tokens are appended, in evaluation mode.
         """
         pauses = self.model.training and cache is not None
         if pauses:
@@ -156,8 +150,7 @@ class HubReader(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., D].
 
-        The model itself is asked, with its decoder replaced by what the decoder gave before, so
-        that whatever it does there (soft caps, scales) is done.
+        The model is asked with its decoder replaced, for its soft caps and scales to be applied.
         """
         rows = hidden.reshape(-1, 1, hidden.shape[-1]).to(self.dtype)
         with _replaced(self.model.get_decoder(), lambda *_, **__: MoeModelOutputWithPast(rows)):
@@ -177,9 +170,8 @@ class HubReader(nn.Module):
     ) -> Tensor:
         """Hidden states float32 [T, D] of packed sequences of pairs in tokens of the layout.
 
-        Sequence n is tokens offsets[n] : offsets[n + 1] and begins with START. The state of START
-        and SEPARATOR is that of the last word read there; PREFIX tokens are read as the vectors
-        `soft_TD` [T, D]. States of tokens in no sequence are zero.
+        Sequence n is tokens offsets[n] : offsets[n + 1]; PREFIX tokens are read as the vectors
+        `soft_TD`. States of tokens in no sequence are zero.
         """
         bounds, device = offsets.cpu().numpy(), self.device
         tokens = tokens_T.cpu().numpy()
@@ -187,9 +179,8 @@ class HubReader(nn.Module):
         ids, last = self.spelling.spelt(tokens, begins)
         owner = np.searchsorted(last, np.arange(len(ids)))
         first = np.append(-1, last)[bounds] + 1
-        order = sorted(range(len(bounds) - 1), key=lambda n: first[n] - first[n + 1])
+        order = sorted(np.flatnonzero(np.diff(first)), key=lambda n: first[n] - first[n + 1])
         hidden = torch.zeros(len(ids), self.width, device=device)
-        order = [n for n in order if first[n + 1] > first[n]]
         for group in range(0, len(order), SEQUENCES_AT_ONCE):
             chosen = order[group : group + SEQUENCES_AT_ONCE]
             rows = [torch.arange(first[n], first[n + 1]) for n in chosen]
@@ -229,10 +220,6 @@ class HubReader(nn.Module):
         """State float32 [R, D] of the last of prompt, soft prefix and `new` ids; differentiable."""
         return self.run(*self.padded(prompts, new))[:, -1]
 
-    def embedding_scale(self) -> float:
-        """Root mean square of the embeddings of the tokens that spell grids."""
-        return float(self.embed(self.choices).detach().float().square().mean().sqrt())
-
     def train(self, mode: bool = True) -> "HubReader":
         """Training mode (dropout of LoRA); a frozen model stays in evaluation mode."""
         super().train(mode)
@@ -252,15 +239,12 @@ class HubStore:
     """Keys and values of prompts in lock step; follows `Store`.
 
     An append makes the cache longer for all rows; a row without a token there has a masked place.
-    Layers with a sliding window count places: behind many masked places of its own a row would see
-    too little.
     """
 
     def __init__(self, reader: HubReader, prompts: Sequence[Prompt]):
         self.reader, self.prompts = reader, prompts
         self.cache = DynamicCache()  # without a config: no layer forgets, the mask makes windows
-        self.rows = list(range(len(prompts)))
-        """Prompt of each row of the cache."""
+        self.rows = list(range(len(prompts)))  # prompt of each row of the cache
         self.given_up: set[int] = set()
         self.mask = np.zeros((0, 0), dtype=np.int64)
         self.prompt_places = 0
@@ -319,30 +303,18 @@ class HubStore:
         positions, mask = (torch.from_numpy(x).to(ids_RS) for x in (positions, self.mask))
         return self.reader.run(self.reader.embed(ids_RS), positions, mask, self.cache)
 
-    def _select(self, index: Sequence[int]) -> None:
+    def _select(self, index: list[int]) -> None:
         places: Any = torch.tensor(index, device=self.reader.device)
         self.cache.reorder_cache(places)
-        self.mask = self.mask[list(index)]
+        self.mask = self.mask[index]
 
 
 def with_soft(prompts: Sequence[Prompt], soft_RPD: Tensor | None) -> list[Prompt]:
     """Prompts with a soft prefix each."""
     if soft_RPD is None:
         return list(prompts)
-    return [
-        new_prompt(prompt.tokens, condition=prompt.condition, soft=soft)
-        for prompt, soft in zip(prompts, soft_RPD, strict=True)
-    ]
-
-
-def _add_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Modules in modules, so that a parameter has the dotted name that it is listed under."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.register_parameter(last, parameter)
+    both = zip(prompts, soft_RPD, strict=True)
+    return [new_prompt(one.tokens, condition=one.condition, soft=soft) for one, soft in both]
 
 
 @contextmanager

@@ -1,11 +1,9 @@
 """Prompts of hub models: the tokens that spell a grid in any tokenizer, pairs and chat around them.
 
 A grid is spelt by ids, one for each cell: "123" stays three tokens where the tokenizer would
-make one of it. The ids are looked up in the vocabulary under every form that a lone character takes
-there: as it is, in byte-level letters, behind a mark for the space, as a byte. No query is cut:
-where a prompt is too long, whole demonstrations are left out, the longest first.
-
-Legend: T tokens of the layout of pairs (`model.layout`), N ids of the model, P prefix vectors.
+make one of it. The ids are looked up in the vocabulary under every form that a lone character has
+there. No query is cut: where a prompt is too long, whole demonstrations are left out, the longest
+first. Legend: T tokens of the layout of pairs (`model.layout`), N ids, P prefix vectors.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,14 +19,8 @@ from arctrm.model.layout import CHOICES, SEPARATOR, START, VOCABULARY, Prompt, p
 
 SPACE_MARKS = ("Ġ", "▁", " ")
 """How vocabularies write the space before a token: byte-level, SentencePiece, plain."""
-BYTE_LETTERS = {"\n": "Ċ"}
-"""How byte-level vocabularies write characters that do not print."""
-ROW_ENDS = {"\n": "a newline", ";": "';'", "|": "'|'", ",": "','"}
-"""What ends a row, in order of preference."""
-WAY_OUT = (
-    "use a reader whose tokenizer has one (Llama 3, Qwen 2.5 and 3, Gemma and Mistral do) or the "
-    "tiny reader"
-)
+ROW_ENDS, ENDS = "\n;|,", "#;|"
+"""What ends a row, and a grid where there is no special token; in order of preference."""
 INSTRUCTIONS = (
     "Every pair of grids below follows the same rule. A grid is written as one line per row, with "
     "one digit from 0 to 9 per cell. Find the rule, apply it to the last input, and answer with "
@@ -44,10 +36,6 @@ class HubPrompt(Prompt):
     """Soft prefix [P, D], read after the tokens."""
     layout: np.ndarray | None = None
     """int64 [T]: the same pairs in tokens of the layout; None for a text."""
-    note: str = ""
-    """One sentence for the user where demonstrations were left out."""
-    text: str = ""
-    """The text of a chat prompt."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +47,8 @@ class Spelling:
     start: tuple[int, ...]
     """What the tokenizer puts before any text."""
     input_mark: tuple[int, ...]
-    """Read where the layout has START; ends with a row end."""
     output_mark: tuple[int, ...]
-    """Read where the layout has SEPARATOR; ends with a row end."""
-    how: str
-    """For people: what the tokens are."""
+    """Read where the layout has START and SEPARATOR; end with a row end."""
 
     def spelt(
         self, tokens_T: np.ndarray, begins: Sequence[int] | np.ndarray
@@ -87,9 +72,8 @@ class Spelling:
 
 
 def find_spelling(tokenizer: Any, cells: str = "auto", name: str = "the tokenizer") -> Spelling:
-    """Look the ids up; `cells` as `HubConfig.cells`: bare digits ("restricted", preferred by
-    "auto") or digits with the space before them ("separated"). Raises ConfigError if a digit, a
-    row end or an end has no id of its own.
+    """Look the ids up; `cells` as `HubConfig.cells`, "auto" prefers bare digits. Raises ConfigError
+    if a digit, a row end or an end has no id of its own.
     """
     digits = [str(colour) for colour in range(NUM_COLOURS)]
     kinds = {
@@ -99,37 +83,23 @@ def find_spelling(tokenizer: Any, cells: str = "auto", name: str = "the tokenize
             for digit in digits
         ],
     }
-    complete = [kind for kind, ids in kinds.items() if len({*ids} - {None}) == NUM_COLOURS]
-    kind = next((one for one in complete if cells in ("auto", one)), None)
-    if kind is None:
-        ids = kinds["restricted" if cells == "auto" else cells]
-        wanted = "with a space before it" if cells == "separated" else "of its own"
-        other = f"set cells = {complete[0]!r} or " if complete else ""
+    allowed = [ids for kind, ids in kinds.items() if cells in ("auto", kind)]
+    complete = (ids for ids in allowed if len({*ids} - {None}) == NUM_COLOURS)
+    found = next(complete, allowed[0])
+    found += [_free((_bare(tokenizer, character) for character in ROW_ENDS), found)]
+    ends = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep", "bos", "pad")]
+    found += [_free((*ends, *(_bare(tokenizer, character) for character in ENDS)), found)]
+    choices = tuple(token for token in found if token is not None)
+    if len(choices) < len(CHOICES):
+        lacks = (*digits, "a newline", "the end")[found.index(None)]
         raise ConfigError(
-            f"{name}: the tokenizer has no token {wanted} for the digit "
-            f"{ids.index(None) if None in ids else 0}, and a grid is spelt with one token per "
-            f"cell; {other}{WAY_OUT}"
+            f"{name}: the tokenizer has no token of its own for {lacks}, and a grid is spelt with "
+            f"one token per cell (hub.cells = {cells!r}); use a reader whose tokenizer has one "
+            "(Llama 3, Qwen 2.5 and 3, Gemma and Mistral do) or the tiny reader"
         )
-    colours = tuple(token for token in kinds[kind] if token is not None)
-    found = ((_bare(tokenizer, character), shown) for character, shown in ROW_ENDS.items())
-    lack = "token for a newline (nor for ; | or ,), and every row of a grid"
-    row_end, row_name = _free(found, colours, name, lack)
-    special = [f"{kind}_token" for kind in ("eos", "sep", "bos", "pad")]
-    ends = [(getattr(tokenizer, f"{s}_id", None), str(getattr(tokenizer, s, ""))) for s in special]
-    ends += [(_bare(tokenizer, character), repr(character)) for character in "#;|"]
-    end, end_name = _free(ends, (*colours, row_end), name, "end-of-text token, and a grid")
     start = tuple(i for i in text_ids(tokenizer, "") if i in tokenizer.all_special_ids)
     words = (tokenizer.encode(word, add_special_tokens=False) for word in ("input", "output"))
-    before_input, before_output = ((*word, row_end) for word in words)
-    shown = "bare digits" if kind == "restricted" else "digits with the space before them"
-    how = f"cells are {shown}, rows end with {row_name}, a grid with {end_name}"
-    return Spelling((*colours, row_end, end), start, before_input, before_output, how)
-
-
-def merges_digits(tokenizer: Any) -> bool:
-    """Whether the tokenizer writes several digits in a row as fewer tokens."""
-    digits = "0123456789" * 2
-    return len(tokenizer.encode(digits, add_special_tokens=False)) < len(digits)
+    return Spelling(choices, start, *((*word, choices[-2]) for word in words))
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -146,30 +116,29 @@ def new_prompt(ids: Sequence[int] | np.ndarray, **others: Any) -> HubPrompt:
 
 
 def pairs_prompt(
-    spelling: Spelling, query: Grid, pairs: Sequence[Pair], max_tokens: int, where: str
+    spelling: Spelling, query: Grid, pairs: Sequence[Pair], max_tokens: int, name: str
 ) -> HubPrompt:
     """The prompt that asks for the output of `query` after `pairs`, at most `max_tokens` long.
-    Raises ConfigError, which begins with `where`, if the query alone is longer.
+    Raises ConfigError, which begins with the model's `name`, if the query alone is longer.
     """
     parts = [pair_tokens(pair)[0] for pair in (*pairs, Pair(query))]
     sizes = [len(spelling.spelt(part, [])[0]) for part in parts]
     fixed = len(spelling.start) + sizes.pop()
-    needs = lambda kept: fixed + sum(sizes[i] for i in kept)
-    kept, note = _keep(sizes, needs, max_tokens, where)
+    kept = _keep(sizes, lambda kept: fixed + sum(sizes[i] for i in kept), max_tokens, name)
     layout = np.concatenate([parts[i] for i in (*kept, -1)])
-    return new_prompt(spelling.spelt(layout, [0])[0], layout=layout, note=note)
+    return new_prompt(spelling.spelt(layout, [0])[0], layout=layout)
 
 
 def chat_prompt(
-    tokenizer: Any, query: Grid, pairs: Sequence[Pair], max_tokens: int, where: str, name: str
+    tokenizer: Any, query: Grid, pairs: Sequence[Pair], max_tokens: int, name: str
 ) -> HubPrompt:
-    """The same question in plain language, through the model's chat template.
-    Raises ConfigError if the model `name` has none, or the query alone is too long.
-    """
-    between = " " if merges_digits(tokenizer) else ""
+    """The same in plain language, through the chat template; ConfigError if there is none, too."""
     check_chat_template(tokenizer, name)
+    digits = "0123456789" * 2
+    merges = len(tokenizer.encode(digits, add_special_tokens=False)) < len(digits)
+    between = " " if merges else ""
 
-    def rendered(kept: Sequence[int]) -> str:
+    def ids(kept: Sequence[int]) -> list[int]:
         shown = [INSTRUCTIONS]
         for number, pair in enumerate((pairs[index] for index in kept), 1):
             shown.append(f"Demonstration {number}\nInput:\n{grid_text(pair.input, between)}")
@@ -177,22 +146,11 @@ def chat_prompt(
                 shown[-1] += f"\nOutput:\n{grid_text(pair.output, between)}"
         asked = "\n\n".join([*shown, f"Test\nInput:\n{grid_text(query, between)}\nOutput:"])
         message = {"role": "user", "content": asked}
-        try:
-            return tokenizer.apply_chat_template(
-                [message], add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template is a program of the model's makers
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"{name}: the chat template cannot be rendered ({reason}); set prompt = 'grid'"
-            ) from error
-
-    def ids(kept: Sequence[int]) -> list[int]:
-        return list(tokenizer.encode(rendered(kept), add_special_tokens=False))
+        text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     sizes = [pair.input.size + (0 if pair.output is None else pair.output.size) for pair in pairs]
-    kept, note = _keep(sizes, lambda kept: len(ids(kept)), max_tokens, where)
-    return new_prompt(ids(kept), note=note, text=rendered(kept))
+    return new_prompt(ids(_keep(sizes, lambda kept: len(ids(kept)), max_tokens, name)))
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:
@@ -210,37 +168,27 @@ def grid_text(grid: Grid, between: str = "") -> str:
 
 
 def _keep(
-    sizes: Sequence[int], needs: Callable[[Sequence[int]], int], max_tokens: int, where: str
-) -> tuple[list[int], str]:
-    """Numbers of the demonstrations that stay, in order, and a note on the others."""
+    sizes: Sequence[int], needs: Callable[[Sequence[int]], int], max_tokens: int, name: str
+) -> list[int]:
+    """Numbers of the demonstrations that fit, in order."""
     kept = list(range(len(sizes)))
     while (needed := needs(kept)) > max_tokens:
         if not kept:
             raise ConfigError(
-                f"{where}: the query alone takes {needed} tokens, allowed are {max_tokens}; raise "
+                f"{name}: the query alone takes {needed} tokens, allowed are {max_tokens}; raise "
                 "max_tokens or use a reader with a longer context"
             )
         kept.remove(max(kept, key=lambda i: (sizes[i], i)))
-    gone = [f"train[{i}]" for i in range(len(sizes)) if i not in kept]
-    note = (
-        f"{where}: {len(gone)} of {len(sizes)} demonstrations do not fit into {max_tokens} tokens "
-        f"and were left out: {', '.join(gone)}"
-    )
-    return kept, note if gone else ""
+    return kept
 
 
-def _free(
-    found: Iterable[tuple[int | None, str]], taken: Sequence[int], name: str, lack: str
-) -> tuple[int, str]:
-    for token, shown in found:
-        if token is not None and token not in taken:
-            return token, shown
-    raise ConfigError(f"{name}: the tokenizer has no {lack} ends with one; {WAY_OUT}")
+def _free(found: Iterable[int | None], taken: Sequence[int | None]) -> int | None:
+    return next((token for token in found if token is not None and token not in taken), None)
 
 
 def _bare(tokenizer: Any, character: str) -> int | None:
     """The id that stands for this character and nothing else, if the vocabulary has one."""
-    forms = [character, BYTE_LETTERS.get(character, character), f"<0x{ord(character):02X}>"]
+    forms = [character, "Ċ" if character == "\n" else character, f"<0x{ord(character):02X}>"]
     # Encoded alone, SentencePiece may put its mark before it: as a token of its own, or as part.
     last = list(tokenizer.encode(character, add_special_tokens=False))[-1:]
     pieces = tokenizer.convert_ids_to_tokens(last)

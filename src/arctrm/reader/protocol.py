@@ -1,12 +1,8 @@
 """What the rest of the package asks of a reader, whichever model is behind it.
 
 Callers ask for an attribute, never for the kind of the reader. Writing and scoring grids have one
-door each (`reader.decoding.decode`, `reader.scoring.score`); both work on the keys and values that
-a `Store` holds for prompts side by side. A choice is one of the 12 tokens that spell a grid, as
-`reader.grammar` numbers them.
-
-Legend: R prompts of a store (its rows), T tokens appended at once, B texts, P prefix vectors, D
-width of the reader, 12 choices.
+door each (`reader.decoding.decode`, `reader.scoring.score`). A choice is one of the 12 tokens that
+spell a grid, as `reader.grammar` numbers them. Legend: R prompts of a store (its rows), T tokens.
 """
 
 from collections.abc import Sequence
@@ -93,39 +89,3 @@ class Reader(Protocol):
 
     def store(self, prompts: Sequence[Prompt], room: Sequence[int]) -> Store:
         """An empty store for prompts and as many output tokens of each as `room` says."""
-
-
-class TextReader(Protocol):
-    """A reader behind `TextReasoningModule`: text in, latent and new text out."""
-
-    name: str
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-
-    @property
-    def width(self) -> int:
-        """D of the latents."""
-
-    @property
-    def trains(self) -> bool:
-        """Whether any of its weights asks for a gradient."""
-
-    def text_prompt(self, text: str) -> Prompt:
-        """The tokens of a text. Raises ConfigError where there is nothing to read in it."""
-
-    def write(
-        self, prompts: Sequence[Prompt], prefix: Tensor | None, max_length: int
-    ) -> list[list[int]]:
-        """New tokens of each prompt, `prefix` [B, P, D] read behind it: greedily, at most
-        `max_length`, without the token that ends a text.
-        """
-
-    def latents(
-        self, prompts: Sequence[Prompt], prefix: Tensor | None, new: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """State float32 [B, D] of the last of prompt, prefix and new tokens; differentiable."""
-
-    def text_of(self, tokens: Sequence[int]) -> str:
-        """The text of new tokens."""

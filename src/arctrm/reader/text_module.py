@@ -2,7 +2,6 @@
 
 A problem is read, an optional soft prefix follows it, and new text follows that. Writing itself has
 no gradient; the latent is computed over all tokens at once, with a gradient where one is enabled.
-
 Legend: B texts, P prefix vectors, D width of the reader.
 """
 
@@ -16,49 +15,35 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from arctrm.config import HubConfig
-from arctrm.config.sentences import Setting, Settings, config_error
+from arctrm.config.sentences import Setting, config_error
 from arctrm.errors import ConfigError
 from arctrm.model.layout import Prompt
 from arctrm.reader.hub import HubReader, HubStore, with_soft
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.hub_prompts import new_prompt, text_ids
-from arctrm.reader.protocol import TextReader
+from arctrm.reader.text import GridText
 
 
 class HubText:
-    """A hub model that reads and writes natural language; follows `TextReader`."""
+    """A hub model that reads and writes natural language; has what `GridText` has."""
 
     def __init__(self, hub: HubReader):
-        self.hub, self.name, self.max_tokens = hub, hub.name, hub.max_tokens
+        self.hub = self.weights = hub
+        self.name, self.max_tokens = hub.name, hub.max_tokens
         self.device, self.width = hub.device, hub.width
 
-    @property
-    def trains(self) -> bool:
-        """Whether any weight asks for a gradient."""
-        return any(parameter.requires_grad for parameter in self.hub.parameters())
-
     def text_prompt(self, text: str) -> Prompt:
-        """A text as tokens, with what the tokenizer puts before any text.
-
-        Raises:
-            ConfigError: it has no tokens, or one that the model has no embedding for.
-        """
+        """A text as tokens, with what the tokenizer puts before any text; not empty."""
         ids = text_ids(self.hub.tokenizer, text)
-        rows = len(self.hub.model.get_input_embeddings().weight)
         if not ids:
             raise ConfigError(f"{self.name}: an empty text has no tokens to read; give a text")
-        if max(ids) >= rows:
-            raise ConfigError(
-                f"{self.name}: the tokenizer gives id {max(ids)}, the model has {rows} embeddings; "
-                "use the model's own tokenizer"
-            )
         return new_prompt(ids)
 
     @torch.no_grad()
     def write(
         self, prompts: Sequence[Prompt], prefix: Tensor | None, max_length: int
     ) -> list[list[int]]:
-        """See `TextReader.write`."""
+        """See `GridText.write`."""
         ends = (self.hub.tokenizer.eos_token_id, self.hub.model.generation_config.eos_token_id)
         stops = {i for end in ends for i in (end if isinstance(end, list) else [end])}
         store = HubStore(self.hub, with_soft(prompts, prefix))
@@ -78,7 +63,7 @@ class HubText:
     def latents(
         self, prompts: Sequence[Prompt], prefix: Tensor | None, new: Sequence[Sequence[int]]
     ) -> Tensor:
-        """See `TextReader.latents`; `new` are ids."""
+        """See `GridText.latents`; `new` are ids."""
         return self.hub.last_states(with_soft(prompts, prefix), new)
 
     def text_of(self, tokens: Sequence[int]) -> str:
@@ -88,13 +73,10 @@ class HubText:
 
 @dataclass(frozen=True, eq=False)
 class LatentOutput:
-    """What `generate_latent` gives; unpacks as `z_init, text`.
-
-    Where a list of texts was given, `z_init` is [B, D] and the other fields are lists.
-    """
+    """What `generate_latent` gives; unpacks as `z_init, text`. Lists where texts were a list."""
 
     z_init: Tensor
-    """float32 [D] or [B, D]: the state of the last token of problem, prefix and new text."""
+    """float32 [D] or [B, D]."""
     text: str | list[str]
     """New text only."""
     prompt_tokens: int | list[int]
@@ -110,35 +92,36 @@ class TextReasoningModule(nn.Module):
     """A language model that reads a problem and gives a latent and new text.
 
     Args:
-        model_name: id on the Hugging Face hub or a folder, or a reader that is already loaded (a
-            `HubReader`, or `GridText` of any reader), whose weights stay as trained as they are.
+        model_name: id on the Hugging Face hub or a folder, or a loaded `HubReader` or `GridText`.
         freeze: train nothing of a model that is loaded here; False trains every weight unless
             `mode="lora"` is among the options.
         device: where a model that is loaded here computes.
         options: fields of `HubConfig`.
-
-    Raises:
-        ConfigError: an option is unknown or contradicts another, or there is no such model.
     """
 
     def __init__(
         self,
-        model_name: str | HubReader | TextReader,
+        model_name: str | HubReader | GridText,
         freeze: bool = True,
         device: str | torch.device | None = None,
         **options: Any,
     ):
         super().__init__()
+        loaded: Any = model_name
         if isinstance(model_name, str):
-            model_name = load_hub_reader(_config(model_name, freeze, device, options))
+            mode = options.setdefault("mode", "frozen" if freeze else "full")
+            if (mode == "frozen") != freeze:
+                raise ConfigError(f"TextReasoningModule: freeze = {freeze} contradicts {mode = }")
+            options |= {"name": model_name} | ({} if device is None else {"device": str(device)})
+            try:
+                loaded = load_hub_reader(HubConfig.model_validate(options))
+            except ValidationError as error:
+                given = {(key,): Setting(x, "TextReasoningModule") for key, x in options.items()}
+                raise config_error(error, given, HubConfig) from error
         elif options or device is not None:
-            raise ConfigError(
-                f"TextReasoningModule: a loaded reader ({model_name.name}) takes no device and no "
-                "options; give its name instead, or leave them out"
-            )
-        given: Any = model_name
-        self.model = given if isinstance(given, HubReader) else None  # its parameters are trained
-        self.reader: TextReader = given if self.model is None else HubText(given)
+            raise ConfigError("TextReasoningModule: a loaded reader takes no device and no options")
+        self.model = loaded if isinstance(loaded, HubReader) else None  # its weights are trained
+        self.reader: GridText | HubText = loaded if self.model is None else HubText(loaded)
 
     @property
     def hidden_size(self) -> int:
@@ -151,48 +134,34 @@ class TextReasoningModule(nn.Module):
         latent_prefix: Tensor | None = None,
         max_length: int = 128,
     ) -> LatentOutput:
-        """Read the problem, write at most `max_length` new tokens (greedily), give the latent.
+        """Read a problem (or B of them) and the soft prefix [D], [P, D] or [B, P, D] behind it,
+        write at most `max_length` new tokens (greedily), and give the latent.
 
         `z_init` is the state after the final norm at the last token of problem, prefix and new
         text. It has a gradient, to the prefix and to trained weights, where gradients are enabled.
-
-        Args:
-            problem_text: one text, or a list of B.
-            latent_prefix: soft prefix [D], [P, D] or [B, P, D], read after the problem.
-            max_length: bound on the new tokens (the problem does not count).
-
-        Raises:
-            ConfigError: an empty text, a prefix of another width, or more than the model holds.
         """
-        texts = [problem_text] if isinstance(problem_text, str) else list(problem_text)
-        if not texts:
-            raise ConfigError("problem_text is an empty list; give at least one text")
-        prompts = [self.reader.text_prompt(text) for text in texts]
-        out = self.continue_prompts(prompts, latent_prefix, max_length)
         if not isinstance(problem_text, str):
-            return out
+            prompts = [self.reader.text_prompt(text) for text in problem_text]
+            return self.continue_prompts(prompts, latent_prefix, max_length)
+        out = self.generate_latent([problem_text], latent_prefix, max_length)
         lists: Any = (out.z_init, out.text, out.prompt_tokens, out.new_tokens)
-        z_init, text, prompt, new = (field[0] for field in lists)
-        return LatentOutput(z_init, text, prompt, new, out.prefix_tokens)
+        return LatentOutput(*(field[0] for field in lists), out.prefix_tokens)
 
     def continue_prompts(
         self, prompts: Sequence[Prompt], latent_prefix: Tensor | None = None, max_length: int = 128
     ) -> LatentOutput:
         """As `generate_latent`, for prompts that are tokens already (a chat template's, say)."""
-        if max_length < 0:
-            raise ConfigError(f"max_length = {max_length} new tokens, allowed is 0 or more")
         prefix = None if latent_prefix is None else self._prefix(latent_prefix, len(prompts))
         lengths, count = [len(p.tokens) for p in prompts], 0 if prefix is None else prefix.shape[1]
-        needed = max(lengths) + count + max_length
-        allowed = getattr(self.reader, "max_tokens", needed)
-        if needed > allowed:
+        if max(lengths) + count + max_length > self.reader.max_tokens:
             raise ConfigError(
                 f"{self.reader.name}: a problem of {max(lengths)} tokens, {count} of a prefix and "
-                f"{max_length} new ones make {needed}, and the model holds {allowed}; shorten the "
-                "text or lower max_length"
+                f"{max_length} new ones are more than the {self.reader.max_tokens} that the model "
+                "holds; shorten the text or lower max_length"
             )
         new = self.reader.write(prompts, None if prefix is None else prefix.detach(), max_length)
-        wanted = self.reader.trains or (prefix is not None and prefix.requires_grad)
+        wanted = any(p.requires_grad for p in self.reader.weights.parameters())
+        wanted |= prefix is not None and prefix.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             z_init = self.reader.latents(prompts, prefix, new)
         texts = [self.reader.text_of(own) for own in new]
@@ -201,42 +170,11 @@ class TextReasoningModule(nn.Module):
     def _prefix(self, latent_prefix: Tensor, count: int) -> Tensor:
         """[D], [P, D] or [B, P, D] as [B, P, D]."""
         width, shape = self.hidden_size, list(latent_prefix.shape)
-        if latent_prefix.shape[-1:] != (width,) or latent_prefix.dim() > 3:
+        whole = shape[-1:] == [width] and len(shape) <= 3
+        if not whole or (len(shape) == 3 and shape[0] not in (1, count)):
             raise ConfigError(
                 f"latent_prefix has the shape {shape}, allowed are [D], [P, D] and [B, P, D] with "
-                f"D = {width}, the width of {self.reader.name}"
+                f"B = {count} texts and D = {width}, the width of {self.reader.name}"
             )
-        if latent_prefix.dim() == 3 and shape[0] not in (1, count):
-            raise ConfigError(
-                f"latent_prefix is for {shape[0]} texts, and {count} were given; give as many, or "
-                "one prefix [P, D] for all"
-            )
-        one = latent_prefix if latent_prefix.dim() == 3 else latent_prefix.view(1, -1, width)
+        one = latent_prefix if len(shape) == 3 else latent_prefix.view(1, -1, width)
         return one.expand(count, -1, -1).to(self.reader.device)
-
-
-def _config(
-    name: str, freeze: bool, device: str | torch.device | None, options: dict[str, Any]
-) -> HubConfig:
-    """The options as a configuration.
-
-    Raises:
-        ConfigError: one is unknown or wrong.
-    """
-    mode = options.get("mode", "frozen" if freeze else "full")
-    if (mode == "frozen") != freeze:
-        cure = "mode = 'frozen'" if freeze else "freeze = True"
-        raise ConfigError(
-            f"TextReasoningModule: freeze = {freeze} contradicts mode = {mode!r}; leave one of "
-            f"them out or set {cure}"
-        )
-    given = {**options, "name": name, "mode": mode}
-    if device is not None:
-        given["device"] = str(device)
-    try:
-        return HubConfig.model_validate(given)
-    except ValidationError as error:
-        settings: Settings = {
-            (key,): Setting(value, "TextReasoningModule") for key, value in given.items()
-        }
-        raise config_error(error, settings, HubConfig) from error
