@@ -1,7 +1,10 @@
 """Every test process computes on one thread: tiny tensors gain nothing from a second one, and
-threads that wait for each other on a busy machine cost a factor of ten.
+threads that wait for each other on a busy machine cost a factor of ten. Variables that configure
+arctrm on the machine that runs the tests are forgotten.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+for name in [name for name in os.environ if name.startswith("ARCTRM_")]:
+    del os.environ[name]

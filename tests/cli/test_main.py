@@ -18,11 +18,8 @@ from arctrm.errors import ArctrmError, TaskError
 
 
 @pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """An empty working folder and no variables of the machine that runs the tests."""
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("ARCTRM_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -56,7 +53,7 @@ def run(capfd):
         ),
         (
             ["data", "build", "--num-aug", "-1"],
-            "error: --num-aug: data.num_aug = -1, allowed is a number of at least 0; "
+            "error: --num-aug: data.num_aug = -1 should be greater than or equal to 0; "
             "the default is 1000\n",
         ),
         (
@@ -328,10 +325,10 @@ def test_the_flags_of_solve_reach_their_keys(run, monkeypatch):
     calls = taken(monkeypatch, "arctrm.solve.solve.solve")
     arguments = ("--budget", "2m", "--views", 3, "--attempts", 4, "--keep-going", "--check")
     assert run("solve", "x.json", *arguments)[0] == 0
-    config, target, named = calls[0]
+    config, named = calls[0]
     assert (config.budget, config.inference.views, config.max_attempts) == (120, 3, 4)
-    assert (config.keep_going, config.out, target) == (True, None, "x.json")
-    assert named == {"check": True, "trace": False, "dry_run": False}
+    assert (config.keep_going, config.out) == (True, None)
+    assert named == {"target": "x.json", "check": True, "trace": False, "dry_run": False}
 
 
 def test_the_version_is_that_of_the_package(run):

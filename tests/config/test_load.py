@@ -262,8 +262,8 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             'voice = "trm"\ntrm.draft_share = 0.5',
-            "trm.draft_share = 0.5 with voice = 'trm': drafts are written by a reader and refined "
-            "by TRM; set voice = 'both' or trm.draft_share = 0",
+            "trm.draft_share = 0.5 with voice = 'trm': drafts are the reader's; "
+            "set voice = 'both' or trm.draft_share = 0",
         ),
         (
             "training.tokens_per_batch = 2000",

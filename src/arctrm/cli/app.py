@@ -6,21 +6,23 @@ Typer's own way out (a box of several lines, `sys.exit`) is switched off: `run_a
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
 
+from arctrm import __version__
 from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE
 from arctrm.cli.threads import wait_politely
 from arctrm.errors import CommandLineError, ConfigError, Interrupted
 
 if TYPE_CHECKING:
-    from arctrm import config as tables
+    from arctrm.config import DataBuildConfig, DataShowConfig
 
 # Typer has its own copy of click since 0.26 and imports the installed one before: the class is
 # found through the name that both export.
@@ -58,12 +60,7 @@ class _Group(TyperGroup):
 
 
 def run_app(words: Sequence[str]) -> int:
-    """Run the command line `words` and give its exit code.
-
-    Raises:
-        CommandLineError: `words` are not a command line of arctrm.
-        Interrupted: Ctrl-C.
-    """
+    """Run the command line `words` and give its exit code; raises CommandLineError, Interrupted."""
     try:
         code = app(list(words), prog_name="arctrm", standalone_mode=False) or 0
     except _UsageError as error:
@@ -92,50 +89,32 @@ def _usage_sentence(error: Any, command: str) -> str:
     return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
-def _new_typer(**options: Any) -> typer.Typer:
-    return typer.Typer(
-        cls=_Group,
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
-        **options,
-    )
-
-
 def _example(*lines: str) -> str:
     return "Example: " + "\n\n".join(f"[bold]{line}[/]" for line in lines)
 
 
-app = _new_typer(epilog=_example("arctrm solve arc1:00d62c1b --check"))
-data_app = _new_typer(
-    help="Build and look at training data.",
-    epilog=_example("arctrm data show training --limit 3"),
-)
+_TYPER: dict[str, Any] = {"cls": _Group, "no_args_is_help": True, "add_completion": False}
+_TYPER |= {"pretty_exceptions_enable": False, "rich_markup_mode": "rich"}
+app = typer.Typer(epilog=_example("arctrm solve arc1:00d62c1b --check"), **_TYPER)
+_DATA = "Build and look at training data."
+data_app = typer.Typer(help=_DATA, epilog=_example("arctrm data show training --limit 3"), **_TYPER)
 app.add_typer(data_app, name="data")
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from arctrm import __version__
-
         print(f"arctrm {__version__}")
         raise typer.Exit
 
 
+_DEBUG = f"Show the traceback of an error; may follow the command ({DEBUG_VARIABLE}=1)."
+_VERSION = typer.Option("--version", help="Print it.", callback=_show_version, is_eager=True)
+
+
 @app.callback()
 def root(
-    debug: Annotated[
-        bool,
-        typer.Option(
-            DEBUG_FLAG,
-            help=f"Show the traceback of an error; may follow the command ({DEBUG_VARIABLE}=1).",
-        ),
-    ] = False,
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
-    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG_FLAG, help=_DEBUG)] = False,
+    version: Annotated[bool, _VERSION] = False,
 ) -> None:
     """Solve ARC-AGI tasks with a reader and a Tiny Recursive Model (TRM): build data, train,
     evaluate, solve.
@@ -147,8 +126,7 @@ def root(
 # --- From flags to a configuration
 
 
-@dataclass(frozen=True)
-class Flag:
+class Flag(NamedTuple):
     """An option, or an argument where the name has no dashes."""
 
     name: str
@@ -159,11 +137,6 @@ class Flag:
     metavar: str | None = None
 
     @property
-    def variable(self) -> str:
-        """The name of its value."""
-        return self.name.strip("-").replace("-", "_")
-
-    @property
     def parameter(self) -> inspect.Parameter:
         """As Typer reads it from a function's signature."""
         metavar = self.metavar or METAVARS.get(self.kind)
@@ -172,92 +145,105 @@ class Flag:
         else:
             info = typer.Argument(help=self.help, metavar=self.metavar)
         default = {bool: False, str: inspect.Parameter.empty}.get(self.kind)
-        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[self.kind, info]
-        return inspect.Parameter(self.variable, kind, default=default, annotation=annotation)
+        name, annotation = self.name.strip("-").replace("-", "_"), Annotated[self.kind, info]
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
 
 
 TEXT, NUMBER, PATH, LIST = str | None, int | None, Path | None, list[str] | None
 METAVARS = {TEXT: "NAME", PATH: "PATH", LIST: "NAME"}
-LAYERS = (
-    Flag(
-        "--config",
-        list[Path] | None,
-        "TOML file, or name of a shipped one; repeatable.",
-        None,
-        "FILE",
-    ),
-    Flag("--set", LIST, "Set one key of the configuration; repeatable.", None, "KEY=VALUE"),
-)
+FILES = "TOML file, or name of a shipped one; repeatable."
+CONFIG = Flag("--config", list[Path] | None, FILES, None, "FILE")
+SET = Flag("--set", LIST, "Set one key of the configuration; repeatable.", None, "KEY=VALUE")
 OUT = Flag("--out", PATH, "Run folder; runs/<command>-<time> unless given.", "out")
 SEED = Flag("--seed", NUMBER, "Seed of everything random.", "seed")
 RESUME = Flag("--resume", bool, "Go on where the run in --out stopped.")
 DRY_RUN = Flag("--dry-run", bool, "Print what would run, then stop; writes nothing.")
-CHECKPOINT = Flag(
-    "--checkpoint", PATH, "Checkpoint; the bundled weights unless given.", "checkpoint"
-)
+WEIGHTS = "Checkpoint; the bundled weights unless given."
+CHECKPOINT = Flag("--checkpoint", PATH, WEIGHTS, "checkpoint")
 TEST_SET = Flag("--test-set", TEXT, "Bundled set or path of the tasks.", "evaluation.test_set")
 MAX_TASKS = Flag("--max-tasks", NUMBER, "Only the first tasks by id.", "evaluation.max_tasks")
 VIEWS = Flag("--views", NUMBER, "Views of each test input that are voted on.", "inference.views")
+PATHS = "task file, folder, Kaggle challenges file, .json.gz map, arc1:<id> or arc2:<id>"
 
 
-def _command(
-    group: typer.Typer, name: str, model: str, flags: Sequence[Flag], *examples: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command: `model` of arctrm.config is filled from all layers and given to the function,
-    with the values of the flags that have no key.
+def _command(name: str, call: str, flags: Sequence[Flag], *texts: str) -> None:
+    """Add a command: its configuration is filled from all layers and given to the function `call`
+    with the values of the flags that have no key; `texts` are its help and examples.
     """
-    flags = (*LAYERS, *flags, DRY_RUN)
+    flags = (CONFIG, SET, *flags, DRY_RUN)
 
-    def decorate(run: Callable[..., None]) -> Callable[..., None]:
-        def command(**given: Any) -> None:
-            from arctrm import config
-            from arctrm.config.load import load_config
+    def command(**given: Any) -> None:
+        from arctrm.config.commands import COMMANDS
+        from arctrm.config.load import load_config
 
-            keys = {flag.name: (flag.key, given.pop(flag.variable)) for flag in flags if flag.key}
-            # A switch or list that is not given is false or empty.
-            keys = {k: (key, None if v is False or v == [] else v) for k, (key, v) in keys.items()}
-            files, overrides = given.pop("config") or (), given.pop("set") or ()
-            out, record = keys["--out"][1], None
-            if given.get("resume") and out is not None and not files:
-                # The run says so where its folder holds no configuration.
-                found = [out] if out.is_file() else [out / "config.json", out / "results.json"]
-                record = next((path for path in found if path.is_file()), None)
-            table = getattr(config, model)
-            settings = load_config(table, files, overrides, keys, record=record)
-            if RESUME in flags and settings.out is None:
-                if given["resume"]:
-                    raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
-                folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-                settings = settings.model_copy(update={"out": folder})
-            wait_politely()
-            run(settings, **given)
+        keys = {flag.name: (flag.key, given.pop(flag.parameter.name)) for flag in flags if flag.key}
+        # A switch or list that is not given is false or empty.
+        keys = {k: (key, None if v is False or v == [] else v) for k, (key, v) in keys.items()}
+        files, overrides, out = given.pop("config") or (), given.pop("set") or (), keys["--out"][1]
+        record = None
+        if given.get("resume") and out is not None and not files:
+            # The run says so where its folder holds no configuration.
+            found = [out] if out.is_file() else [out / "config.json", out / "results.json"]
+            record = next((path for path in found if path.is_file()), None)
+        settings = load_config(COMMANDS[name], files, overrides, keys, record)
+        if given.get("resume") and settings.out is None:
+            raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
+        if "resume" in given and settings.out is None:
+            folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+            settings = settings.model_copy(update={"out": folder})
+        if given.get("resume") and (submission := getattr(settings, "submission", None)):
+            raise ConfigError(
+                f"--resume contradicts submission = '{submission}', which is scored at once; leave "
+                "one of the two out"
+            )
+        wait_politely()
+        module, _, function = call.rpartition(".")
+        getattr(import_module(f"arctrm.{module}"), function)(settings, **given)
 
-        parameters = [flag.parameter for flag in flags]
-        setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        command.__doc__ = run.__doc__
-        group.command(name, epilog=_example(*examples))(command)
-        return run
-
-    return decorate
+    parameters = [flag.parameter for flag in flags]
+    setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    group, _, word = name.rpartition(" ")
+    add = (data_app if group else app).command
+    add(word, help=texts[0], epilog=_example(*texts[1:]))(command)
 
 
 # --- Data
 
-
-_BUILD = (
-    Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
-    Flag("--test-set", TEXT, "Of these, only the demonstrations; '' for none.", "data.test_set"),
-    Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
-    replace(OUT, help="Folder to write; data/<subsets> unless given."),
-    SEED,
+_command(
+    "data build",
+    "cli.app.build",
+    (
+        Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
+        Flag("--test-set", TEXT, "Of these, only the demonstrations.", "data.test_set"),
+        Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
+        OUT._replace(help="Folder to write; data/<subsets> unless given."),
+        SEED,
+    ),
+    "Collect tasks into one small, memory-mapped training set; refuses leaks of the test set.",
+    "arctrm data build --subsets training --subsets evaluation --test-set evaluation",
 )
-_EXAMPLE = "arctrm data build --subsets training --subsets evaluation --test-set evaluation"
+_command(
+    "data show",
+    "cli.app.show",
+    (
+        Flag("source", str, f"training, evaluation, training2, evaluation2, {PATHS}."),
+        Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
+        Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
+        Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
+        OUT._replace(help="Text file to write instead of the terminal."),
+        SEED._replace(help="Draw the tasks at random, instead of the first by id."),
+    ),
+    "Show tasks in the terminal, in the ARC colours.",
+    "arctrm data show training 00d62c1b",
+    "arctrm data show my_tasks --statistics",
+)
 
 
-@_command(data_app, "build", "DataBuildConfig", _BUILD, _EXAMPLE)
-def build(settings: "tables.DataBuildConfig", dry_run: bool) -> None:
-    """Collect tasks into one small, memory-mapped training set; refuses leaks of the test set."""
+def build(settings: "DataBuildConfig", dry_run: bool) -> None:
+    """`arctrm data build`."""
     from arctrm.console import console
     from arctrm.data import base_set
     from arctrm.data.sources import subset_label
@@ -267,24 +253,10 @@ def build(settings: "tables.DataBuildConfig", dry_run: bool) -> None:
     console().print(base_set.build(settings.data, None if dry_run else folder)[1])
 
 
-_SETS = "training, evaluation, training2, evaluation2"
-_PATHS = "a task file, a folder, a Kaggle challenges file"
-_SHOW = (
-    Flag("source", str, f"{_SETS}, arc1:<id>, arc2:<id>, {_PATHS} or a .json.gz map."),
-    Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
-    Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
-    Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
-    replace(OUT, help="Text file to write instead of the terminal."),
-    replace(SEED, help="Draw the tasks at random, instead of the first by id."),
-)
-_EXAMPLES = ("arctrm data show training 00d62c1b", "arctrm data show my_tasks --statistics")
-
-
-@_command(data_app, "show", "DataShowConfig", _SHOW, *_EXAMPLES)
 def show(
-    settings: "tables.DataShowConfig", source: str, task_ids: list[str] | None, dry_run: bool
+    settings: "DataShowConfig", source: str, task_ids: list[str] | None, dry_run: bool
 ) -> None:
-    """Show tasks in the terminal, in the ARC colours."""
+    """`arctrm data show`."""
     from random import Random
 
     from rich.text import Text
@@ -302,111 +274,82 @@ def show(
     if dry_run:
         console().print(plain(f"{source}: would show {', '.join(ids)}"))
         return
-    if settings.out is None:
+    with nullcontext() if settings.out is None else console().capture() as captured:
         render.show(source, ids, settings.statistics, settings.limit)
-        return
-    with console().capture() as captured:
-        render.show(source, ids, settings.statistics, settings.limit)
-    settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
+    if settings.out is not None and captured is not None:
+        settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
 
-# --- Training
+# --- Training and answering
 
-
-_PRETRAIN = (
+_command(
+    "pretrain",
+    "train.run.pretrain",
+    (OUT, RESUME, SEED),
+    "Train the reader, TRM or both on the demonstrations of many tasks; Ctrl-C saves.",
     "arctrm pretrain --config pretrain --out runs/first --set training.schedule.budget=20m",
     "arctrm pretrain --out runs/first --resume",
 )
-_JOINT = ("arctrm joint --config arc1_1h --out runs/arc1", "arctrm joint --out runs/arc1 --resume")
-
-
-@_command(app, "pretrain", "PretrainConfig", (OUT, RESUME, SEED), *_PRETRAIN)
-def pretrain(settings: "tables.PretrainConfig", resume: bool, dry_run: bool) -> None:
-    """Train the reader, TRM or both on the demonstrations of many tasks; Ctrl-C saves."""
-    from arctrm.train import run
-
-    run.pretrain(settings, resume=resume, dry_run=dry_run)
-
-
-@_command(app, "joint", "JointConfig", (OUT, RESUME, SEED), *_JOINT)
-def joint(settings: "tables.JointConfig", resume: bool, dry_run: bool) -> None:
-    """Train a reader and TRM together, and score them where evaluate = true; Ctrl-C saves."""
-    from arctrm.train import run
-
-    run.joint(settings, resume=resume, dry_run=dry_run)
-
-
-# --- Answering
-
-
-_EVAL = (
-    CHECKPOINT,
-    Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
-    Flag("--submission", PATH, "Score this submission.json; no weights are loaded.", "submission"),
-    TEST_SET,
-    MAX_TASKS,
-    VIEWS,
-    Flag("--ablate", LIST, "no-reader, no-trm or no-coupling; repeatable.", "evaluation.ablate"),
-    OUT,
-    RESUME,
-    SEED,
+_command(
+    "joint",
+    "train.run.joint",
+    (OUT, RESUME, SEED),
+    "Train a reader and TRM together, and score them where evaluate = true; Ctrl-C saves.",
+    "arctrm joint --config arc1_1h --out runs/arc1",
+    "arctrm joint --out runs/arc1 --resume",
 )
-_BASELINE = (
-    CHECKPOINT,
-    Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
-    TEST_SET,
-    MAX_TASKS,
-    replace(VIEWS, key="views"),
-    Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
-    replace(OUT, help="File (*.json) or folder; runs/baseline-<time> unless given."),
-    RESUME,
-    SEED,
+_command(
+    "eval",
+    "solve.evaluate.evaluate",
+    (
+        CHECKPOINT,
+        Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
+        Flag("--submission", PATH, "Score this submission.json, without weights.", "submission"),
+        TEST_SET,
+        MAX_TASKS,
+        VIEWS,
+        Flag("--ablate", LIST, "no-reader, no-trm or no-coupling.", "evaluation.ablate"),
+        OUT,
+        RESUME,
+        SEED,
+    ),
+    "Answer a test set with one checkpoint and score it: scores.json, submission.json, a table.",
+    "arctrm eval --checkpoint runs/first --out scores",
 )
-_SOLVE = (
-    Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}, arc1:<id> or arc2:<id>."),
-    CHECKPOINT,
-    Flag("--budget", TEXT, "Time per task: 60s, 5m.", "budget", "DURATION"),
-    VIEWS,
-    Flag("--attempts", NUMBER, "Rounds of reader and TRM of the planner.", "max_attempts"),
-    Flag("--trace", bool, "Show the planner's attempts: text, score, feedback."),
-    Flag("--check", bool, "Say at the end whether the answers are right, if known."),
-    Flag("--keep-going", bool, "In a folder, report a bad task and go on.", "keep_going"),
-    replace(OUT, help="Folder to write submission.json to."),
-    SEED,
-)
-_BASELINES = (
+_command(
+    "baseline",
+    "solve.baseline.baseline",
+    (
+        CHECKPOINT,
+        Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
+        TEST_SET,
+        MAX_TASKS,
+        VIEWS._replace(key="views"),
+        Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
+        OUT._replace(help="File (*.json) or folder; runs/baseline-<time> unless given."),
+        RESUME,
+        SEED,
+    ),
+    "Answer tasks with a language model alone: results.json, submission.json, a score table.",
     "arctrm baseline --checkpoint runs/reader --test-set evaluation --out baseline",
     "arctrm baseline --model Qwen/Qwen2.5-0.5B --views 2 --out qwen",
 )
-_SOLVES = ("arctrm solve my_task.json --budget 60s", "arctrm solve arc1:00d62c1b --check")
-
-
-@_command(app, "eval", "EvalConfig", _EVAL, "arctrm eval --checkpoint runs/first --out scores")
-def evaluate(settings: "tables.EvalConfig", resume: bool, dry_run: bool) -> None:
-    """Answer a test set with one checkpoint and score it: scores.json, submission.json, a table."""
-    if resume and settings.submission is not None:
-        raise ConfigError(
-            f"--resume contradicts submission = {str(settings.submission)!r}, which is scored at "
-            "once; leave one of the two out"
-        )
-    from arctrm.solve import evaluate as answering
-
-    answering.evaluate(settings, resume=resume, dry_run=dry_run)
-
-
-@_command(app, "baseline", "BaselineConfig", _BASELINE, *_BASELINES)
-def baseline(settings: "tables.BaselineConfig", resume: bool, dry_run: bool) -> None:
-    """Answer tasks with a language model alone: results.json, submission.json, a score table."""
-    from arctrm.solve import baseline as answering
-
-    answering.baseline(settings, resume=resume, dry_run=dry_run)
-
-
-@_command(app, "solve", "SolveConfig", _SOLVE, *_SOLVES)
-def solve(
-    settings: "tables.SolveConfig", target: str, check: bool, trace: bool, dry_run: bool
-) -> None:
-    """Adapt to a task on its own demonstrations and answer it with two grids, within a budget."""
-    from arctrm.solve import solve as answering
-
-    answering.solve(settings, target, check=check, trace=trace, dry_run=dry_run)
+_command(
+    "solve",
+    "solve.solve.solve",
+    (
+        Flag("target", str, f"{PATHS[0].upper()}{PATHS[1:]}."),
+        CHECKPOINT,
+        Flag("--budget", TEXT, "Time per task: 60s, 5m.", "budget", "DURATION"),
+        VIEWS,
+        Flag("--attempts", NUMBER, "Rounds of reader and TRM of the planner.", "max_attempts"),
+        Flag("--trace", bool, "Show the planner's attempts: text, score, feedback."),
+        Flag("--check", bool, "Say at the end whether the answers are right, if known."),
+        Flag("--keep-going", bool, "In a folder, report a bad task and go on.", "keep_going"),
+        OUT._replace(help="Folder to write submission.json to."),
+        SEED,
+    ),
+    "Adapt to a task on its own demonstrations and answer it with two grids, within a budget.",
+    "arctrm solve my_task.json --budget 60s",
+    "arctrm solve arc1:00d62c1b --check",
+)

@@ -67,7 +67,6 @@ class _RunConfig(_Command):
     tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=FREE)
 
     def _both_voices_fit(self) -> None:
-        """Raise where one voice's part of a batch holds not even the largest pair."""
         tokens, share = self.training.tokens_per_batch, self.trm.share
         least = int(PAIR_TOKENS / min(share, 1 - share)) + 1
         if tokens < least:
@@ -92,7 +91,7 @@ class PretrainConfig(_RunConfig):
         elif self.trm.draft_share:
             raise ValueError(
                 f"trm.draft_share = {self.trm.draft_share} with voice = {self.voice!r}: drafts are "
-                "written by a reader and refined by TRM; set voice = 'both' or trm.draft_share = 0"
+                "the reader's; set voice = 'both' or trm.draft_share = 0"
             )
         return self
 
@@ -116,16 +115,13 @@ others of its group in earlier layers."""
 
 
 class JointConfig(_RunConfig):
-    """`arctrm joint`: a reader and TRM trained together.
-
-    The first ten keys are those of the older pipeline's file; each is read.
-    """
+    """`arctrm joint`: reader and TRM together; the first ten keys are the older pipeline's."""
 
     voice: ClassVar[Literal["both"]] = "both"
 
     data_path: str | None = Field(None, json_schema_extra=FREE)
-    """Tasks to train on, instead of data.subsets: a bundled name, a file, a folder of tasks or of a
-    built data set. None is evaluated unless data.test_set is the same."""
+    """Instead of data.subsets: a bundled name, a file, a folder of tasks or a built data set; none
+    of its tasks is evaluated unless data.test_set is the same."""
     llama_model: str = Field(TINY, min_length=1)
     """"tiny": the reader's voice of the trunk; or a hub id or folder of a causal language model."""
     llama_frozen: bool = False
@@ -139,8 +135,7 @@ class JointConfig(_RunConfig):
     batch_size: Count | None = None
     """Bound on the sequences of a batch; by default as many as the token budgets hold."""
     max_attempts: int = Field(2, ge=1, le=16)
-    """Of a hub model: rounds of reader and TRM in a training step; from the second on TRM's latents
-    go back to the reader where coupling.back is on."""
+    """Of a hub model: rounds of reader and TRM in a training step (coupling.back)."""
     epochs: Count | None = Field(None, json_schema_extra=FREE)
     """Length in passes over the pairs, instead of training.schedule.budget and .max_steps."""
     lr: float | None = Field(None, json_schema_extra=FREE)
@@ -188,35 +183,25 @@ class JointConfig(_RunConfig):
             frozen = config.setdefault("llama_frozen", hub.get("mode") == "frozen")
             mode = hub.setdefault("mode", "frozen" if frozen is True else "lora")
             if isinstance(frozen, bool) and frozen != (mode == "frozen"):
-                raise ValueError(
-                    f"llama_frozen = {str(frozen).lower()} contradicts hub.mode = {mode!r}; leave "
-                    "one of them out"
-                )
+                said = f"llama_frozen = {str(frozen).lower()} contradicts hub.mode = {mode!r}"
+                raise ValueError(f"{said}; leave one of them out")
         return config
 
     @model_validator(mode="after")
     def _reader_is_one_kind(self) -> "JointConfig":
-        if not self.is_tiny:
-            if self.reader != ReaderConfig():
-                raise ValueError(
-                    f"llama_model = {self.llama_model!r} contradicts the table reader, which "
-                    "trains the tiny reader; leave reader out"
-                )
-            return self._adapters_fit()
-        self._both_voices_fit()
-        for key, given in (
-            ("llama_frozen = true", self.llama_frozen),
-            (f"reader_checkpoint = {str(self.reader_checkpoint)!r}", self.reader_checkpoint),
-            ("the table hub", self.hub != HubConfig()),
-        ):
-            if given:
-                raise ValueError(
-                    f"llama_model = 'tiny' contradicts {key}, which is for a hub model; leave it "
-                    "out, or set llama_model to the name of one"
-                )
-        return self
-
-    def _adapters_fit(self) -> "JointConfig":
+        kind, given = "the tiny reader", {"the table reader": self.reader != ReaderConfig()}
+        if self.is_tiny:
+            kind, given = "a hub model", {"llama_frozen = true": self.llama_frozen}
+            given[f"reader_checkpoint = '{self.reader_checkpoint}'"] = bool(self.reader_checkpoint)
+            given["the table hub"] = self.hub != HubConfig()
+        for key in (key for key, is_given in given.items() if is_given):
+            raise ValueError(
+                f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}; leave "
+                "one of them out"
+            )
+        if self.is_tiny:
+            self._both_voices_fit()
+            return self
         width, coupling = self.trunk.hidden_size, self.coupling
         if width % coupling.adapter_heads:
             raise ValueError(
@@ -248,10 +233,8 @@ def _spread(config: dict[str, Any], path: tuple[str, ...], value: Any, name: str
         if not isinstance(table, dict):
             return  # the field's own error says what is wrong
     if table.setdefault(path[-1], value) != value:
-        raise ValueError(
-            f"{name} = {value} contradicts {'.'.join(path)} = {table[path[-1]]}; leave one of them "
-            "out"
-        )
+        said = f"{name} = {value} contradicts {'.'.join(path)} = {table[path[-1]]}"
+        raise ValueError(f"{said}; leave one of them out")
 
 
 JointModelConfig = JointConfig
@@ -273,14 +256,10 @@ class EvalConfig(_Command):
 
     @model_validator(mode="after")
     def _one_source_of_answers(self) -> "EvalConfig":
-        given = {
-            f"submission = {str(self.submission)!r}": self.submission,
-            f"checkpoint = {str(self.checkpoint)!r}": self.checkpoint,
-            "bundled = true": self.bundled,
-            "evaluation.ablate": self.submission and self.evaluation.ablate,
-            "evaluation.keep_candidates": self.submission and self.evaluation.keep_candidates,
-        }
-        keys = [key for key, is_given in given.items() if is_given]
+        keys = [f"submission = {str(self.submission)!r}"] if self.submission else []
+        keys += [f"checkpoint = {str(self.checkpoint)!r}"] if self.checkpoint else []
+        keys += ["bundled = true"] if self.bundled else []
+        keys += ["evaluation.ablate"] if self.submission and self.evaluation.ablate else []
         if len(keys) > 1:
             raise ValueError(
                 f"{keys[0]} contradicts {keys[1]}: answers come from one set of weights, or from a "
@@ -336,10 +315,7 @@ class BaselineConfig(_Command):
                 "model answers; leave one of them out"
             )
         if self.hub.prompt == "chat" and not self.hub.name:
-            raise ValueError(
-                "hub.prompt = 'chat' needs a chat model, and the tiny reader is none; set hub.name "
-                "or hub.prompt = 'grid'"
-            )
+            raise ValueError("hub.prompt = 'chat' needs a chat model; set hub.name")
         return self
 
 
