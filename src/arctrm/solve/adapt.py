@@ -8,114 +8,93 @@ out first, where there are enough, and asked for half-way (leave-one-out); then 
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from arctrm.config import AdaptationConfig, DataConfig, OptimiserConfig, TRMConfig
+from arctrm.config import AdaptationConfig, DataConfig, JointConfig, OptimiserConfig, TRMConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.errors import CheckpointError, ResourceError
-from arctrm.model.layout import CHOICES, VOCABULARY, pair_length
+from arctrm.model.layout import pair_length
 from arctrm.model.trunk import TASK_TABLES, Trunk
-from arctrm.solve.budget import (
-    FIRST_STEPS,
-    PROBE_SHARE,
-    PROBE_TIME,
-    PROBE_VIEWS,
-    RESERVE,
-    TRAINING_PASSES,
-    Session,
-)
+from arctrm.solve import budget
+from arctrm.solve.budget import RESERVE, Session
 from arctrm.solve.propose import refine, write, written
 from arctrm.solve.scoring import is_right
 from arctrm.solve.weights import Solver
-from arctrm.train.losses import IGNORE
+from arctrm.train.joint_hub import JointStep
 from arctrm.train.optim import FlatGradients, Optimisers, Update, trained_parameters
 from arctrm.train.sequences import Sequences
 from arctrm.train.source import PairSource
 from arctrm.train.steps import ReaderStep, TrmStep, room_for
 
-GPU_TOKENS, CPU_TOKENS = 1024, 256
-"""Of a batch, unless the largest demonstration has more."""
-CONTEXT = 4
-"""Sequences of a hub model show so many pairs, the asked one included, at most."""
-CLIP_NORM = 1.0
-SOME_VIEWS = 16
-"""From which the time of all is foretold."""
-WARMUP_STEPS = 3
+GPU_TOKENS, CPU_TOKENS = 1024, 256  # of a batch, unless the largest demonstration has more
+CONTEXT = 4  # pairs, the asked one included, that sequences of a hub model show at most
+SOME_VIEWS = 16  # from which the time of all is foretold
+CLIP_NORM, WARMUP_STEPS = 1.0, 3
+Tell = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Adapted:
+class Adapted(NamedTuple):
     """What adaptation gave."""
 
-    solver: Solver
-    """Answers with the adapted weights."""
-    steps: int
-    """Optimiser steps."""
-    leave_one_out: float | None
-    """Share of answers that got the held-out demonstration exactly; None if not asked."""
+    solver: Solver  # answers with the adapted weights
+    steps: int  # of the optimiser
+    leave_one_out: float | None  # share of answers that got the held-out demonstration exactly
 
 
 def share_of_adaptation(session: Session) -> float:
-    """Share of the time left that adaptation gets; 0 where the configuration or weights allow none:
-    published embeddings are of single views, and of a frozen hub model nothing is trained.
-    """
+    """Share of the time left that adaptation gets; 0 where configuration or weights allow none."""
     solver, config = session.solver, session.config.adaptation
-    if not config.enabled or solver.views:
-        return 0.0
-    if not any(True for _ in _part(solver.model).parameters()):
+    # Published embeddings are of single views, and of a frozen hub model nothing is trained.
+    if not config.enabled or solver.views or next(_part(solver.model).parameters(), None) is None:
         return 0.0
     return config.known_share if session.known else config.share
 
 
 def adapt(session: Session, share: float) -> Adapted | None:
-    """Adapt to the session's task within `share` of the time; None where that allows no step.
-
-    A task that the model was trained on has no demonstration left to hold out.
-    """
+    """Adapt to the session's task within `share` of the time; None where that allows no step."""
     solver, task, config, clock = session.solver, session.task, session.config, session.clock
     # 1. How long: what the answers do not need adapts, too; one view is answered at least.
-    now, left, one = time.monotonic(), clock.left(), session.questions(1)
-    least = session.reading_seconds(one)
+    now, left, views = time.monotonic(), clock.left(), config.inference.views
+    least = session.reading_seconds(one := session.questions(1))
     if solver.refiner is not None:
-        least = min(least, session.refining_seconds(one, FIRST_STEPS))
-    views = config.inference.views
-    some = session.questions(min(views, SOME_VIEWS))
-    answers = session.reading_seconds(some) * max(1.0, views / SOME_VIEWS)
-    answers += session.judging_seconds()
+        least = min(least, session.refining_seconds(one, budget.FIRST_STEPS))
+    answers = session.reading_seconds(session.questions(min(views, SOME_VIEWS)))
+    answers = answers * max(1.0, views / SOME_VIEWS) + session.judging_seconds()
     until = now + max(left * share, left - answers * RESERVE)
     until = min(until, clock.end - least * RESERVE)
     if until <= now:
         return None
-    adapter = Adapter(solver, task, config.adaptation, config.seed)
-    adapter.seconds_per_step = TRAINING_PASSES * session.pass_seconds(adapter.num_tokens)
-    most, told = config.adaptation.max_steps, lambda n: session.tell(f"adapting, step {n}")
     # 2. Without the held-out demonstration, then the probe, then all.
-    index = None if session.known else held_out(task, config.seed)
-    score = None
-    if index is not None:
-        rest = probe_task(task, index)
-        adapter.train(rest, now + (until - now) * PROBE_SHARE, most, told)
-        if adapter.steps:
-            score = _probe(replace(session, solver=adapter.answering()), index, until)
-    adapter.train(task, until, most, told)
+    most, tell = config.adaptation.max_steps, lambda n: session.tell(f"adapting, step {n}")
+    # A task that the model was trained on has no demonstration left to hold out.
+    index, score = None if session.known else held_out(task, config.seed), None
+    try:
+        adapter = Adapter(solver, task, config.adaptation, config.seed)
+        passes = budget.TRAINING_PASSES * adapter.num_tokens
+        adapter.seconds_per_step = session.pass_seconds(passes)
+        if index is not None:
+            probe = probe_task(task, index)
+            adapter.train(probe, now + (until - now) * budget.PROBE_SHARE, most, tell)
+            if adapter.steps:
+                asking = replace(session, solver=adapter.answering(), task=probe)
+                score = _probe(asking, task.demonstrations[index], until)
+        adapter.train(task, until, most, tell)
+    except torch.OutOfMemoryError as error:
+        cure = "lower adaptation.tokens_per_batch, or --set adaptation.enabled=false"
+        raise ResourceError(f"{solver.name}: out of memory for a copy; {cure}") from error
     return Adapted(adapter.answering(), adapter.steps, score) if adapter.steps else None
 
 
-def _probe(session: Session, index: int, until: float) -> float | None:
-    """Share of answers that get the held-out demonstration exactly; None without time for it."""
-    truth = session.task.demonstrations[index].output
-    asking = replace(session, task=probe_task(session.task, index))
-    asked, solver = asking.questions(PROBE_VIEWS), session.solver
-    if session.reading_seconds(asked) > PROBE_TIME * (until - time.monotonic()):
+def _probe(session: Session, held: Pair, until: float) -> float | None:
+    asked, solver = session.questions(budget.PROBE_VIEWS), session.solver
+    if session.reading_seconds(asked) > budget.PROBE_TIME * (until - time.monotonic()):
         return None
     if solver.reader is not None:
         size = session.config.judge.batch_size
@@ -123,14 +102,13 @@ def _probe(session: Session, index: int, until: float) -> float | None:
     else:
         assert solver.refiner is not None
         found = refine(solver.refiner, asked, None, num_steps=session.config.inference.steps)
-    return float(np.mean([bool(is_right(one.grid, truth)) for one in found]))
+    return float(np.mean([bool(is_right(one.grid, held.output)) for one in found]))
 
 
 def held_out(task: Task, seed: int) -> int | None:
     """Index of the demonstration to hold out; None when too few would be left to learn from."""
-    if len(task.demonstrations) < 3:
-        return None
-    return int(np.random.default_rng([seed, *task.id.encode()]).integers(len(task.demonstrations)))
+    count, rng = len(task.demonstrations), np.random.default_rng([seed, *task.id.encode()])
+    return int(rng.integers(count)) if count > 2 else None
 
 
 def probe_task(task: Task, index: int) -> Task:
@@ -140,72 +118,52 @@ def probe_task(task: Task, index: int) -> Task:
 
 
 def require_adaptable(solver: Solver, command: str, instead: str) -> None:
-    """Refuse a published checkpoint, whose embeddings are of single views; `instead`: what to do.
-
-    Raises:
-        CheckpointError: it is one.
-    """
+    """Refuse a published checkpoint (CheckpointError); `instead`: what to do."""
     if solver.views:
-        raise CheckpointError(
-            f"{solver.name}: a published TRM checkpoint has an embedding for each view of a task "
-            f"and cannot adapt to another; {command} needs weights that can ({instead})"
-        )
+        what = "a published TRM checkpoint cannot adapt to a task"
+        raise CheckpointError(f"{solver.name}: {what}; {command} needs one that can ({instead})")
 
 
 class Adapter:
     """A copy of a solver's model that learns one task."""
 
     def __init__(self, solver: Solver, task: Task, config: AdaptationConfig, seed: int):
-        self.config, self.seed, self.solver = config, seed, solver
-        self.steps, self.seconds_per_step = 0, 0.0
-        with self._memory():
-            row = solver.row_of(task)
-            row = solver.mean_row if row is None else row
-            self.model = _hub_copy(solver.model) if solver.reads_pairs else _copy(solver, row)
-            trained = trained_parameters(_part(self.model))
-            self.gradients = FlatGradients(trained)
-            rates = OptimiserConfig(
-                kind=config.kind, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr
-            )
-            self.update = Update(self.gradients, Optimisers(trained, rates), None, CLIP_NORM)
+        self.seed, self.solver, self.steps, self.seconds_per_step = seed, solver, 0, 0.0
         usual = GPU_TOKENS if solver.device.type == "cuda" else CPU_TOKENS
-        self.least = max(map(_longest, task.demonstrations))
-        self.num_tokens = max(config.tokens_per_batch or usual, self.least)
-        """Tokens of a batch: at least those of the largest demonstration."""
+        # A batch holds the largest demonstration under any view: a turned grid may have more rows.
+        turned = [Pair(p.input.T, p.output.T) for p in task.demonstrations if p.output is not None]
+        longest = max(map(pair_length, (*task.demonstrations, *turned)))
+        self.num_tokens = max(config.tokens_per_batch or usual, longest)
+        row = solver.row_of(task)
+        row = solver.mean_row if row is None else row
         self.row = {} if solver.reads_pairs else {task.id: 0}
+        self.model = _hub_copy(solver.model) if solver.reads_pairs else _copy(solver, row)
+        trained = trained_parameters(_part(self.model))
+        self.gradients = FlatGradients(trained)
+        rates = {name: getattr(config, name) for name in ("kind", "muon_lr", "adamw_lr")}
+        optimisers = Optimisers(trained, OptimiserConfig(**rates))
+        self.update = Update(self.gradients, optimisers, None, CLIP_NORM)
         torch.manual_seed(seed)
 
-    def train(
-        self,
-        task: Task,
-        until: float,
-        max_steps: int,
-        advance: Callable[[int], None] = lambda steps: None,
-    ) -> None:
-        """Train on views of the demonstrations of `task` until the monotonic time `until`.
-
-        Stops before a step that would end later, and after `max_steps`.
-
-        Raises:
-            ResourceError: out of memory; says which key to lower.
+    def train(self, task: Task, until: float, most: int, tell: Tell = lambda steps: None) -> None:
+        """Train on views of the demonstrations of `task`: `most` steps, and none that would end
+        after the monotonic time `until`.
         """
-        with self._memory():
-            step = self._new_step(task)
-            if self.steps == 0:  # a guess must not forbid the first step
-                left = until - time.monotonic()
-                self.seconds_per_step = min(self.seconds_per_step, left / 2)
-            for _ in range(max_steps):
-                begin = time.monotonic()
-                if begin + self.seconds_per_step >= until:
-                    break
-                self.gradients.zero()
-                step()
-                self.steps += 1
-                self.update(min(1.0, self.steps / WARMUP_STEPS), self.steps)
-                if self.gradients.flat.is_cuda:
-                    torch.cuda.synchronize()
-                self.seconds_per_step = time.monotonic() - begin
-                advance(self.steps)
+        step = self._new_step(task)
+        if self.steps == 0:  # a guess must not forbid the first step
+            self.seconds_per_step = min(self.seconds_per_step, (until - time.monotonic()) / 2)
+        for _ in range(most):
+            begin = time.monotonic()
+            if begin + self.seconds_per_step >= until:
+                break
+            self.gradients.zero()
+            step()
+            self.steps += 1
+            self.update(min(1.0, self.steps / WARMUP_STEPS), self.steps)
+            if self.gradients.flat.is_cuda:
+                torch.cuda.synchronize()
+            self.seconds_per_step = time.monotonic() - begin
+            tell(self.steps)
 
     def answering(self) -> Solver:
         """Who answers with the weights as they are now (a trunk's are cast once, if at all)."""
@@ -215,34 +173,15 @@ class Adapter:
         return replace(adapted, rows=self.row, by_content=False, mean_row=0, name="adapted")
 
     def _new_step(self, task: Task) -> Callable[[], None]:
-        """What adds the gradient of a batch of views of the demonstrations."""
-        base = base_set_from_tasks({"task": [task]}, "task", 0)
-        colours = self.solver.identity_colours
-        data = DataConfig(subsets=("task",), test_set="task", num_aug=0, identity_colours=colours)
+        solver, base = self.solver, base_set_from_tasks({"task": [task]}, "task", 0)
+        data = DataConfig(subsets=("task",), test_set="task", num_aug=0)
+        data = data.model_copy(update={"identity_colours": solver.identity_colours})
         source = PairSource(base, data, self.seed, self.gradients.flat.device)
-        if self.solver.reads_pairs:
-            return _HubStep(self.model.reader, source, self.num_tokens, len(task.demonstrations))
-        trunk, tokens, reads = self.model, self.num_tokens, self.solver.reader is not None
-        sequences = Sequences(source, trunk.dtype, whole=not reads)
-        room = room_for(sequences, tokens)
-        if reads:
-            return ReaderStep(trunk, sequences, tokens, room)
-        return TrmStep(trunk, sequences, tokens, room, TRMConfig(supervision_steps=2))
-
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Turn out of memory into the sentence that says what to lower."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            tokens = getattr(self, "num_tokens", 0)
-            cure = f"lower it, for example --set adaptation.tokens_per_batch={tokens // 2}"
-            if tokens <= getattr(self, "least", 0):
-                cure = "it cannot be lower; answer with --set adaptation.enabled=false"
-            raise ResourceError(
-                f"{self.solver.name}: out of memory for a copy that adapts, with "
-                f"adaptation.tokens_per_batch = {tokens}; {cure}"
-            ) from error
+        if solver.reads_pairs:
+            return _hub_step(self.model, source, self.num_tokens, len(task.demonstrations))
+        sequences = Sequences(source, self.model.dtype, whole=solver.reader is None)
+        how = (self.model, sequences, self.num_tokens, room_for(sequences, self.num_tokens))
+        return ReaderStep(*how) if solver.reader else TrmStep(*how, TRMConfig(supervision_steps=2))
 
 
 def _copy(solver: Solver, row: int) -> Trunk:
@@ -267,33 +206,22 @@ def _hub_copy(hybrid: nn.Module) -> Any:
 
 
 def _part(model: Any) -> nn.Module:
-    """What of the model is trained."""
     return model if isinstance(model, Trunk) else model.reader
 
 
-def _longest(pair: Pair) -> int:
-    """Tokens of a pair under the view that makes most of it: a turned grid may have more rows."""
-    assert pair.output is not None
-    return max(pair_length(pair), pair_length(Pair(pair.input.T, pair.output.T)))
+def _hub_step(hybrid: Any, source: PairSource, tokens: int, num_pairs: int) -> Callable[[], None]:
+    # The reader's own part of a joint step.
+    pairs = max(1, min(num_pairs, CONTEXT))
+    longest = min(tokens * pairs, hybrid.reader.max_prompt_tokens)
+    sequences = Sequences(source, torch.float32, num_pairs=pairs, longest=longest)
+    room = room_for(sequences, tokens * pairs)
+    joint = JointStep(hybrid, sequences, JointConfig(batch_size=room))
+    joint.num_tokens = tokens * pairs
 
+    def add_gradient() -> None:
+        batch = joint.next_batch()
+        offsets = batch.seen.offsets[: batch.num_sequences + 1]  # dummies lie behind
+        hidden = hybrid.reader.run_packed(batch.tokens, offsets)
+        joint.read_losses(batch, hidden).mean.backward()
 
-class _HubStep:
-    """The gradient of a batch of sequences of demonstrations, as a hub model reads them."""
-
-    def __init__(self, reader: Any, source: PairSource, num_tokens: int, num_pairs: int):
-        pairs = max(1, min(num_pairs, CONTEXT))
-        self.reader, self.num_tokens = reader, num_tokens * pairs
-        longest = min(self.num_tokens, reader.max_prompt_tokens)
-        self.sequences = Sequences(source, torch.float32, num_pairs=pairs, longest=longest)
-        self.queue = self.sequences.draw(room_for(self.sequences, self.num_tokens))
-        self.choice_of = torch.full((VOCABULARY,), IGNORE, device=source.device)
-        self.choice_of[list(CHOICES)] = torch.arange(len(CHOICES), device=source.device)
-
-    def __call__(self) -> None:
-        with torch.no_grad():
-            batch = self.sequences.next_batch(self.queue, self.num_tokens)
-        real = batch.num_sequences + 1  # dummies lie behind
-        hidden = self.reader.run_packed(batch.tokens, batch.seen.offsets[:real])
-        known = batch.labels != IGNORE
-        labels = self.choice_of[batch.labels[known]]
-        F.cross_entropy(self.reader.grid_logits(hidden[known]), labels).backward()
+    return add_gradient

@@ -1,5 +1,5 @@
-"""The time of a solve: what work costs (learned as it is done, in seconds per unit of its kind:
-reading, refining, judging), what fits before the end, and all constants about time.
+"""The time of a solve: what work costs (seconds per unit of reading, refining, judging, learned as
+it is done), what fits before the end, and all constants about time.
 """
 
 import time
@@ -17,7 +17,7 @@ from arctrm.solve.rank import asks_inverse
 from arctrm.solve.weights import Solver
 
 # TRM's first answer: seconds, share of the budget at most, supervision steps, views. The reader's
-# first answer is given up after so many seconds, or so much of the budget if that is more.
+# is given up after so many seconds, or so much of the budget if that is more.
 FIRST_SECONDS, FIRST_SHARE, FIRST_STEPS, FIRST_VIEWS = 1.2, 0.2, 4, 8
 LATE_SECONDS, LATE = 5.0, 1.05
 SAMPLE_TOKENS, LONGER = 16, 1.5  # a reading that learns its cost; longer ones cost more a token
@@ -31,13 +31,14 @@ DRAFT_SHARE, PLAN_SHARE, JUDGE_SHARE, CHUNK_SHARE = 0.1, 0.3, 0.25, 0.5
 ROWS_OF_A_STEP, PROMPT_TOKENS, PASS_TOKENS = 8, 64, 64
 # What the first batch on a GPU takes to warm up: share of its time, seconds at most.
 WARM_SHARE, WARM_SECONDS = 0.5, 1.0
+Asked = Sequence[Question]
+Cost = Callable[[Asked], float]
 
 
 class Clock:
     """A budget in seconds from now on, and seconds per unit of each kind of work so far."""
 
-    def __init__(self, budget: float, *, warms_up: bool = False):
-        """`warms_up`: the first batch of each kind of work has more to do (a GPU's)."""
+    def __init__(self, budget: float, *, warms_up: bool = False):  # as a GPU's first batches
         self.begin, self.warms_up = time.monotonic(), warms_up
         self.end = self.begin + budget
         self._rates: dict[str, float] = {}
@@ -73,23 +74,21 @@ class Session:
     task: Task
     config: SolveConfig
     clock: Clock
-    tell: Callable[[str], None] = lambda text: None
-    """Is told what is done."""
-    known: bool = False
-    """Whether the weights were trained on the task before."""
+    tell: Callable[[str], None] = lambda text: None  # is told what is done
+    known: bool = False  # whether the weights were trained on the task before
 
     def questions(self, views: int | None = None) -> list[Question]:
         """Questions about the test inputs, view by view (default: all views)."""
         views = views or self.config.inference.views
         return questions(self.solver, self.task, views, self.config.seed)
 
-    def reading_seconds(self, asked: Sequence[Question]) -> float:
+    def reading_seconds(self, asked: Asked) -> float:
         """What the reader's answers should take; TRM's, where there is no reader."""
         if self.solver.reader is None:
             return self.refining_seconds(asked, self.most_steps)
         return self.clock.seconds("read", reading_work(asked))
 
-    def refining_seconds(self, asked: Sequence[Question], steps: int, ways: int = 1) -> float:
+    def refining_seconds(self, asked: Asked, steps: int, ways: int = 1) -> float:
         """What TRM's answers should take."""
         return self.clock.seconds("refine", refining_work(asked, steps, ways))
 
@@ -103,13 +102,13 @@ class Session:
         judge, asked = self.config.judge, self.questions(self.config.judge.scoring_views)
         if self.solver.reader is None:
             return 0.0
-        likely = {one.key: [np.zeros(one.shape, np.uint8)] for one in asked}
-        stages = [(asked, judge.scored_candidates)]
+        likely = {one.key: np.zeros(one.shape, np.uint8) for one in asked}
+        some = lambda count: {key: [grid] * count for key, grid in likely.items()}
+        work = judging_work(asked, some(judge.scored_candidates))
         if judge.inverse_weight and asks_inverse(self.solver):
             asked = inverse_questions(self.solver, [self.task], judge.scoring_views)
-            stages.append((asked, judge.inverse_candidates))
-        works = (judging_work(q, {k: g * n for k, g in likely.items()}) for q, n in stages)
-        return min(self.pass_seconds(sum(works)), self.clock.left() * share)
+            work += judging_work(asked, some(judge.inverse_candidates))
+        return min(self.pass_seconds(work), self.clock.left() * share)
 
     @property
     def most_steps(self) -> int:
@@ -118,19 +117,19 @@ class Session:
         return self.config.inference.steps or (refiner.halt_max_steps if refiner else 0)
 
 
-def reading_work(asked: Sequence[Question]) -> int:
+def reading_work(asked: Asked) -> int:
     """What writing answers costs, in tokens of one row: a batch is as long as its longest."""
     rooms = (one.room + len(prompt_of(one).tokens) // PROMPT_TOKENS for one in asked)
     return (ROWS_OF_A_STEP + len(asked)) * max(rooms, default=0)
 
 
-def refining_work(asked: Sequence[Question], steps: int, ways: int = 1) -> int:
+def refining_work(asked: Asked, steps: int, ways: int = 1) -> int:
     """Tokens of `steps` passes over the questions, from each of `ways` first answers."""
     tokens = sum(2 + grid_length(*one.query.shape) + grid_length(*one.shape) for one in asked)
     return steps * (PASS_TOKENS + tokens * ways)
 
 
-def judging_work(asked: Sequence[Question], grids: Mapping[Key, Sequence[Grid]]) -> int:
+def judging_work(asked: Asked, grids: Mapping[Key, Sequence[Grid]]) -> int:
     """Tokens of prompts and grids; of an inverse question each grid is a prompt."""
     total = 0
     for one in asked:
@@ -140,11 +139,9 @@ def judging_work(asked: Sequence[Question], grids: Mapping[Key, Sequence[Grid]])
     return total
 
 
-def next_views(
-    rest: Sequence[Question], step: int, size: int, seconds: float, cost: Callable[..., float]
-) -> Sequence[Question]:
+def next_views(rest: Asked, step: int, size: int, seconds: float, cost: Cost) -> Asked:
     """Next views of `step` questions: one in `seconds`, or more (up to `size`) in a part of it."""
     count = max(1, size // step)
     while count > 1 and cost(rest[: count * step]) > seconds * CHUNK_SHARE:
         count //= 2
-    return rest[: count * step] if cost(rest[: count * step]) <= seconds else ()
+    return part if cost(part := rest[: count * step]) <= seconds else ()

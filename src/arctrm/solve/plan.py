@@ -1,20 +1,20 @@
 """The planner at solve time: the reader drafts, TRM refines, held-out demonstrations judge.
 
 Every demonstration is asked for just as the test input is (a probe): its row is shown the other
-demonstrations only, and has its own draft and soft prefix; nothing that is asked depends on its
-output. What comes back for the next attempt is what training trained: a hub reader with the path
-back writes behind a soft prefix of TRM's latents; a trunk's TRM begins with its own last answer.
+demonstrations only, and nothing that is asked depends on its output. What comes back for the next
+attempt is what training trained: a hub reader with the path back writes behind a soft prefix of
+TRM's latents; a trunk's TRM begins with its own last answer.
 """
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from arctrm.data.task import Grid
-from arctrm.model.trm import Refined, lay_out, read_off
+from arctrm.model.trm import Refined, Refiner, lay_out, read_off
 from arctrm.planner import ARCPlanner, GridVerifier, PlannerResult, Verdict
 from arctrm.reader.text import GridText, grid_text, parse_grid_text
 from arctrm.reader.text_module import TextReasoningModule
@@ -24,14 +24,13 @@ from arctrm.solve.propose import Candidate, to_refine
 from arctrm.solve.questions import Question
 from arctrm.solve.weights import Solver
 
-PLANNER = "planner"
-"""Source of its candidates."""
+PLANNER = "planner"  # source of its candidates
 
 
 def can_plan(solver: Solver) -> bool:
     """Whether another attempt can differ from the last."""
-    listens = not solver.reads_pairs or getattr(solver.model, "closes_the_loop", False)
-    return solver.speaks_both and bool(listens)
+    hears = getattr(solver.model, "closes_the_loop", not solver.reads_pairs)
+    return solver.speaks_both and bool(hears)
 
 
 def planning_seconds(session: Session) -> float:
@@ -60,8 +59,8 @@ def plan(session: Session, kept: float) -> tuple[tuple[PlannerResult, ...], list
     if most < 2:
         return (), []
     verifier = GridVerifier(demonstrations=task.demonstrations)
+    # Grids of the probes in every attempt so far: they do not depend on the test input.
     judged: list[list[Grid | None]] = []
-    """Grids of the probes in every attempt so far: they do not depend on the test input."""
     results, candidates = [], []
     for own in rows:
 
@@ -74,7 +73,9 @@ def plan(session: Session, kept: float) -> tuple[tuple[PlannerResult, ...], list
         session.tell(f"planning, test input {own.question.key.index + 1}")
         planner = ARCPlanner(own, most, own.question.room)
         results.append(result := planner.multi_attempt_solve(own.text, verify))
-        candidates.append(own.candidate(result))
+        key, said, best = own.question.key, own.answers[result.best.number - 1], result.best
+        more = {"log_p": said.log_p, "steps": said.steps, "probe": best.score}
+        candidates.append(Candidate(key, said.grid, said.q, PLANNER, own.question.number, **more))
     return tuple(results), candidates
 
 
@@ -83,23 +84,19 @@ class _Row:
 
     def __init__(self, session: Session, question: Question):
         self.session, self.question = session, question
-        assert session.solver.reader is not None
         self.module = TextReasoningModule(GridText(session.solver.reader, question.condition))
-        grids = [grid for pair in question.pairs for grid in (pair.input, pair.output)]
-        shown = (grid_text(grid) for grid in (*grids, question.query) if grid is not None)
-        kinds = itertools.cycle(("input", "output"))
-        self.text = "\n".join(f"{kind}\n{grid}" for kind, grid in zip(kinds, shown, strict=False))
+        grids = [*itertools.chain(*((p.input, p.output) for p in question.pairs)), question.query]
+        both = zip(itertools.cycle(("input", "output")), grids, strict=False)
+        self.text = "\n".join(f"{kind}\n{grid_text(g)}" for kind, g in both if g is not None)
         self.answers: list[Refined] = []  # of TRM, one for each attempt
-        self.soft: Tensor | None = None
-        """What TRM tells the reader for the next attempt, [P, H]."""
+        self.soft: Tensor | None = None  # what TRM tells the reader for the next attempt, [P, H]
         self._written: Any = None
 
     def seconds(self) -> float:
-        """What one attempt should take: nothing is followed when the reader writes here."""
+        # Of one attempt, in which the reader follows nothing.
         session, work = self.session, reading_work([self.question])
-        reading = session.clock.seconds("read", work)
-        if not self.question.pairs:
-            reading = max(reading, session.clock.seconds("refine", work))
+        kinds = ("read",) if self.question.pairs else ("read", "refine")
+        reading = max(session.clock.seconds(kind, work) for kind in kinds)
         return reading + session.refining_seconds([self.question], session.most_steps)
 
     def generate_latent(
@@ -111,7 +108,6 @@ class _Row:
         return self._written
 
     def attempt(self) -> Refined:
-        """One round of reader and TRM without the planner (a probe's)."""
         soft = None if self.soft is None else self.soft[None]
         return self.answer(self.generate_latent([self.text], soft, self.question.room).text[0])
 
@@ -120,8 +116,7 @@ class _Row:
         draft = parse_grid_text(text)
         if self.answers and self.soft is None:
             draft = self.answers[-1].grid
-        refiner, steps = self.session.solver.refiner, self.session.most_steps
-        assert refiner is not None
+        refiner, steps = cast(Refiner, self.session.solver.refiner), self.session.most_steps
         asked = to_refine([self.question], [draft])[0][1]
         if not self.question.pairs:
             self.answers += refiner.refine([asked], steps)
@@ -132,9 +127,3 @@ class _Row:
             self.soft = hybrid.soft_prefix(rows, said[-1])[0]
             self.answers += read_off(rows, iter(said), [asked], halts=False)
         return self.answers[-1]
-
-    def candidate(self, result: PlannerResult) -> Candidate:
-        """What the best-probed attempt says."""
-        key, best = self.question.key, self.answers[result.best.number - 1]
-        more = {"log_p": best.log_p, "steps": best.steps, "probe": result.best.score}
-        return Candidate(key, best.grid, best.q, PLANNER, self.question.number, **more)
