@@ -44,8 +44,13 @@ def solved(height: int, width: int, num_test: int = 1) -> tuple[Task, list[Solut
 def test_the_report_shows_the_evidence_for_each_attempt():
     text = shown(*solved(3, 3), width=100)
     for part in (
-        *("0a1b2c3d", "demonstration 3", "votes: 12 of 64 (reader 9, joint 3)"),
-        *("votes: 1 of 64 (trm 1)", "mean q: 3.21", "mean q: -0.50", "reader log p: -1.50"),
+        *("0a1b2c3d", "demonstration 3", "votes: 12 of 13 (reader 9, joint 3)"),
+        *(
+            "votes: 1 of 13 (trm 1)",
+            "confidence: 3.21",
+            "confidence: -0.50",
+            "log p of the grid: -1.50",
+        ),
         *("log p of the input: -7.50", "leave-one-out score: 0.67"),
         "40 adaptation steps, 12.3 s",
     ):
@@ -95,7 +100,7 @@ def test_without_a_candidate_the_input_is_submitted_and_said_to_have_no_evidence
     task, (one,) = solved(3, 3)
     alone = replace(one, ranked=())
     assert [grid.tolist() for grid in alone.attempts] == [task.test[0].input.tolist()] * 2
-    assert shown(task, [alone]).count("no grid among 64 answers") == 2
+    assert shown(task, [alone]).count("no grid in 64 answers") == 2
     lone = replace(one, ranked=one.ranked[:1])
     assert lone.evidence == (one.ranked[0], one.ranked[0])
 

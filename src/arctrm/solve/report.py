@@ -3,14 +3,14 @@
 Test outputs are never read here: whether an attempt is right is told from outside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arctrm.console import printable
+from arctrm.console import plain, printable
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
 from arctrm.data.task import Grid, Task
 from arctrm.invariants.task import COPY, weights
@@ -26,22 +26,15 @@ MOST_NAMED, MAX_TEXT = 3, 160
 class Solution:
     """The ranked grids of one test input, and what went into them."""
 
-    test_input: Grid
-    """Submitted where no grid was proposed."""
-    ranked: Sequence[Ranked]
-    """Best first."""
-    num_answers: int
-    """Candidates, malformed ones included."""
+    test_input: Grid  # submitted where no grid was proposed
+    ranked: Sequence[Ranked]  # best first
+    num_answers: int  # candidates, malformed ones included
     leave_one_out: float | None = None
     """Share (0..1) of answers that got a held-out demonstration exactly, if measured."""
-    adaptation_steps: int = 0
-    """Optimiser steps of adaptation before the last answers."""
-    seconds: float = 0.0
-    """Wall-clock time from start to these attempts."""
-    known: bool = False
-    """Whether the model was trained on the task's demonstrations."""
-    history: PlannerResult | None = None
-    """The planner's attempts; None where it made none."""
+    adaptation_steps: int = 0  # optimiser steps before the last answers
+    seconds: float = 0.0  # wall-clock time from start to these attempts
+    known: bool = False  # the model was trained on the task's demonstrations
+    history: PlannerResult | None = None  # the planner's attempts, where it made some
 
     @property
     def attempts(self) -> tuple[Grid, Grid]:
@@ -75,12 +68,10 @@ def solution_report(
         row = Table.grid(padding=(0, 3, 0, 0))
         verdicts = (None, None) if correct is None else correct[index]
         both = zip(solution.attempts, verdicts, solution.evidence, strict=True)
-        panels = [
-            Group(
-                grid_panel(grid, f"attempt_{n}", wide), *VERDICT[right], _evidence(entry, solution)
-            )
-            for n, (grid, right, entry) in enumerate(both, 1)
-        ]
+        panels = []
+        for n, (grid, right, entry) in enumerate(both, 1):
+            panel = grid_panel(grid, f"attempt_{n}", wide)
+            panels.append(Group(panel, *VERDICT[right], _evidence(entry, solution)))
         row.add_row(*panels)
         shown_input = grid_panel(solution.test_input, title, wide)
         effort = "known to the model, " if solution.known else ""
@@ -91,16 +82,17 @@ def solution_report(
 
 def _evidence(entry: Ranked | None, solution: Solution) -> Text:
     if entry is None:
-        return Text(f"no grid among {solution.num_answers} answers", "dim")
-    sources = ", ".join(f"{source} {votes}" for source, votes in entry.votes_by.items())
+        return Text(f"no grid in {solution.num_answers} answers\nthe input stands in", "dim")
+    sources = ", ".join(f"{source} {votes:g}" for source, votes in entry.votes_by.items())
     numbers = {
-        "mean q": entry.mean_q,
-        "reader log p": entry.reader_score,
+        "confidence": entry.mean_q,
+        "log p of the grid": entry.reader_score,
         "log p of the input": entry.inverse_score,
         "probe score": entry.probe,
         "leave-one-out score": solution.leave_one_out,
     }
-    lines = [f"votes: {entry.votes} of {solution.num_answers} ({sources})"]
+    all_votes = sum(one.votes for one in solution.ranked)
+    lines = [f"votes: {entry.votes:g} of {all_votes:g} ({sources})"]
     lines += [f"{name}: {value:.2f}" for name, value in numbers.items() if value is not None]
     broken = [name for name in entry.broken if name == COPY or name in weights()]
     more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
@@ -126,8 +118,13 @@ def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) 
         )
     kept_one = f"* kept: attempt {result.best.number} of {result.total_attempts}"
     right = "every" if result.success else "not every"
-    table.caption, table.caption_justify = (
-        f"{kept_one}, {right} held-out demonstration right",
-        "left",
-    )
+    table.caption = f"{kept_one}, {right} held-out demonstration right"
+    return table
+
+
+def dry_run_table(command: str, rows: Mapping[str, object]) -> Table:
+    """What a command would do, for `--dry-run`."""
+    table = Table(title=f"{command} (dry run)", title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, plain(value))
     return table

@@ -161,8 +161,10 @@ class Answers:
         return {key for key, _, _ in self.candidates} >= set(keys_of([self.session.task]))
 
     def add(self, found: Sequence[Candidate]) -> None:
-        """Take in more candidates."""
-        self.candidates |= {(one.key, one.source, one.view): one for one in found}
+        """Take in more candidates; one without a grid replaces none."""
+        for one in found:
+            if one.grid is not None or (one.key, one.source, one.view) not in self.candidates:
+                self.candidates[one.key, one.source, one.view] = one
 
     def expected(self) -> dict[Key, Grid]:
         """The grid that the reader wrote under most views, of each test input; else TRM's."""
@@ -195,7 +197,7 @@ def answer_first(answers: Answers) -> None:
         return
     # Along nothing: what reading costs at most is learned from it.
     late = begin + max(budget.LATE_SECONDS, budget.LATE * whole)
-    _read(answers, asked := session.questions(1), follow=False, deadline=late)
+    answers.drafts += _read(answers, asked := session.questions(1), follow=False, deadline=late)
     if not session.pass_seconds(1):
         TimedJudge(session)(asked, {key: [grid] for key, grid in answers.expected().items()})
 
