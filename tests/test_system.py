@@ -27,17 +27,6 @@ PACKAGE = Path(arctrm.__file__).parent
 CPU = torch.device("cpu")
 
 
-# -- files
-
-
-def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
-    path = tmp_path / "a.json"
-    for content in (b"old and long", b"new"):
-        write_bytes_atomically(path, content)
-        assert path.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_bytes_atomically(path, b"old")
@@ -79,9 +68,6 @@ def test_a_full_disk_is_told_from_other_refusals(tmp_path, kind):
         raise told[0]
     with pytest.raises(CheckpointError, match="Permission denied"), disk_errors(folder):
         raise told[1]
-
-
-# -- provenance
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -147,9 +133,6 @@ def test_torch_is_loaded_only_by_who_computes():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
     )
     assert done.stdout.strip() == "False"
-
-
-# -- arithmetic
 
 
 @pytest.mark.parametrize(

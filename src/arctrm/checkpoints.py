@@ -17,22 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from arctrm import __version__
-from arctrm.config import (
-    TINY,
-    CouplingConfig,
-    DataConfig,
-    HubConfig,
-    ReaderConfig,
-    TRMConfig,
-    TrunkConfig,
-)
+from arctrm.config import TINY, DataConfig
 from arctrm.config.base import StrictModel
+from arctrm.config.model import CouplingConfig, HubConfig, ReaderConfig, TRMConfig, TrunkConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
@@ -54,13 +47,8 @@ RETIRED: dict[str, object] = {
 """Keys of a stored configuration that are gone -> the one value at which each is passed over."""
 
 
-# --- What a checkpoint says about itself
-
-
-class Trained(StrictModel):
+class Trained(StrictModel, extra="ignore"):
     """The part of a stored configuration that says what the weights are."""
-
-    model_config = ConfigDict(extra="ignore")
 
     seed: int
     trunk: TrunkConfig
@@ -112,9 +100,6 @@ class CheckpointMeta(StrictModel):
         return [known.get(key) for key in fingerprints]
 
 
-# --- Reading
-
-
 def latest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint of the highest step in a run folder, or None."""
     return max(_complete(run / "checkpoints"), default=None)
@@ -140,10 +125,8 @@ def read_meta(path: Path) -> CheckpointMeta:
 def read_model(
     path: Path, *, ema: bool = True, expected: Mapping[str, Any] | None = None, part: str = ""
 ) -> dict[str, Tensor]:
-    """Weights of a run's latest checkpoint, a checkpoint or a bundle: float32 on the CPU.
-
-    With `ema` the moving average, if there is one. `part`: only names that begin so. Names and
-    shapes that are `expected` are compared before a tensor is read.
+    """Float32 weights, with `ema` their average, if any. `part`: names that begin so; `expected` is
+    compared before a tensor is read.
     """
     folder = resolve_checkpoint(path)
     told, meta = _read(folder)
@@ -176,9 +159,7 @@ def read_trunk(path: Path) -> tuple[Trunk, CheckpointMeta]:
 
 def read_state(folder: Path, rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """What all processes of a run share, and what was process `rank`'s own, if it was there."""
-    told, meta = _read(folder)
-    if told["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{folder}: a run of format version 1; {OLDER} resumes it")
+    meta = read_meta(folder)
     own = _load(folder, f"rank_{rank}.safetensors", meta) if rank < meta.world_size else None
     return _load(folder, TRAINER, meta), own
 
@@ -206,8 +187,7 @@ def check_names(
         )
 
 
-# --- Version 1: a tiny reader becomes a trunk whose TRM voice is untrained; all else goes
-
+# Version 1: a tiny reader becomes a trunk whose TRM voice is untrained; all else goes.
 _RENAMED = {
     r"^llama\.(model\.)?|self_attn\.|mlp\.|\.weights$": "",
     r"^(embed_tokens|norm)\.weight": r"\1",
@@ -270,9 +250,6 @@ def _trunk_of_version_1(told: dict[str, Any], old: Mapping[str, Tensor]) -> dict
     return {f"trunk.{name}": tensor for name, tensor in trunk.items()}
 
 
-# --- Writing
-
-
 def write_checkpoint(
     run: Path,
     meta: CheckpointMeta,
@@ -282,10 +259,8 @@ def write_checkpoint(
     processes: "Accelerator",
     keep_last: int = 2,
 ) -> Path:
-    """Write `<run>/checkpoints/step_<meta.step>` so that a kill at any moment loses nothing.
-
-    Every process calls this with its own `rank_state`; process 0 writes the rest, too. Older
-    checkpoints stay whole where the disk refuses (`system.disk_errors`).
+    """Write `<run>/checkpoints/step_<meta.step>` so that a kill at any moment loses nothing. Every
+    process calls this with its own `rank_state`; process 0 writes the rest, too.
     """
     parent = run / "checkpoints"
     final = parent / f"step_{meta.step:08d}"
@@ -368,9 +343,6 @@ def _write_meta(folder: Path, meta: CheckpointMeta, **changes: object) -> None:
 def _complete(parent: Path) -> list[Path]:
     """Complete checkpoints by step."""
     return sorted(path for path in parent.glob("step_*") if (path / META).is_file())
-
-
-# --- Files against the metadata
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:

@@ -21,9 +21,7 @@ LARGEST = 127
 
 
 def is_quantised(name: str, tensor: Tensor) -> bool:
-    """Whether a bundle stores this tensor in 8 bits: matrices of layers, and task tables, but not
-    those of a hub model.
-    """
+    """Whether a bundle stores it in 8 bits: matrices of layers (not of a hub), task tables."""
     large = ".layers." in f".{name}" or name.endswith(TASK_TABLES)
     own = not name.startswith("hub.")
     return own and large and tensor.ndim == 2 and tensor.is_floating_point()
@@ -47,11 +45,7 @@ def dequantise(integers: Tensor, scales: Tensor, group: int = GROUP) -> Tensor:
 def dequantise_all(
     tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor], group: int | None, path: Path
 ) -> dict[str, Tensor]:
-    """All tensors of the file `path`: integers as float32, the others as they are.
-
-    Raises:
-        CheckpointError: integers without scales that fit (`group` None: any), scales of others.
-    """
+    """All tensors of the file `path`, integers as float32; `group` None: there should be none."""
     found = dict(tensors)
     integers = {name for name, tensor in tensors.items() if tensor.dtype == torch.int8}
     for name in sorted(integers | scales.keys()):

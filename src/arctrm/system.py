@@ -70,9 +70,7 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while writing in `folder` into one sentence: a full
-    disk (or quota) into a ResourceError, anything else into a CheckpointError.
-    """
+    """Turn refusals while writing in `folder` into a sentence; a full disk is a ResourceError."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors tells the system's errors as text
@@ -88,9 +86,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def git_revision() -> str:
-    """Commit of the checkout that this package runs from, "+dirty" when tracked files differ;
-    "unknown" when it is installed elsewhere, even inside someone else's repository.
-    """
+    """Commit of the checkout that this runs from, "+dirty" when files differ; or "unknown"."""
     here = ("git", "-C", str(Path(__file__).parent))
     revision = _output(*here, "rev-parse", "HEAD")
     tracked = _output(*here, "ls-files", "--error-unmatch", Path(__file__).name)
@@ -127,9 +123,7 @@ def write_run_record(
 
 
 def new_accelerator() -> "Accelerator":
-    """The processes and the device of this command: CUDA if there is any, else the CPU (other
-    accelerators lack float64 and packed attention).
-    """
+    """The processes and the device: CUDA or CPU (others lack float64 and packed attention)."""
     import torch
     from accelerate import Accelerator
 
@@ -137,9 +131,8 @@ def new_accelerator() -> "Accelerator":
 
 
 def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> "torch.dtype":
-    """The arithmetic that `dtype` in a configuration names; auto: bfloat16 on a GPU of compute
-    capability 8 or more, else float32; without a gradient also float16 on an older GPU, and
-    bfloat16 on a CPU that is faster in it.
+    """The arithmetic that `dtype` names; auto: bfloat16 on a newer GPU, else float32; without a
+    gradient also what else is faster: float16 on an older GPU, bfloat16 on some CPUs.
     """
     import torch
 

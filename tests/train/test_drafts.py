@@ -21,7 +21,7 @@ from helpers import random_task
 def pool():
     """Drafts of four small tasks by an untrained reader: `pool(num_pairs, **trm)`."""
 
-    def new(num_pairs=1, weights=None, **trm):
+    def new(num_pairs=1, weights=None, longest=4096, **trm):
         rng = np.random.default_rng(0)
         tasks = {n: [random_task(rng, n + m, side=3) for m in "xy"] for n in "ab"}
         base = base_set_from_tasks(tasks, None, 50)
@@ -31,7 +31,7 @@ def pool():
             trunk.head.weight.normal_(std=0.5)
         data = DataConfig(num_aug=50, weights=weights or {})
         source = PairSource(base, data, 0, torch.device("cpu"))
-        sequences = s.Sequences(source, torch.float32, num_pairs=num_pairs, longest=4096)
+        sequences = s.Sequences(source, torch.float32, num_pairs=num_pairs, longest=longest)
         return DraftPool(sequences, TRMConfig(**trm), TinyReader(trunk))
 
     return new
@@ -100,3 +100,10 @@ def test_rounds_come_every_so_many_steps_and_go_on_where_a_run_is_resumed(pool):
         own.prepare()
     for name, tensor in own.carry().items():
         assert torch.equal(tensor, twins[name])
+
+
+def test_pairs_that_do_not_fit_are_not_drafted(pool):
+    own = pool(longest=20)
+    assert own.refresh(100) == 0
+    assert not own.there.any()
+    assert len(questions_of(own.source.base, own.sequences.draw(3))) == 3

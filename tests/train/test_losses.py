@@ -66,15 +66,6 @@ def test_the_loss_is_the_mean_over_labels_and_is_counted_as_the_mean_of_each_row
     assert counts.loss.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_batch_without_outputs_costs_nothing_and_is_no_row():
-    labels, row = torch.full((3,), IGNORE), torch.tensor([0, 1, 2])
-    counts = row_counts(logits_for([1, 2, 3]), labels, row, 2)
-    assert counts.mean == counts.total == counts.num_labels == 0
-    for values in (counts.real, counts.loss, counts.exact, counts.shape, counts.cell_accuracy):
-        assert not values.any()
-    assert halting_mean(torch.ones(2), counts) == 0
-
-
 def test_only_labels_of_rows_get_gradient():
     logits = torch.randn(6, 10, requires_grad=True)
     q_halt = torch.zeros(3, requires_grad=True)

@@ -9,20 +9,12 @@ from safetensors.torch import load_file
 from test_steps import by_old_names, golden_batch
 from torch import nn
 from torch.optim import AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arctrm.config import OptimiserConfig, TrunkConfig
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import Trunk
 from arctrm.train.losses import row_counts
-from arctrm.train.optim import (
-    EMA,
-    FlatGradients,
-    Muon,
-    Optimisers,
-    Update,
-    trained_parameters,
-)
+from arctrm.train.optim import EMA, FlatGradients, Muon, Optimisers, Update, trained_parameters
 from arctrm.train.steps import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -57,9 +49,6 @@ def parts_of(name):
     return next((n for key, n in NUM_PARTS.items() if key in name), 1)
 
 
-# -- one gradient
-
-
 def test_every_gradient_is_a_view_of_one_buffer_that_backward_adds_to():
     trained = trained_parameters(new_model())
     gradients = FlatGradients(trained)
@@ -91,9 +80,6 @@ def test_clipping_scales_to_the_norm_and_leaves_a_small_gradient_alone():
     assert gradients.flat.tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
 
 
-# -- Muon
-
-
 def matrices(shapes=SHAPES):
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
@@ -120,53 +106,6 @@ def test_the_updates_are_those_of_torchs_muon(weight_decay):
     got = train(Muon(matrices(), **rates), range(4))
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # 8 bits of an update of up to 0.02 x 4
-
-
-def test_in_float32_a_stack_is_what_its_matrices_are_one_by_one():
-    together = train(Muon(matrices(), lr=0.02, dtype=torch.float32), range(4))
-    for index, got in enumerate(together):
-        draws = matrices()
-        alone = Muon([draws[index]], lr=0.02, dtype=torch.float32)
-        for seed in range(4):
-            draw_gradients(draws, seed)
-            alone.step()
-        torch.testing.assert_close(draws[index], got)
-
-
-def test_a_rate_in_a_tensor_is_the_same_rate():
-    rate = torch.tensor(0.5)
-    optimiser = Muon(matrices(), lr=rate)
-    rate.fill_(0.02)
-    expected = train(Muon(matrices(), lr=0.02), [0])
-    for a, b in zip(expected, train(optimiser, [0]), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-class Operations(TorchDispatchMode):
-    """Counts what torch is asked to do."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operations(shapes):
-    optimiser = Muon(matrices(shapes), lr=0.02)
-    train(optimiser, [0])
-    with Operations() as counted:
-        optimiser.step()
-    return counted.count
-
-
-def test_the_number_of_operations_depends_on_shapes_and_not_on_matrices():
-    few = operations([(16, 16), (16, 48), (48, 16)])
-    assert operations([(16, 16), (16, 48), (48, 16)] * 9) == few
-    assert operations([(16, 16)] * 3) < few
-
-
-# -- who gets what
 
 
 def test_muon_gets_each_projection_alone_and_adamw_all_the_rest():
@@ -236,9 +175,6 @@ def test_the_factor_scales_both_peaks_and_zero_moves_nothing():
     assert rates == pytest.approx({"muon": 0.005, "adamw": 0.0025})
 
 
-# -- state
-
-
 def state_of(update):
     """Weights, their average and the state of the optimisers."""
     weights = zip(update.ema.names, update.ema.weights, strict=True)
@@ -296,9 +232,6 @@ def test_the_average_warms_up_and_then_decays_as_asked():
     assert expected < 18.5
 
 
-# -- the older code
-
-
 def test_five_stored_steps_end_where_the_older_code_ended():
     """Losses, weights and averages over five stored batches; in the reader voice."""
     tensors = load_file(GOLDEN / "losses.safetensors")
@@ -327,9 +260,6 @@ def test_five_stored_steps_end_where_the_older_code_ended():
         norms = {name: own.norm().item() for name, own in by_old_names(trunk, of)}
         expected = {name: norm for name, (norm, _) in golden[f"{key}_norm_and_sum"].items()}
         assert norms == pytest.approx(expected, rel=2e-4)
-
-
-# -- graphs
 
 
 def test_every_call_of_a_captured_update_works_once(monkeypatch):

@@ -10,14 +10,14 @@ import torch
 from arctrm.config import DataConfig, TRMConfig, TrunkConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.sources import load_tasks
-from arctrm.data.task import Pair, Task
+from arctrm.data.task import Pair
 from arctrm.data.views import View
 from arctrm.model.layout import HIDDEN, ROW_END, pair_tokens
 from arctrm.model.trm import supervision_step
 from arctrm.model.trunk import Trunk
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE
-from arctrm.train.refining import RIGHT_DRAFTS, answer_cells, questions, start, with_wrong_colours
+from arctrm.train.refining import RIGHT_DRAFTS, questions, start
 from arctrm.train.source import OUTPUT, PairSource
 from helpers import random_grid, random_task
 
@@ -61,9 +61,6 @@ def with_drafts(sequences, grids, right=False):
     source.pairs = torch.cat((source.pairs, rows))
     there = torch.ones(num_pairs, dtype=torch.bool)
     return SimpleNamespace(num_pairs=num_pairs, there=there, right=there & right)
-
-
-# -- what is asked
 
 
 def test_labels_are_the_colours_of_all_answer_cells_and_nothing_else(base):
@@ -119,20 +116,6 @@ def test_a_share_of_the_shown_cells_is_wrong_in_every_other_row():
     assert (asked.rows.tokens[shown] < 10).all()
 
 
-def test_noise_is_drawn_from_all_colours_and_leaves_other_tokens_alone(base):
-    _, batch = drawn(base)
-    cells = answer_cells(batch)
-    torch.manual_seed(0)
-    noisy = with_wrong_colours(batch.tokens, cells, batch.row, 0.5)
-    changed = noisy != batch.tokens
-    assert (cells & (batch.row % 2 == 0))[changed].all()
-    assert set(noisy[changed].tolist()) == set(range(10))
-    assert with_wrong_colours(batch.tokens, cells, batch.row, 0.0) is batch.tokens
-
-
-# -- drafts
-
-
 def test_a_drafted_row_shows_the_whole_draft_under_its_view_and_asks_for_the_true_answer():
     base = square(side=7)
     rng = np.random.default_rng(1)
@@ -172,9 +155,6 @@ def test_drafts_of_another_size_are_not_shown_and_right_ones_seldom():
         assert share == pytest.approx(expected, abs=0.07)
         drafts.there[:] = False
         assert not questions(batch, sequences, config, drafts).drafted.any()
-
-
-# -- nothing of the answer reaches what is asked but what is shown
 
 
 def test_a_changed_answer_changes_only_the_cells_that_are_shown(base):
@@ -217,9 +197,6 @@ def test_the_prediction_of_a_hidden_cell_does_not_depend_on_its_label():
     torch.testing.assert_close(own, other)
 
 
-# -- the first z
-
-
 def test_only_drafted_rows_begin_with_the_readers_states_and_these_see_causally():
     base = square(side=6)
     rng = np.random.default_rng(2)
@@ -244,11 +221,3 @@ def test_only_drafted_rows_begin_with_the_readers_states_and_these_see_causally(
     other = start(trunk, twin, aligned=True).z
     torch.testing.assert_close(other[:last], z[:last])
     assert not torch.allclose(other[last], z[last])
-
-
-def test_pairs_of_one_cell_and_tasks_of_one_pair_can_be_asked():
-    pair = Pair(np.zeros((1, 1), np.uint8), np.ones((1, 1), np.uint8))
-    base = base_set_from_tasks({"a": [Task("one", (pair,))]}, None, 1)
-    sequences, batch = drawn(base)
-    asked = questions(batch, sequences, TRMConfig())
-    assert asked.rows.cells.sum() == (batch.rows[:, s.LENGTH] > 0).sum()

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from test_steps import SEVEN
 from training_runs import flat, log_lines, new_run, numbers_of, small, small_joint
 
@@ -16,7 +15,7 @@ from arctrm.config import DataConfig, JointConfig
 from arctrm.data.base_set import build, prepare
 from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, ConfigError, OverlapError
-from arctrm.train.run import describe, joint, pretrain, with_data_path
+from arctrm.train.run import joint, pretrain, with_data_path
 from helpers import random_grid, random_task
 from hub_models import save_model
 
@@ -47,16 +46,6 @@ def folder(tmp_path_factory):
 
 def own(folder, **changes):
     return {"data.subsets": [str(folder)], "data.max_tasks": None, **changes}
-
-
-def shown(table):
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return " ".join(capture.get().split())
-
-
-# -- what a run leaves
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +84,6 @@ def test_a_checkpoint_says_which_voices_and_tasks_it_has(folder, tmp_path, voice
     assert record["data_fingerprint"] == base.meta.fingerprint
 
 
-# -- start weights
-
-
 def test_embeddings_follow_the_content_of_the_tasks_and_new_ones_start_from_the_mean(
     done, tmp_path, capsys
 ):
@@ -119,15 +105,6 @@ def test_embeddings_follow_the_content_of_the_tasks_and_new_ones_start_from_the_
     assert (run.step, run.elapsed) == (0, 0.0)
 
 
-def test_other_ways_of_scaling_start_anew_and_say_so(done, folder, tmp_path, capsys):
-    changes = own(folder, checkpoint=str(done))
-    ways = {"data.scaling.share": 0.5, "data.scaling.factors": [[2, 2]]}
-    run = new_run(tmp_path, {**changes, **ways})
-    assert run.model["trunk"].scale_emb.shape[0] == 1
-    assert "data.scaling, which differs, start anew" in " ".join(capsys.readouterr().err.split())
-    assert new_run(tmp_path, changes).model["trunk"].scale_emb.shape[0] == 0
-
-
 def test_a_trm_that_starts_from_a_reader_tells_colours_as_the_reader_does(folder, tmp_path):
     pretrain(small(tmp_path / "reader", own(folder, voice="reader")))
     run = new_run(tmp_path / "trm", own(folder, voice="trm", checkpoint=str(tmp_path / "reader")))
@@ -147,16 +124,6 @@ def test_a_checkpoint_of_another_trunk_is_refused(done, folder, tmp_path, change
     with pytest.raises(CheckpointError) as caught:
         new_run(tmp_path, own(folder, checkpoint=str(done), **changes))
     assert said in str(caught.value)
-
-
-def test_a_damaged_start_is_refused(done, folder, tmp_path):
-    copy = shutil.copytree(done, tmp_path / "copy")
-    (latest_checkpoint(copy) / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: missing or damaged"):
-        new_run(tmp_path / "run", own(folder, checkpoint=str(copy)))
-
-
-# -- data_path
 
 
 def test_a_bundled_name_replaces_the_subsets_and_nothing_is_evaluated():
@@ -224,9 +191,6 @@ def test_a_pair_shown_backwards_counts_where_inverse_tasks_are_trained(tmp_path)
         pretrain(small(tmp_path / "both", {**changes, "reader.inverse_share": 0.2}))
 
 
-# -- epochs
-
-
 def test_epochs_end_the_run_and_a_resumed_one_at_the_same_step(folder, tmp_path):
     changes = {
         "data_path": str(folder),
@@ -254,9 +218,6 @@ def test_batch_size_bounds_the_sequences_of_a_batch(folder, tmp_path):
     assert log_lines(tmp_path)[-1]["examples"] == 6  # three of each voice
 
 
-# -- what is said before
-
-
 @pytest.mark.parametrize("is_joint", [False, True])
 def test_a_dry_run_names_data_parameters_memory_and_length_and_writes_nothing(
     folder, tmp_path, is_joint, capsys
@@ -272,18 +233,6 @@ def test_a_dry_run_names_data_parameters_memory_and_length_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dry_run_tells_more_memory_of_more_tokens_and_less_of_checkpointing(folder):
-    def gigabytes(**changes):
-        changes = {"trunk.hidden_size": 512, "trunk.num_heads": 8, **changes}
-        return float(
-            shown(describe(small(None, own(folder, **changes)))).split("about ")[1].split()[0]
-        )
-
-    many = {"training.tokens_per_batch": 65536}
-    assert gigabytes(**many) > gigabytes(**{"training.tokens_per_batch": 16384})
-    assert gigabytes(**many, **{"trunk.gradient_checkpointing": True}) < gigabytes(**many)
-
-
 def test_what_was_trained_on_is_not_scored():
     changes = {"evaluate": True, "data.subsets": ["training", "evaluation"]}
     config = small_joint(None, {**changes, "data.test_set": None})
@@ -291,19 +240,11 @@ def test_what_was_trained_on_is_not_scored():
         joint(config, dry_run=True)
 
 
-def test_a_run_needs_a_folder(folder):
-    with pytest.raises(ConfigError, match="give --out runs/<name>"):
-        pretrain(small(None, own(folder)))
-
-
 def test_a_graph_that_is_not_possible_is_refused(folder, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("possible here")
     with pytest.raises(ConfigError, match=r"training\.cuda_graph = 'on'.*bfloat16 on a GPU"):
         new_run(tmp_path, own(folder, **{"training.cuda_graph": "on"}))
-
-
-# -- joint
 
 
 def test_joint_scores_what_it_has_trained(folder, tmp_path, capsys):

@@ -12,19 +12,10 @@ from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import View, fixed_colours
-from arctrm.model.layout import (
-    END,
-    PAD,
-    PAIR_TOKENS,
-    SEPARATOR,
-    Condition,
-    pair_length,
-    pair_tokens,
-)
+from arctrm.model.layout import END, PAD, PAIR_TOKENS, SEPARATOR, pair_length, pair_tokens
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE
-from arctrm.train.source import INPUT, OUTPUT, PairSource
-from helpers import random_grid
+from arctrm.train.source import PairSource
 
 CPU = torch.device("cpu")
 TOKENS, SEQUENCES = 4096, 64
@@ -89,9 +80,6 @@ def big_task(id_, count, side, seed=0):
     return Task(id_, tuple(Pair(a, b) for a, b in grids))
 
 
-# -- what a sequence is
-
-
 @every_kind
 def test_tokens_and_positions_are_the_spelling_of_the_drawn_view(base, kind):
     seen = several = 0
@@ -117,27 +105,6 @@ def test_some_sequences_are_shown_larger_by_blocks_and_in_shapes(base, kind):
     assert min(seen) > 2
 
 
-@pytest.mark.parametrize("kind", ["reader", "hub"])
-def test_what_would_be_too_large_is_shown_as_it_is(base, kind):
-    factors = torch.tensor([(1, 1), (2, 2), (1, 3)])
-    scaling = ScalingConfig(share=0.5, factors=factors[1:].tolist(), sides=30)
-    sequences = make(base, kind, DataConfig(num_aug=50, scaling=scaling))
-    rows = sequences.draw(4000)
-    assert (rows[..., s.SCALE] == rows[:, -1:, s.SCALE]).all()
-    scale = rows[:, -1, s.SCALE]
-    sides = torch.zeros(len(rows), 2, dtype=torch.long)
-    for k in range(sequences.num_pairs):
-        pairs = sequences.source.pairs[rows[:, k, s.PAIR]]
-        for grid in (INPUT, OUTPUT):
-            size = sequences.source.seen_size(pairs[:, grid], rows[:, k, s.DIHEDRAL])
-            sides = sides.maximum(torch.stack(size, 1) * (rows[:, k, s.LENGTH] > 0)[:, None])
-    assert ((sides * factors[scale]).amax(1) <= 30)[scale > 0].all()
-    small = sides.amax(1) <= 10
-    shares = torch.bincount(scale[small], minlength=3) / small.sum()
-    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.08, rtol=0)
-    assert (scale[sides.amin(1) > 15] == 0).all()
-
-
 def test_some_sequences_ask_for_the_input_of_an_output(base):
     data = DataConfig(num_aug=50, scaling=ScalingConfig(share=0.5))
     sequences = make(base, data=data, inverse_share=0.3)
@@ -156,25 +123,14 @@ def test_views_of_inverse_tasks_keep_the_colours_that_only_inputs_have(base):
     names = ("training", "evaluation")
     tasks = {task.id: task for name in names for task in load_tasks(name, max_tasks=12)}
     moved = {0: 0, 1: 0}
-    for row in sequences.draw(4000)[:, 0]:
+    for row in sequences.draw(1500)[:, 0]:
         task, inverse = tasks[base.meta.task_ids[int(row[s.TASK])]], int(row[s.INVERSE])
         if inverse:
             task = Task("", tuple(Pair(p.output, p.input) for p in task.demonstrations))
         fixed, colours = fixed_colours(task), row[s.COLOURS].numpy()
         assert (colours == np.arange(10))[fixed].all()
         moved[inverse] += int((colours != np.arange(10))[~fixed].any())
-    assert min(moved.values()) > 1000
-
-
-def test_the_condition_of_a_row_is_what_the_trunk_is_told(base):
-    sequences = make(base, data=DataConfig(num_aug=50, scaling=ALL_WAYS), inverse_share=0.5)
-    batch = next(batches(sequences, 1))
-    for row, told in zip(batch.rows, batch.condition.tolist(), strict=True):
-        own = Condition(*told)
-        names = (s.TASK, s.DIHEDRAL, s.KEEPS_COLOURS, s.INVERSE, s.SCALE)
-        assert own == tuple(row[list(names)].tolist())
-        if row[s.LENGTH]:
-            assert own.task == sequences.source.pairs[row[s.PAIR], 0]
+    assert min(moved.values()) > 400
 
 
 @every_kind
@@ -247,9 +203,6 @@ def test_other_rows_of_the_same_sizes_are_spelt_in_the_places_of_a_batch(base):
     assert (turned != batch.tokens).any()
 
 
-# -- pairs that come first
-
-
 def test_context_pairs_are_others_of_the_same_task_under_the_same_view(base):
     sequences = make(base, "hub")
     firsts = 0
@@ -272,18 +225,6 @@ def several(base, num_pairs, longest=40000, data=None):
     return s.Sequences(source, torch.float32, num_pairs=num_pairs, longest=longest)
 
 
-def test_all_other_pairs_come_first_where_there_is_room_in_any_order(base):
-    sequences = several(base, 20)
-    orders = {}
-    for own in sequences.draw(800):
-        pairs = own[own[:, s.LENGTH] > 0, s.PAIR].tolist()
-        task = int(own[-1, s.TASK])
-        everything = (sequences.source.pairs[:, 0] == task).nonzero()[:, 0].tolist()
-        assert sorted(pairs) == everything
-        orders.setdefault(task, set()).add(tuple(pairs))
-    assert all(len(found) > 1 for found in orders.values())
-
-
 def test_a_sequence_is_never_longer_than_allowed_and_always_has_its_last_pair():
     base = base_set_from_tasks({"a": [big_task("large", 8, 30), big_task("small", 8, 5)]}, None, 0)
     for longest in (PAIR_TOKENS, 2 * PAIR_TOKENS, 2 * PAIR_TOKENS + 63, 4096):
@@ -293,25 +234,6 @@ def test_a_sequence_is_never_longer_than_allowed_and_always_has_its_last_pair():
         large = rows[:, -1, s.TASK] == 0
         assert (lengths(rows)[large] == longest // PAIR_TOKENS * PAIR_TOKENS).all()
         assert (lengths(rows)[~large] == 8 * 63).all()
-
-
-def test_a_pair_that_is_alone_in_its_task_stands_alone():
-    base = base_set_from_tasks({"a": [big_task("one", 1, 4)]}, None, 0)
-    rows = several(base, 6).draw(20)
-    assert (rows[:, -1, s.LENGTH] == 3 + 2 * 4 * 5).all()
-    assert (rows[:, :-1, s.LENGTH] == 0).all()
-    assert (rows[:, -1, s.INDEX] == 0).all()
-
-
-def test_context_comes_from_all_of_a_large_task():
-    base = base_set_from_tasks({"a": [big_task("large", 60, 3), big_task("small", 2, 3)]}, None, 0)
-    rows = several(base, 6).draw(4000)
-    many = rows[rows[:, -1, s.TASK] == 0]
-    pairs = many[:, :, s.PAIR]
-    assert (many[:, :, s.LENGTH] > 0).all()
-    assert (pairs.sort(1).values.diff(dim=1) > 0).all()
-    share = torch.bincount(pairs[:, :-1].flatten(), minlength=62)[:60] / pairs[:, :-1].numel()
-    assert (share * 60 - 1).abs().max() < 0.35
 
 
 def test_a_pair_of_weight_zero_is_no_context_either():
@@ -325,17 +247,7 @@ def test_a_pair_of_weight_zero_is_no_context_either():
     assert ((rows[..., s.LENGTH] > 0).sum(1) == 3).all()
 
 
-# -- how sequences are chosen
-
-
-@every_kind
-def test_weights_choose_the_subset(base, kind):
-    sequences = make(base, kind, DataConfig(num_aug=50, weights={"training": 0.0}))
-    rows = sequences.draw(300)
-    subset = sequences.source.pairs[rows[rows[..., s.LENGTH] > 0][:, s.PAIR], 1]
-    assert (subset == base.meta.subsets.index("evaluation")).all()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reader", "hub"])
 def test_long_sequences_are_packed_as_often_as_drawn(base, kind):
     sequences = make(base, kind)
@@ -375,25 +287,6 @@ def test_batches_are_well_filled_and_never_overfull(base, kind):
     assert np.mean(used) > 0.85 * room
 
 
-def test_the_smallest_allowed_batch_holds_every_sequence():
-    base = base_set_from_tasks({"a": [big_task("large", 4, 30)]}, None, 0)
-    for sequences, longest in (
-        (several(base, 1, PAIR_TOKENS), PAIR_TOKENS),
-        (several(base, 6, 2 * PAIR_TOKENS), 2 * PAIR_TOKENS),
-    ):
-        for batch in batches(sequences, 3, longest, 2):
-            assert int(batch.rows[:, s.LENGTH].sum()) == longest
-
-
-@every_kind
-def test_the_seed_decides_what_is_drawn(base, kind):
-    first, same, other = (
-        next(batches(make(base, kind, seed=seed), 1)).tokens for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
 @pytest.mark.parametrize("unused", [0, 1, 255, 256, 257, 1000, 1863, 5000])
 def test_dummies_fill_exactly_what_is_unused(unused):
     for longest in (100, 932, 1863):
@@ -401,12 +294,3 @@ def test_dummies_fill_exactly_what_is_unused(unused):
         assert found.sum() == unused
         assert found.min() >= 0
         assert found.max() <= longest
-
-
-def test_row_end_follows_every_row_of_a_grid_that_is_not_square():
-    rng = np.random.default_rng(0)
-    pair = Pair(random_grid(rng, 2, 5), random_grid(rng, 4, 1))
-    base = base_set_from_tasks({"a": [Task("one", (pair,))]}, None, 1)
-    sequences = make(base, data=DataConfig(num_aug=1))
-    batch = next(batches(sequences, 1, num_sequences=1))
-    assert_spelt(batch, slice(0, pair_length(pair)), [pair])

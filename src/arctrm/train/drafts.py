@@ -21,10 +21,8 @@ from arctrm.train import sequences as layout
 from arctrm.train.sequences import Sequences
 from arctrm.train.source import OUTPUT
 
-ROOM = MAX_SIDE * MAX_SIDE
-"""Cells kept for each draft."""
-SPARE_SIDE = 2
-"""Rows and columns by which a draft may be larger than the answer: longer ones are wrong anyway."""
+ROOM = MAX_SIDE * MAX_SIDE  # cells kept for each draft
+SPARE_SIDE = 2  # by which a draft may be larger than the answer: longer ones are wrong anyway
 
 
 class Question(NamedTuple):
@@ -53,9 +51,7 @@ def questions_of(base: BaseSet, rows_NKC: Tensor) -> list[Question]:
 
 
 class DraftPool:
-    """One draft for each pair of the sequences' source, whose tables it extends: row
-    `num_pairs + p` of `source.pairs` has the input of pair p, and as its output the draft.
-    """
+    """One draft for each pair p of the source: the output of row `num_pairs + p` of its table."""
 
     def __init__(self, sequences: Sequences, config: TRMConfig, reader: Reader):
         """`reader` writes with the weights as they are when it is asked."""
@@ -68,8 +64,7 @@ class DraftPool:
         drafts[:, OUTPUT.start + 1 :] = 1
         source.pairs = torch.cat((source.pairs, drafts))
         self.there = torch.zeros(self.num_pairs, dtype=torch.bool, device=source.device)
-        self.right = torch.zeros_like(self.there)
-        """Drafts that are the answer: rare on test inputs, frequent on pairs trained on."""
+        self.right = torch.zeros_like(self.there)  # drafts that are the answer
         self.steps = torch.zeros((), dtype=torch.long)
 
     def carry(self) -> dict[str, Tensor]:
@@ -101,22 +96,20 @@ class DraftPool:
 
     @torch.no_grad()
     def refresh(self, count: int) -> float:
-        """Draft at most `count` pairs anew, drawn by their weights, each under a random view; the
-        share of drafts that are right. Random numbers are torch's, so that a resumed run goes on.
-        """
+        """Draft at most `count` pairs anew, each under a random view; the share that is right."""
         uniform = torch.rand(count, device=self.source.device, dtype=torch.float64)
         chosen = self.source.draw_pairs(uniform).unique()
         rows, reader = self.rows(chosen), self.reader
         fits = rows[:, -1, layout.LENGTH] > 0
         asked = questions_of(self.source.base, rows[fits])
-        temperature = self.config.draft_temperature
+        temperature, device = self.config.draft_temperature, self.source.device
         sides = ([min(MAX_SIDE, side + SPARE_SIDE) for side in one.answer.shape] for one in asked)
         found = decode(
             reader,
             [reader.prompt(one.query, one.condition, one.pairs) for one in asked],
             mode="sampled" if temperature else "greedy",
             temperature=temperature or 1.0,
-            seed=int(torch.randint(2**31, (), device=self.source.device)),
+            seed=int(torch.randint(2**31, (), device=device)),
             max_output_tokens=[grid_length(*side) + 1 for side in sides],
         )
         num_right = 0
@@ -127,9 +120,7 @@ class DraftPool:
         return num_right / max(len(found), 1)
 
     def rows(self, chosen: Tensor) -> Tensor:
-        """Sequences that end with each of the pairs: a random view and what comes before, as in
-        training; the last has no tokens where it does not fit.
-        """
+        """Sequences that end with the pairs, as in training; no tokens where one does not fit."""
         uniform = torch.rand(2, len(chosen), device=self.source.device, dtype=torch.float64)
         views = self.source.draw_views(self.source.pairs[chosen, 0], uniform[0])
         pairs = self.sequences.with_others(chosen, uniform[1])

@@ -152,11 +152,7 @@ class JointStep(Step):
 
 
 def hub_steps(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> list[Step]:
-    """The steps of a joint run with a hub reader, on the trunk's device.
-
-    Raises:
-        ConfigError: the model has no positions for sequences of `hub.max_tokens`.
-    """
+    """The steps of a joint run with a hub reader, on the trunk's device."""
     reader, longest = hybrid.reader, config.hub.training_tokens
     needed = longest + config.coupling.num_back_vectors * config.coupling.back
     if needed > reader.max_tokens:

@@ -1,8 +1,8 @@
 """The training loop: one loop for every stage, as small named steps.
 
 A `Run` holds a model and the steps that add its gradient; the loop knows nothing of either. All
-processes decide alike because they read one clock: process 0's, shared every few steps and
-extrapolated in between. What is left of a killed run is its last checkpoint; going on is exact.
+processes read one clock: process 0's, shared every few steps and extrapolated in between. What is
+left of a killed run is its last checkpoint; going on is exact.
 """
 
 import fcntl
@@ -35,9 +35,7 @@ LOCK = ".lock"
 
 @dataclass
 class Schedule:
-    """Linear warm-up, constant, linear decay to zero at the end of the run: a pure function of
-    (optimiser steps taken, seconds of training), so that a resumed run stays on the same curve.
-    """
+    """Warm-up, constant, linear decay to zero: a function of steps and seconds of training."""
 
     config: ScheduleConfig
 
@@ -66,11 +64,9 @@ class Run:
     accelerator: Accelerator
     model: nn.Module  # names of its parameters begin with trunk., adapters. or hub.
     steps: Sequence[Step]  # each is made in every optimiser step of its part of the run
-    metrics_of: Callable[[Tensor], dict[str, float]]
-    """Metrics of the summed counts of all steps: means, and the sums "examples" and "tokens"."""
+    metrics_of: Callable[[Tensor], dict[str, float]]  # of the summed counts of all steps
     meta: checkpoints.CheckpointMeta  # what a checkpoint says beside step, elapsed and examples
-    began_at: float
-    """Monotonic time at which this session's share of the budget began (before compilation)."""
+    began_at: float  # monotonic time of this session's start (before compilation)
     captures: bool = False  # replay steps and update as CUDA graphs
     step: int = 0
     elapsed: float = 0.0
@@ -101,9 +97,7 @@ class Run:
 
 
 def train(run: Run, tracker: Tracker) -> None:
-    """Run to the end of the schedule; saves at intervals, at the end and when interrupted (then it
-    raises KeyboardInterrupt).
-    """
+    """Run to the end of the schedule; interrupted, it saves and raises KeyboardInterrupt."""
     clock = SharedClock(run)
     saved_at, saved_step = run.elapsed, run.step
     with interruptible() as stop:
@@ -126,9 +120,7 @@ def train(run: Run, tracker: Tracker) -> None:
 
 
 def train_step(run: Run) -> bool:
-    """Gradients of the active steps, their mean over processes, one update; returns whether
-    something was captured before.
-    """
+    """Gradients of the active steps, one update; whether something was captured before."""
     active = run.active()
     new = [number for number in active if run.captures and number not in run.graphs]
     try:
@@ -187,9 +179,6 @@ def _not_finite(run: Run, what: str) -> ArctrmError:
     )
 
 
-# --- Checkpoints of a run
-
-
 def save(run: Run) -> Path:
     """Write everything that a bit-exact continuation needs; refuses weights that are not finite."""
     weights = run.model.state_dict()
@@ -210,16 +199,14 @@ def save(run: Run) -> Path:
 
 
 def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
-    """Put a run that has made no step where the checkpoint was taken; a process that was not there
-    then keeps the batches that it drew for itself.
-    """
+    """Put a run that has made no step where the checkpoint was taken."""
     expected = run.model.state_dict()
     run.model.load_state_dict(checkpoints.read_model(folder, ema=False, expected=expected))
     if run.ema is not None:
         run.ema.load(checkpoints.read_model(folder, expected=expected))
     trainer, state = checkpoints.read_state(folder, run.accelerator.process_index)
     run.optimisers.load(trainer)
-    if state is not None:
+    if state is not None:  # else this process was not there, and keeps the batches that it drew
         held = {name: tensor for name, tensor in state.items() if name.startswith("carry.")}
         checkpoints.check_names(run.carry, held, folder, "this run")
         for name, tensor in run.carry.items():
@@ -252,9 +239,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-# --- Time and signals
-
-
 class SharedClock:
     """Seconds of training, the same number on every process."""
 
@@ -266,9 +250,7 @@ class SharedClock:
         self.is_first = self.just_synced = True
 
     def tick(self, stop: list[int], *, restart: bool = False) -> bool:
-        """Advance after an optimiser step (`restart`: that took longer than others will, by
-        compilation); True when any process was asked to stop.
-        """
+        """Advance after a step (`restart`: it compiled); True when a process was asked to stop."""
         run, unusual = self.run, restart or self.is_first
         done = run.step - self.synced_step
         alone = run.accelerator.num_processes == 1

@@ -1,8 +1,7 @@
 """Loss and counts of packed batches, the same for both voices.
 
 Cross entropy is averaged over the labelled tokens of a batch. In the TRM voice half the binary
-cross entropy of the halting logit against "all cells of the answer are right" is added (TRM,
-arXiv 2510.04871, section 2.3).
+cross entropy of the halting logit against "all cells are right" is added (arXiv 2510.04871, 2.3).
 
 Legend: T tokens, R rows (pairs), V tokens or colours that a logit is for.
 """
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS
 
-IGNORE = -100
-"""Label of a token that nothing is asked of."""
+IGNORE = -100  # label of a token that nothing is asked of
 HALT_WEIGHT = 0.5
 
 
@@ -62,9 +60,8 @@ def row_counts(logits_TV: Tensor, labels_T: Tensor, row_T: Tensor, num_rows: int
 
 def halting_loss(q_halt_R: Tensor, counts: RowCounts) -> Tensor:
     """float32 [R]: binary cross entropy (nats) of the halting logits; 0 for rows without labels."""
-    target = counts.exact.float()
-    loss = F.binary_cross_entropy_with_logits(q_halt_R, target, reduction="none")
-    return loss * counts.real
+    of, target = F.binary_cross_entropy_with_logits, counts.exact.float()
+    return of(q_halt_R, target, reduction="none") * counts.real
 
 
 def halting_mean(q_halt_R: Tensor, counts: RowCounts) -> Tensor:

@@ -20,8 +20,7 @@ from torch.optim import AdamW, Optimizer
 from arctrm.config import OptimiserConfig
 from arctrm.errors import CheckpointError
 
-FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
-"""Matrices in one, stacked along the rows."""
+FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}  # matrices in one, stacked along the rows
 HUB = "hub."  # weights of these names were trained with AdamW by others, and are here
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Muon's quintic iteration: https://kellerjordan.github.io/posts/muon/."""
@@ -62,10 +61,7 @@ class FlatGradients:
 
 
 class Muon(Optimizer):
-    """The update of `torch.optim.Muon` (orthogonalised Nesterov momentum, decoupled weight decay),
-    in batched products over matrices of one shape, or its transpose, because Newton-Schulz of one
-    matrix takes longer to launch than to compute. `lr`: a number, or a tensor of no dimension.
-    """
+    """The update of `torch.optim.Muon` (orthogonalised Nesterov momentum), in batched products."""
 
     def __init__(
         self,
@@ -93,6 +89,7 @@ class Muon(Optimizer):
             directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             if group["weight_decay"]:
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            # Newton-Schulz of one matrix takes longer to launch than to compute.
             for shapes in _by_shape(matrices):
                 stacks = [torch.stack([directions[i] for i in alike]) for alike in shapes]
                 moves = _orthogonal([stack.to(self.dtype) for stack in stacks])
@@ -164,21 +161,13 @@ class Optimisers:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned; the next step is bit-identical.
-
-        (torch's own `load_state_dict` casts buffers to the dtype of their parameter.)
-        """
-        places, named = self._places(), {name: name.rpartition(".") for name in state}
-        if {place for place, _, _ in named.values()} != places.keys() or any(
-            tensor.ndim and tensor.shape != places[named[name][0]][1].shape
-            for name, tensor in state.items()
+        """Restore what `state` returned (torch's own casts buffers to the parameter's dtype)."""
+        places, held = self._places(), [(*name.rpartition("."), t) for name, t in state.items()]
+        if {place for place, *_ in held} != places.keys() or any(
+            tensor.ndim and tensor.shape != places[place][1].shape for place, *_, tensor in held
         ):
-            raise CheckpointError(
-                "the optimiser state is of other parameters than those that are trained; resume "
-                "with the configuration of the checkpoint"
-            )
-        for name, tensor in state.items():
-            place, _, key = named[name]
+            raise CheckpointError("the optimiser state is of other parameters than those trained")
+        for place, _, key, tensor in held:
             optimiser, p = places[place]
             # A step count stays on the CPU unless the optimiser is fused.
             on_cpu = key == "step" and not optimiser.param_groups[0].get("fused")
@@ -244,9 +233,8 @@ class EMA:
 class Update:
     """What follows the gradient: clip to `clip_norm` (0 = not), step, move `ema`, if any.
 
-    Where it `captures`, the first call runs eagerly, which makes the buffers; the second captures a
-    CUDA graph (which runs nothing), and it and all later ones replay. A checkpoint is restored
-    before the first.
+    Where it `captures`, the first call makes the buffers, eagerly; the second captures a CUDA graph
+    (which runs nothing), and it and all later ones replay. Restore a checkpoint before the first.
     """
 
     gradients: FlatGradients
@@ -278,9 +266,7 @@ class Update:
 
 
 def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a training step, after eager runs on a stream of their own: these are real
-    steps, so zero the gradient after them; their batches count as drawn.
-    """
+    """A CUDA graph of a step, after eager runs: real ones, so zero the gradient after them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -291,9 +277,7 @@ def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `work`, which is not run; keep alive what it reads and writes. Graphs share
-    memory: they are replayed one after another and leave nothing for each other.
-    """
+    """A CUDA graph of `work`, which is not run; graphs share memory, as they leave nothing."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (NCCL's watchdog) may touch CUDA meanwhile.
     with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):

@@ -22,8 +22,7 @@ from arctrm.train.sequences import PAIR, Batch, Sequences
 from arctrm.train.source import OUTPUT, PairSource
 
 RIGHT_DRAFTS = 0.25
-"""Share of the drafts that are right which are shown. Of pairs that are trained on most drafts are
-right, and all of them would teach TRM to copy; none, that every draft is wrong."""
+"""Share of the right drafts that is shown: all would teach to copy; none, that a draft is wrong."""
 
 
 class Questions(NamedTuple):
@@ -42,10 +41,7 @@ def questions(
     drafts: DraftPool | None = None,
     drafted: Tensor | None = None,
 ) -> Questions:
-    """First answers for a packed batch of one pair a sequence, at random as `config` says: drafts
-    (in the rows `drafted`, bool [R], instead of some at random), or true answers of which a part is
-    hidden and a part of the others has random colours.
-    """
+    """First answers for a packed batch of one pair a sequence; `drafted`: rows with a draft."""
     cells, shown = answer_cells(batch), batch.tokens
     if drafted is None:
         drafted = torch.zeros(len(batch.rows), dtype=torch.bool, device=shown.device)
@@ -66,9 +62,7 @@ def questions(
 
 @torch.no_grad()
 def start(trunk: Trunk, asked: Questions, *, aligned: bool) -> State:
-    """The state before the first supervision step; where `aligned`, the first z of drafted rows is
-    the reader's states of the draft (one more pass, over all rows: shapes are static).
-    """
+    """The first state; where `aligned`, drafted rows begin with the reader's states."""
     if not aligned:
         return first_state(trunk, asked.rows)
     states = reader_states(trunk, asked.rows, asked.prompts)
@@ -98,9 +92,7 @@ def with_drafts(rows: Tensor, drafts: DraftPool, drafted: Tensor) -> Tensor:
 
 
 def draw_drafted(rows: Tensor, source: PairSource, drafts: DraftPool, share: float) -> Tensor:
-    """bool [R]: rows that begin with a draft: a share of those whose draft has the answer's size
-    (the size is given to TRM), and of right drafts `RIGHT_DRAFTS`.
-    """
+    """bool [R]: rows that begin with a draft; it has the answer's size, which TRM is given."""
     pair = rows[:, PAIR]
     size, own = (source.pairs[p, OUTPUT][:, 1:] for p in (pair, pair + drafts.num_pairs))
     chance = torch.rand(2, len(pair), device=pair.device)

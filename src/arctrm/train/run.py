@@ -38,9 +38,7 @@ RANK_SEED_STEP = 1_000_003  # between the seeds of two processes
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
-    """Train the trunk into the run folder `config.out`, with `resume` from its latest checkpoint;
-    interrupted, it saves and raises KeyboardInterrupt.
-    """
+    """Train the trunk into the run folder `config.out`, or go on from its latest checkpoint."""
     if dry_run:
         console().print(describe(config))
     else:
@@ -50,8 +48,13 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = Fa
 def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -> None:
     """Train reader and TRM together, and score them where `evaluate` says so; as `pretrain`."""
     config = with_data_path(config)
-    if config.evaluate:
-        _check_kept_apart(config)
+    data, asked = config.data, config.evaluation
+    kept = asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets
+    if config.evaluate and not kept and asked.test_set != data.test_set:
+        raise ConfigError(
+            f"evaluation.test_set = {asked.test_set!r}, but data.test_set = {data.test_set!r} is "
+            "what training keeps the answers of apart; make them equal, or set evaluate = false"
+        )
     if dry_run:
         console().print(describe(config))
         return
@@ -94,12 +97,12 @@ def _train(config: Config, resume: bool) -> Accelerator:
     accelerator = new_accelerator()
     is_main = accelerator.is_main_process
     accelerator.wait_for_everyone()
+    # 2. Data: process 0 builds the set where it has to be built; the others open it.
+    with accelerator.main_process_first():
+        base = prepare(config.data)
+    if config.reader.inverse_share and config.data.test_set is not None:
+        check_inverse(base, load_tasks(config.data.test_set))
     with locked(config.out) if is_main else nullcontext():
-        # 2. Data: process 0 builds the set where it has to be built; the others open it.
-        with accelerator.main_process_first():
-            base = prepare(config.data)
-        if config.reader.inverse_share and config.data.test_set is not None:
-            check_inverse(base, load_tasks(config.data.test_set))
         # 3. Model, steps, optimisers; the state of the run that is resumed.
         run = build_run(config, base, accelerator, began_at)
         if checkpoint is not None:
@@ -127,11 +130,9 @@ def _restore(run: Run, checkpoint: Path, config: Config) -> None:
         raise CheckpointError(
             f"{checkpoint}: {difference}; resume with the same value, or choose another --out"
         )
-    if meta.data_fingerprint != run.meta.data_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint}: trained on data {meta.data_fingerprint[:12]}, the data set is "
-            f"{run.meta.data_fingerprint[:12]}; resume with the same data"
-        )
+    here, there = (one.data_fingerprint[:12] for one in (run.meta, meta))
+    if here != there:
+        raise CheckpointError(f"{checkpoint}: trained on data {there}, the data set is {here}")
     now = run.accelerator.num_processes
     if meta.world_size != now and run.accelerator.is_main_process:
         note(
@@ -139,9 +140,6 @@ def _restore(run: Run, checkpoint: Path, config: Config) -> None:
             "the run goes on with other batches than it would have had"
         )
     restore(run, checkpoint, meta)
-
-
-# --- What is trained
 
 
 def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at: float) -> Run:
@@ -208,10 +206,8 @@ def new_trunk(config: Config, base: BaseSet) -> Trunk:
 def _start_trunk(
     trunk: Trunk, checkpoint: Path, config: Config, base: BaseSet, is_main: bool
 ) -> dict[str, Any]:
-    """Put the weights of a checkpoint into the trunk; what the new checkpoints note of it.
-
-    Tasks are matched by content; those that the checkpoint does not know start from the mean of
-    those it does. The vectors of scales start anew where the two have other ways.
+    """Put the weights of a checkpoint into the trunk; what new checkpoints note of it. Tasks are
+    matched by content; new ones start from the mean, other ways of scaling anew.
     """
     folder = checkpoints.resolve_checkpoint(checkpoint)
     meta = checkpoints.read_meta(folder)
@@ -279,16 +275,13 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
     return hybrid
 
 
-# --- The known keys of the older pipeline
-
-
 def with_data_path(config: JointConfig) -> JointConfig:
     """The configuration with `data_path` written into its table `data`; idempotent."""
     source, data = config.data_path, config.data
     if source is None:
         return config
-    folder, labels = Path(source), (subset_label(source),)
-    changes: dict[str, Any] = {"subsets": (source,)}
+    folder, changes = Path(source), dict[str, Any](subsets=(source,))
+    labels: tuple[str, ...] = (subset_label(source),)
     if source in BUNDLED or not (folder / FILE).is_file():
         changes["test_set"] = source if data.test_set == source else None
     elif data.path in (None, folder):
@@ -303,28 +296,13 @@ def with_data_path(config: JointConfig) -> JointConfig:
 
 
 def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: int) -> int:
-    """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs: the
-    same for a resumed run.
-    """
+    """Optimiser steps in which `epochs` times as many outputs are asked for as there are pairs."""
     asked = 0.0
     for step in (step for step in steps if step.end >= 1):
         lengths = sampled_lengths(step.sequences)
         fitting = min(step.num_tokens / float(lengths.sum(1).mean()), len(step.queue))
         asked += fitting * float((lengths > 0).sum(1).double().mean())
     return math.ceil(epochs * base.num_pairs / (asked * num_processes))
-
-
-def _check_kept_apart(config: JointConfig) -> None:  # nothing is scored that was trained on
-    data, asked = config.data, config.evaluation
-    kept = asked.held_out and asked.held_out == data.held_out and asked.test_set in data.subsets
-    if not kept and asked.test_set != data.test_set:
-        raise ConfigError(
-            f"evaluation.test_set = {asked.test_set!r}, but data.test_set = {data.test_set!r} is "
-            "what training keeps the answers of apart; make them equal, or set evaluate = false"
-        )
-
-
-# --- What is said before
 
 
 def describe(config: Config) -> Table:
@@ -339,7 +317,6 @@ def describe(config: Config) -> Table:
     rows = {
         "tasks, pairs": f"{base.num_tasks:,}, {base.num_pairs:,}",
         "evaluated split": f"{base.meta.test_set} ({sum(base.meta.in_test_set)} tasks)",
-        "data fingerprint": base.meta.fingerprint[:16],
         "voices": config.voice,
         "parameters": f"trunk {total - tables:,}, task embeddings {tables:,}",
         "memory": f"about {_memory(config, total) / 2**30:.1f} GiB per process",

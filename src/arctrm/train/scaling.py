@@ -29,8 +29,7 @@ class Shape(NamedTuple):
 
     side: Callable[[Tensor, Tensor], Tensor]  # (side [n], pattern) -> the side as it is shown
     cell: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(place [n] where it is shown, side of the grid itself, pattern) -> place in the grid itself,
-    whether there is none (bool)."""
+    """(place [n] shown, side of the grid, pattern) -> place in the grid, whether there is none."""
     aligned: bool  # input and output must be of one size: their cells correspond
 
 
@@ -91,9 +90,7 @@ class Scales:
         self.aligned = torch.tensor([False] * (1 + len(config.factors)) + aligned, device=device)
 
     def draw(self, height: Tensor, width: Tensor, same: Tensor, background: Tensor) -> Tensor:
-        """int64 [n, NUM_COLUMNS] of rows whose largest sides are `height`, `width` [n]; `same`
-        (bool [n]): input and output have one size; `background` [n]: half of the fillings.
-        """
+        """int64 [n, NUM_COLUMNS] for rows with largest sides [n]; `same`: of one size, bool."""
         count = height.shape[0]
         scale = torch.rand(count, len(self.factors) - 1, device=self.device).argmax(1) + 1
         is_larger = torch.rand(count, device=self.device) < self.config.share
@@ -135,9 +132,7 @@ class Scales:
     def cells(
         self, y: Tensor, x: Tensor, height: Tensor, width: Tensor, shown: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The cells of grids of `height` and `width` [n] that are shown at (y, x) [n], and whether
-        there is none but a filling (bool).
-        """
+        """The cells shown at (y, x) [n], and whether there is none but a filling (bool)."""
         nowhere = torch.zeros_like(y, dtype=torch.bool)
         if not self.enabled:
             return y, x, nowhere

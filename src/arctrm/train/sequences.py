@@ -20,7 +20,7 @@ from arctrm.model.attention import Spans, block_spans, spans
 from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, PAIR_TOKENS, SCALE, TASK
 from arctrm.train import scaling
 from arctrm.train.losses import IGNORE
-from arctrm.train.source import INPUT, OUTPUT, PairSource, same_colours
+from arctrm.train.source import INPUT, OUTPUT, PairSource
 
 # Columns of a row. The first are its condition (`layout.Condition`), whose last is the first of the
 # columns of `Scales`. Then: which pair, its place in the sequence, its tokens (0: no pair), and the
@@ -31,8 +31,7 @@ COLOURS = slice(LENGTH + 1, LENGTH + 1 + NUM_COLOURS)
 NUM_COLUMNS = COLOURS.stop
 
 CONTEXT_WINDOW = 16  # pairs of a task, at least, among which those that come first are drawn
-DUMMY = 256
-"""Tokens of the first dummy sequences: attention costs their square, so they are short."""
+DUMMY = 256  # tokens of the first dummy sequences: attention costs their square
 
 
 class Batch(NamedTuple):
@@ -44,8 +43,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [T]: the next token where it belongs to an output, else IGNORE
     row: Tensor  # int64 [T]: row of the token; R or more: no row
     slot: Tensor  # int64 [T]: place of the token in its row
-    prompts: Tensor
-    """int64: tokens of each sequence (dummies included) before the output of its first pair."""
+    prompts: Tensor  # int64: tokens of each sequence (or dummy) before the output of its first pair
     seen: Spans
     num_sequences: int
 
@@ -94,10 +92,7 @@ class Sequences:
         return self.sequences(pairs, dihedral, colours, shown, inverse)
 
     def with_others(self, last: Tensor, uniform: Tensor) -> Tensor:
-        """Pairs [n, K]: before each of `last` distinct others of its task in random order, or -1.
-
-        Of a task with many pairs they come from a random window; none has the weight zero.
-        """
+        """Pairs [n, K]: before each of `last` others of its task in random order; -1: none."""
         if self.num_pairs == 1:
             return last[:, None]
         task = self.source.pairs[last, TASK]
@@ -119,7 +114,8 @@ class Sequences:
         sizes = (self.source.seen_size(rows[:, grid], turns) for grid in (INPUT, OUTPUT))
         largest = (torch.maximum(*both) for both in zip(*sizes, strict=True))
         height, width = ((side.view_as(pairs) * there).amax(1) for side in largest)
-        same = (self.source.same_sizes(rows).view_as(pairs) | ~there).all(1)
+        same = (rows[:, INPUT][:, 1:] == rows[:, OUTPUT][:, 1:]).all(1)
+        same = (same.view_as(pairs) | ~there).all(1)
         return self.scales.draw(height, width, same, background)
 
     def sequences(
@@ -130,14 +126,13 @@ class Sequences:
         shown: Tensor | None = None,
         inverse: Tensor | None = None,
     ) -> Tensor:
-        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence, as the
-        columns of `Scales` say; with input and output exchanged where `inverse`, bool [n].
-        """
+        """Rows int64 [n, K, columns] of pairs [n, K] (-1: none) under one view per sequence."""
         rows = torch.zeros(*pairs.shape, NUM_COLUMNS, dtype=torch.long, device=self.device)
         rows[..., PAIR] = pairs.clamp(min=0)
         rows[..., TASK] = self.source.pairs[pairs[:, -1], TASK][:, None]
         rows[..., DIHEDRAL] = dihedral[:, None]
-        rows[..., KEEPS_COLOURS] = same_colours(colours)[:, None]
+        kept = colours == torch.arange(NUM_COLOURS, device=self.device)
+        rows[..., KEEPS_COLOURS] = kept.all(1, keepdim=True)
         rows[..., COLOURS] = colours[:, None]
         if inverse is not None:
             rows[..., INVERSE] = inverse[:, None]
@@ -166,9 +161,7 @@ class Sequences:
         return self.pack(rows, num_sequences, num_tokens)
 
     def pack(self, rows: Tensor, num_sequences: int, num_tokens: int) -> Batch:
-        """Lay rows [R, columns] of `num_sequences` sequences on an axis of `num_tokens`; a row of
-        fewer tokens than its pair ends early.
-        """
+        """Lay rows [R, columns] on an axis of `num_tokens`; a short row ends early."""
         longest, lengths = self.longest, rows[:, LENGTH]
         part = longest if self.whole or self.num_pairs > 1 else PAIR_TOKENS // 2 + 1
         unused = dummy_lengths(num_tokens, num_tokens - lengths.sum(), part)
@@ -213,9 +206,7 @@ class Sequences:
         return [self.scales.larger(*size, shown) for size in own]
 
     def _tokens(self, row: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, positions, and "the next token belongs to the output", [T], at `slot` of each
-        token's row [T, columns].
-        """
+        """Tokens, positions, and whether the next token belongs to the output, [T], at `slot`."""
         (in_height, in_width), (out_height, out_width) = self._sizes(row)
         separator = 1 + in_height * (in_width + 1)
         body = separator + 1
@@ -241,9 +232,7 @@ class Sequences:
         return tokens, (part * layout.SIDE + y) * layout.SIDE + x, is_output
 
     def _colours(self, row: Tensor, after: Tensor, y: Tensor, x: Tensor, inside: Tensor) -> Tensor:
-        """Colours int64 [T] at (y, x) of what is asked for, where `after`, or given in each token's
-        row; meaningless where not `inside`.
-        """
+        """Colours [T] at (y, x) of what is asked for, where `after`, or given; else meaningless."""
         given, asked = self._grids(row)
         turns, shown = row[:, DIHEDRAL], row[:, SHOWN]
         grid = torch.where(after[:, None], asked, given)
@@ -254,10 +243,7 @@ class Sequences:
 
 
 def dummy_lengths(num_tokens: int, unused: Tensor, longest: int) -> Tensor:
-    """Lengths of as many dummy sequences as an axis of `num_tokens` may need, for `unused` ones.
-
-    Short ones hold what a row that did not fit leaves over; there is more only where rows run out.
-    """
+    """Lengths of dummies for `unused` tokens; short ones hold what rows that do not fit leave."""
     short = min(DUMMY, longest)
     num_short = -(-min(longest, num_tokens) // short)
     num_long = -(-max(num_tokens - num_short * short, 0) // longest)

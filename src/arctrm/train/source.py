@@ -17,8 +17,7 @@ from arctrm.data.task import NUM_COLOURS
 from arctrm.data.views import DIHEDRALS
 from arctrm.errors import DataError
 
-INPUT, OUTPUT = slice(3, 6), slice(6, 9)
-"""Columns (offset, height, width) of a pair's two grids."""
+INPUT, OUTPUT = slice(3, 6), slice(6, 9)  # columns (offset, height, width) of a pair's two grids
 IS_TEST = PAIR_COLUMNS.index("is_test")
 
 _ODD = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -52,9 +51,7 @@ class PairSource:
     def draw_views(
         self, task: Tensor, uniform: Tensor, inverse: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Dihedral [n] and colours [n, 10] of one of each task's views; where `inverse`, bool [n],
-        of the inverse task's. `uniform`: float64 [n] in [0, 1).
-        """
+        """Dihedral [n] and colours [n, 10] of a view of each task or, `inverse`, its inverse."""
         fixed, view = self.fixed[task], (uniform * self.num_views).long()
         if inverse is not None:
             fixed = torch.where(inverse[:, None], self.inverse_fixed[task], fixed)
@@ -66,16 +63,10 @@ class PairSource:
         height, width = grid[:, 1], grid[:, 2]
         return torch.where(turned, width, height), torch.where(turned, height, width)
 
-    def same_sizes(self, pair: Tensor) -> Tensor:
-        """bool [n]: whether input and output of pairs [n, columns] have one size."""
-        return (pair[:, INPUT][:, 1:] == pair[:, OUTPUT][:, 1:]).all(1)
-
     def colour_at(
         self, grid: Tensor, dihedral: Tensor, colours: Tensor, y: Tensor, x: Tensor, inside: Tensor
     ) -> Tensor:
-        """Colours int64 [T] at (y, x) of each token's grid [T, 3] as its view shows it (meaningless
-        where not `inside`).
-        """
+        """Colours [T] at (y, x) of grids [T, 3] under a view; meaningless where not `inside`."""
         offset, height, width = grid.unbind(1)
         transpose, flip_rows, flip_columns = self.dihedrals[dihedral].bool().unbind(1)
         a, b = torch.where(transpose, x, y), torch.where(transpose, y, x)
@@ -85,18 +76,10 @@ class PairSource:
         return colours.gather(1, colour[:, None])[:, 0]
 
 
-def same_colours(colours: Tensor) -> Tensor:
-    """Whether each permutation [n, 10] keeps every colour."""
-    return (colours == torch.arange(NUM_COLOURS, device=colours.device)).all(1)
-
-
 def view_of(
     seed: int, task: Tensor, view: Tensor, fixed: Tensor, identity_colours: float
 ) -> tuple[Tensor, Tensor]:
-    """Dihedral [n] and colours [n, 10] of view number `view` of each task; 0 is the identity.
-
-    A function of (seed, task row, number). `fixed` [n, 10]: the colours that may not move.
-    """
+    """Dihedral [n] and colours [n, 10] of view number `view` of each task; 0 is the identity."""
     uniform = hashed_uniform(seed, task, view, NUM_COLOURS + 2)
     dihedral = (uniform[:, 0] * len(DIHEDRALS)).long()
     keep = (uniform[:, 1] < identity_colours) | (view == 0)
@@ -119,9 +102,7 @@ def hashed_uniform(seed: int, task: Tensor, view: Tensor, count: int) -> Tensor:
 
 
 def inverse_fixed_colours(base: BaseSet) -> np.ndarray:
-    """bool [tasks, 10]: the colours that no view of the inverse task (output to input) may move, as
-    `views.fixed_colours`: 0, and those that only the input of some demonstration has.
-    """
+    """bool [tasks, 10]: what no view of the inverse may move: 0, and colours of inputs alone."""
     pairs = np.asarray(base.pairs).astype(np.int64)
     given, asked = (_colours_in(base.cells, pairs[:, grid]) for grid in (OUTPUT, INPUT))
     unexplained = np.where(pairs[:, IS_TEST] > 0, 0, asked & ~given)

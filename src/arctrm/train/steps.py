@@ -100,9 +100,7 @@ class Step:
 
 @dataclass(eq=False)
 class ReaderStep(Step):
-    """The reader voice: the next token of every output. A share `noise` of the output cells has
-    random colours, in every other row.
-    """
+    """The reader voice: the next token of every output; a share `noise` of cells is wrong."""
 
     noise: float = field(default=0.0, kw_only=True)
 
@@ -120,10 +118,8 @@ class ReaderStep(Step):
 
 @dataclass(eq=False)
 class TrmStep(Step):
-    """The TRM voice: the colour of every answer cell, after each supervision step.
-
-    Where the step begins later than the run, the first one made gives the own-cell head a start:
-    the rows of the reader's head for the ten colours, which by then tell colours apart.
+    """The TRM voice: the colour of every answer cell, after each supervision step. Where it begins
+    later than the run, the own-cell head starts from the reader's head, which tells colours apart.
     """
 
     config: TRMConfig
@@ -163,12 +159,9 @@ class TrmStep(Step):
             q_halt = prediction.q_halt.detach()
             taken, going = taken + going * losses.real, going * (q_halt <= 0)
         drafted = asked.drafted & losses.real
-        more = {
-            "halt_loss": halting_loss(q_halt, losses),
-            "trm_steps": taken,
-            "drafted": drafted,
-            "draft_tokens": drafted * (batch.rows[:, LENGTH] - batch.prompts[:num_rows]),
-        }
+        length = batch.rows[:, LENGTH] - batch.prompts[:num_rows]
+        more = {"trm_steps": taken, "drafted": drafted, "draft_tokens": drafted * length}
+        more["halt_loss"] = halting_loss(q_halt, losses)
         self.count(TRM, losses, batch.row, more)
 
 
@@ -179,10 +172,8 @@ def read(trunk: Trunk, batch: Batch) -> Tensor:
 
 
 def metrics_of(counts: Tensor) -> dict[str, float]:
-    """What is logged of `Step.counts`, summed over steps (waits for the device).
-
-    The seven of the older pipeline first. Where both voices have rows, they are TRM's, and the
-    reader's come with the prefix `reader_`.
+    """What is logged of `Step.counts`, summed over steps: the seven of the older pipeline first, of
+    TRM if there is any; then the reader's come with the prefix `reader_`.
     """
     sums = [dict(zip(COUNTS, row, strict=True)) for row in counts.tolist()]
     trained = [voice for voice in (TRM, READER) if sums[voice]["rows"]] or [TRM]
@@ -205,8 +196,7 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
         "avg_attempts": mean["attempts"],
         "avg_trm_steps": mean["trm_steps"],
         "avg_reasoning_length": sums["draft_tokens"] / max(sums["drafted"], 1.0),
-        "cell_loss": mean["cell_loss"],
-        "halt_loss": mean["halt_loss"],
+        **{name: mean[name] for name in ("cell_loss", "halt_loss")},
         "drafted_share": mean["drafted"],
     }
 
@@ -214,10 +204,8 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 def voice_steps(
     config: PretrainConfig | JointConfig, trunk: Trunk, base: BaseSet, *, by_blocks: bool = False
 ) -> list[Step]:
-    """The steps of a run that trains the trunk in the voices of `config`, on the trunk's device.
-
-    `by_blocks`: attention goes by blocks (a compiled trunk on a GPU). With both voices every
-    optimiser step has a batch of each from `trm.begin` on, and whole batches of the reader before.
+    """The steps of a run that trains the trunk in the voices of `config`. With both every optimiser
+    step has a batch of each from `trm.begin` on, and before it whole batches of the reader.
     """
     # 1. Where the sequences of each voice come from.
     training, trm, noise = config.training, config.trm, config.reader.output_noise
@@ -237,13 +225,14 @@ def voice_steps(
     for number in range(training.grad_accum):
         for voice, share, begin, end in parts:
             tokens = max(1, round(training.tokens_per_batch * share / BLOCK)) * BLOCK
-            when = {"scale": share / training.grad_accum, "begin": begin, "end": end}
             room = room_for(reading if voice == READER else refined, tokens, bound)
             if voice == READER:
-                steps.append(ReaderStep(trunk, reading, tokens, room, noise=noise, **when))
+                step: Step = ReaderStep(trunk, reading, tokens, room, noise=noise)
             else:
-                shared = {"drafts": drafts, "keeper": number == 0}
-                steps.append(TrmStep(trunk, refined, tokens, room, trm, **shared, **when))
+                step = TrmStep(trunk, refined, tokens, room, trm, drafts=drafts)
+            step.scale, step.begin, step.end = share / training.grad_accum, begin, end
+            step.keeper = number == 0
+            steps.append(step)
     return steps
 
 

@@ -1,7 +1,7 @@
 """Where a run's numbers go: `metrics.jsonl` always, Weights & Biases if asked, one progress line.
 
-Tracking never ends a run: whatever W&B does, training goes on and a note says so. A resumed run
-leaves one record of each step, because lines after the resumed step are dropped first.
+Tracking never ends a run: whatever W&B does, training goes on. A resumed run leaves one record of
+each step, because lines after the resumed step are dropped first.
 """
 
 import json
@@ -29,15 +29,12 @@ _SHOWN = (
     ("reader_exact_match", "reader exact {:.1%}"),
     ("examples_per_second", "{:,.0f} examples/s"),
 )
-_PLAIN_SECONDS = 10.0
-"""Between two progress lines where there is no terminal."""
+_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
 @dataclass(eq=False)
 class Tracker:
-    """Context manager that appends metrics to `<run>/metrics.jsonl` and, if asked, to W&B, and
-    shows them: one live line on a terminal, elsewhere (a log file) a plain line now and then.
-    """
+    """Appends metrics to `<run>/metrics.jsonl` and W&B, and shows them as one line."""
 
     run: Path
     config: TrackingConfig
@@ -74,9 +71,7 @@ class Tracker:
         return self
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line, in the file when this returns; a number that is not finite is null.
-        `metrics` hold "progress" (0..1) and "elapsed" (seconds), too.
-        """
+        """Append one line; `metrics` hold "progress" (0..1) and "elapsed" (seconds), too."""
         if not self.is_main:
             return
         values = {name: float(value) for name, value in metrics.items()}
