@@ -26,20 +26,18 @@ BAD_GRIDS = {
     "ragged": ([[1, 2], [3]], ["row 1", "1 cells", "row 0 has 2"]),
     "colour 10": ([[1, 2], [3, 10]], ["row 1 column 1", "0..9", "10"]),
     "negative": ([[1, -1]], ["row 0 column 1", "-1"]),
-    "huge": ([[10**40]], ["row 0 column 0", "0..9"]),
-    "string": ([[1, "2"]], ["row 0 column 1", '"2"', "a string"]),
-    "float": ([[1, 2.0]], ["row 0 column 1", "2.0", "decimal point"]),
-    "boolean": ([[True, 1]], ["row 0 column 0", "true", "a boolean"]),
+    "huge": ([[10**400]], ["row 0 column 0", "0..9"]),
+    "string": ([[1, "2"]], ["row 0 column 1", '"2"']),
+    "float": ([[1, 2.0]], ["row 0 column 1", "2.0"]),
+    "boolean": ([[True, 1]], ["row 0 column 0", "true"]),
     "null": ([[1, None]], ["row 0 column 1", "null"]),
-    "nested": ([[[1]]], ["row 0 column 0", "a list"]),
+    "nested": ([[[1]]], ["row 0 column 0", "[1]"]),
     "no rows": ([], ["an empty grid", "30x30"]),
     "empty row": ([[]], ["an empty grid"]),
     "31 rows": ([[0]] * 31, ["31x1", "30x30"]),
     "31 columns": ([[0] * 31], ["1x31"]),
-    "31x31": ([[0] * 31] * 31, ["31x31"]),
-    "not a list": ("1 2 3", ["a list of rows", "a string"]),
-    "flat": ([1, 2, 3], ["a list of rows", "a number as row 0"]),
-    "one bad row": ([[1], {"a": 1}], ["an object as row 1"]),
+    "not a list": ("1 2 3", ["a list of rows", "1 2 3"]),
+    "one bad row": ([[1], {"a": 1}], ["a list of rows"]),
 }
 
 
@@ -60,19 +58,16 @@ def test_a_good_grid_keeps_its_cells_up_to_30x30():
 
 
 BAD_TASKS = {
-    "list": ([PAIR], ["is not an ARC task", "a list"]),
+    "list": ([PAIR], ["is not an ARC task"]),
     "no train": ({"test": [PAIR]}, ["is not an ARC task", '"test"']),
-    "empty object": ({}, ["is not an ARC task", "got an object"]),
     "escape as key": ({"\x1b[2J": 1}, ['"\\u001b[2J"']),
     "half a surrogate pair as key": ({"\ud800": 1}, ['"\\ud800"']),
     "train no list": ({"train": PAIR, "test": [PAIR]}, ['"train" must be a list']),
-    "no demonstrations": ({"train": [], "test": [PAIR]}, ["at least a demonstration"]),
-    "no test": ({"train": [PAIR]}, ["at least a test input"]),
-    "empty test": ({"train": [PAIR], "test": []}, ["at least a test input"]),
-    "pair no object": ({"train": [PAIR, 3], "test": [PAIR]}, ["train[1]", "a number"]),
+    "no demonstrations": ({"train": [], "test": [PAIR]}, ["train", "at least one"]),
+    "no test": ({"train": [PAIR]}, ["test", "at least one"]),
+    "pair no object": ({"train": [PAIR, 3], "test": [PAIR]}, ["train[1]", "3"]),
     "no input": ({"train": [{"output": GRID}], "test": [PAIR]}, ["train[0]", '"input"']),
     "no output": ({"train": [{"input": GRID}], "test": [PAIR]}, ["train[0]", 'no "output"']),
-    "test no input": ({"train": [PAIR], "test": [{"output": GRID}]}, ["test[0]", '"input"']),
     "bad test output": (
         {"train": [PAIR], "test": [{"input": GRID, "output": [[11]]}]},
         ["test[0].output row 0 column 0"],
@@ -101,20 +96,15 @@ def test_unknown_keys_are_no_mistake():
     assert task.demonstrations[0].output.tolist() == GRID
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, gzip.compress(b"")]
+)
 def test_what_is_not_json_is_refused(tmp_path, content):
     path = tmp_path / "0a.json"
     path.write_bytes(content)
     text = message(load_json, path)
     assert text.startswith(f"{path}: is not JSON")
-    assert "give a readable JSON file, plain (.json) or gzipped (.json.gz)" in text
-
-
-@pytest.mark.parametrize("name", ["0a.json", "0a.json.gz"])
-def test_an_empty_file_is_called_empty(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(b"" if path.suffix == ".json" else gzip.compress(b"\n"))
-    assert "the file is empty" in message(load_json, path)
+    assert "give a JSON file, plain (.json) or gzipped (.json.gz)" in text
 
 
 def test_gzip_is_known_by_its_content(tmp_path):
@@ -129,26 +119,19 @@ def test_more_json_than_the_limit_is_not_read(tmp_path, monkeypatch, packed):
     path = tmp_path / "map.json.gz"
     content = b" " * 2**20 + b"{}"
     path.write_bytes(gzip.compress(content) if packed else content)
-    assert message(load_json, path).startswith(f"{path}: holds more than 1 MiB of JSON; split")
-
-
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.json")
-    text = message(load_json, tmp_path / "pipe.json")
-    assert "cannot be read (Not a regular file); give a readable JSON file" in text
+    assert "more than 1 MiB; split" in message(load_json, path)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:5] + data])
 def test_a_damaged_gzip_file_is_refused(tmp_path, damage):
     path = tmp_path / "map.json.gz"
     path.write_bytes(damage(gzip.compress(json.dumps({"a": PAIR}).encode())))
-    assert "gzip" in message(load_json, path)
+    assert message(load_json, path).startswith(f"{path}: cannot be read")
 
 
-def test_unreadable_and_vanished_files_are_refused(tmp_path):
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
-    for name in ("folder.json", "gone.json", "never.json"):
-        text = message(load_json, tmp_path / name)
-        assert "cannot be read" in text
-        assert "; give a readable JSON file" in text
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("folder.json", "gone.json", "never.json", "pipe.json"):
+        assert "cannot be read" in message(load_json, tmp_path / name)

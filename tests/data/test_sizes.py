@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arctrm.data.sizes import output_size, plausible_sides, size_rules_right
+from arctrm.data.sizes import output_size, plausible_sides
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 
@@ -39,12 +39,14 @@ def test_every_plausible_side_is_named_the_likeliest_first():
     assert plausible_sides(known, np.zeros((5, 5), np.uint8), 1) == [8, 13, 10]
 
 
-def test_the_answer_does_not_matter_and_most_sizes_are_right():
+def test_most_sizes_are_right():
     tasks = load_tasks("evaluation", max_tasks=100)
-    right, known = size_rules_right(tasks)
-    assert known == sum(len(task.test) for task in tasks)
-    assert right / known > 0.8
-    assert size_rules_right([one.without_answers() for one in tasks]) == (0, 0)
+    right = [
+        pair.output.shape == output_size(task.without_answers(), pair.input)
+        for task in tasks
+        for pair in task.test
+    ]
+    assert np.mean(right) > 0.8
 
 
 def grid(height, width, *cells):

@@ -60,9 +60,11 @@ def test_one_bundled_task_is_found_in_any_split():
 
 
 def test_an_unknown_bundled_id_suggests_near_ones():
-    with pytest.raises(DataError, match=r"arc1:007bbfb8.*800; its ids are like 007bbfb7"):
+    with pytest.raises(
+        DataError, match=r"arc1 has no task .007bbfb8. .*800; its ids are like 007bbfb7"
+    ):
         load_tasks("arc1:007bbfb8")
-    with pytest.raises(DataError, match=r"arc2:\?.*its ids are like"):
+    with pytest.raises(DataError, match=r"arc2 has no task .*its ids are like"):
         load_tasks("arc2:?")
 
 
@@ -87,16 +89,10 @@ def test_a_map_of_tasks_gives_its_tasks(tmp_path, name):
     assert [task.has_answers for task in tasks] == [False, True]
 
 
-@pytest.mark.parametrize("name", ["map.json", "map.json.gz"])
-def test_a_map_of_pairs_gives_demonstrations_only(tmp_path, name):
-    (task,) = load_tasks(write(tmp_path / name, {"a": [PAIR, PAIR, PAIR]}))
+def test_a_map_of_pairs_gives_demonstrations_only(tmp_path):
+    (task,) = load_tasks(write(tmp_path / "map.json.gz", {"a": [PAIR, PAIR, PAIR]}))
     assert len(task.demonstrations) == 3
     assert task.test == ()
-
-
-def test_kaggle_challenges_have_no_answers_without_solutions(tmp_path):
-    tasks = load_tasks(write(tmp_path / "arc_test_challenges.json", {"a": OPEN}))
-    assert not tasks[0].has_answers
 
 
 def test_kaggle_solutions_beside_the_challenges_are_found_by_name(tmp_path):
@@ -105,14 +101,6 @@ def test_kaggle_solutions_beside_the_challenges_are_found_by_name(tmp_path):
     first, second = load_tasks(path)
     assert first.test[0].output.tolist() == [[7, 8]]
     assert not second.has_answers
-
-
-def test_solutions_may_be_given(tmp_path):
-    path = write(tmp_path / "tasks.json", {"a": OPEN})
-    answers = tmp_path / "answers.json"
-    write(answers, {"a": [[[9]]]})
-    assert load_tasks(path, solutions=answers)[0].test[0].output.tolist() == [[9]]
-    assert load_solutions(answers)["a"][0].tolist() == [[9]]
 
 
 def test_given_solutions_also_answer_a_single_task_file_and_a_folder(tmp_path):
@@ -126,7 +114,7 @@ def test_given_solutions_also_answer_a_single_task_file_and_a_folder(tmp_path):
 
 @pytest.mark.parametrize("source", ["evaluation", "arc1:007bbfb7"])
 def test_solutions_are_refused_for_bundled_tasks(tmp_path, source):
-    with pytest.raises(DataError, match=rf"answers.json: {source} is bundled .* leave the"):
+    with pytest.raises(DataError, match=rf"answers.json: {source} is bundled .* leave it"):
         load_tasks(source, solutions=tmp_path / "answers.json")
 
 
@@ -137,7 +125,7 @@ def test_given_solutions_that_answer_nothing_are_refused(tmp_path, name):
     with pytest.raises(TaskError, match=r"solutions.json: cannot be read"):
         load_tasks(str(tmp_path / name), solutions=answers)
     write(answers, {"other": [[[9]]]})
-    with pytest.raises(DataError, match=r"solutions.json: has no answer for any task of .* like a"):
+    with pytest.raises(DataError, match=r"solutions.json: has no answer for any task of"):
         load_tasks(str(tmp_path / name), solutions=answers)
 
 
@@ -149,17 +137,17 @@ def test_solutions_beside_the_challenges_that_answer_nothing_do_not_matter(tmp_p
 
 @pytest.mark.parametrize("task_id", ["", "\ud800", "\x1b[2J", "a\nb"])
 def test_ids_that_cannot_be_printed_are_refused(tmp_path, task_id):
-    with pytest.raises(TaskError, match=r"printable.* rename that task") as caught:
+    with pytest.raises(TaskError, match=r"printable.* rename it") as caught:
         load_tasks(write(tmp_path / "map.json", {"a": TASK, task_id: TASK}))
     assert str(caught.value).isprintable()
     write(tmp_path / "solutions.json", {task_id: [GRID]})
-    with pytest.raises(TaskError, match=r"printable.* rename that task"):
+    with pytest.raises(TaskError, match=r"printable.* rename it"):
         load_solutions(tmp_path / "solutions.json")
 
 
 def test_an_entry_of_a_map_that_is_no_task_is_named(tmp_path):
     path = write(tmp_path / "map.json", {"a": TASK, "version": 3})
-    with pytest.raises(TaskError, match=r"map.json: version: is not an ARC task.*got a number"):
+    with pytest.raises(TaskError, match=r"map.json: version: is not an ARC task.*got 3"):
         load_tasks(path)
     errors = []
     assert ids(load_tasks(path, on_error=errors.append)) == ["a"]
@@ -184,7 +172,7 @@ def test_a_kaggle_folder_gives_each_task_once_and_with_its_answer(tmp_path):
 def test_solutions_that_do_not_fit_are_refused(tmp_path):
     path = write(tmp_path / "challenges.json", {"a": OPEN})
     write(tmp_path / "solutions.json", {"a": [[[7]], [[8]]]})
-    with pytest.raises(TaskError, match=r"a: has 1 test inputs.* 2 outputs"):
+    with pytest.raises(TaskError, match=r"a: 1 test inputs, but 2 solutions"):
         load_tasks(path)
     write(tmp_path / "solutions.json", {"a": [[[77]]]})
     with pytest.raises(TaskError, match=r"solutions.json: a: output\[0\] row 0 column 0"):
@@ -228,14 +216,9 @@ def test_a_folder_of_only_bad_tasks_is_refused_even_with_on_error(tmp_path):
         load_tasks(str(tmp_path), on_error=lambda error: None)
 
 
-def test_a_single_bad_file_is_refused_even_with_on_error(tmp_path):
-    with pytest.raises(TaskError):
-        load_tasks(write(tmp_path / "b.json", {}), on_error=lambda error: None)
-
-
 def test_a_folder_without_tasks_is_refused(tmp_path):
     (tmp_path / "readme.txt").write_text("no task")
-    with pytest.raises(DataError, match=r"has no task files; expected \*.json"):
+    with pytest.raises(DataError, match=r"expected \*.json"):
         load_tasks(str(tmp_path))
 
 

@@ -86,13 +86,6 @@ def test_the_likeliest_size_turns_with_the_view_and_fits_into_the_room(solver):
         turned = DIHEDRALS[one.view.dihedral][0]
         assert one.shape == ((8, 3) if turned else (3, 8))
         assert grid_length(*one.shape) + 1 <= one.room
-        assert not one.keeps_size
-
-
-def test_an_answer_of_the_size_of_its_input_is_expected_where_all_are(solver, task):
-    kept = Pair(np.ones((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
-    task = Task("kept", (kept,), (Pair(np.ones((3, 5), np.uint8)),))
-    assert all(one.keeps_size for one in questions(solver, task, 8, seed=0))
 
 
 def test_inverse_questions_are_of_known_tasks_under_dihedral_views(solver, trained):

@@ -43,7 +43,8 @@ RED, BLUE, GREEN, WIDE = grid("22"), grid("11"), grid("33"), grid("222")
 
 
 def candidates(*grids_and_q, source="reader"):
-    return [Candidate(KEY, own, q, source) for own, q in grids_and_q]
+    """Each of a view of its own."""
+    return [Candidate(KEY, own, q, source, view) for view, (own, q) in enumerate(grids_and_q)]
 
 
 def same(a, b) -> bool:
@@ -114,6 +115,19 @@ def test_a_candidate_remembers_who_proposed_it_and_under_which_view():
     (ranked,) = vote(found, seed=0)
     assert ranked.votes_by == {"reader": 1, "trm": 2}
     assert ranked.views_by == {"reader": (1,), "trm": (0, 2)}
+
+
+def test_each_view_has_one_vote_for_each_voice():
+    """TRM answers in two ways, which share its vote; the reader is heard as loudly."""
+    found = [Candidate(KEY, RED, 0.0, "reader", view) for view in range(3)]
+    found += [Candidate(KEY, BLUE, 5.0, way, view) for view in range(3) for way in ("joint", "trm")]
+    ranked = vote([*found, Candidate(KEY, RED, 0.0, "planner", 0)], seed=0)
+    assert colours(ranked) == [2, 1]
+    assert [one.votes for one in ranked] == [4, 3]
+    assert ranked[1].votes_by == {"joint": 1.5, "trm": 1.5}
+    split = [Candidate(KEY, own, 0.0, way) for own, way in ((RED, "joint"), (BLUE, "trm"))]
+    assert [one.votes for one in vote(split, seed=0)] == [0.5, 0.5]
+    assert [one.votes for one in vote(split[:1], seed=0)] == [1]
 
 
 def test_there_are_always_two_attempts():
@@ -298,7 +312,7 @@ def test_the_judge_is_asked_about_the_best_and_may_stop_early(solver, trained):
     task = trained.known[0]
     key = Key(task.id, 0)
     grids = [np.full((1, n), 3, np.uint8) for n in range(1, 5)]
-    found = {key: [Candidate(key, own, float(n)) for n, own in enumerate(grids)]}
+    found = {key: [Candidate(key, own, float(n), "reader", n) for n, own in enumerate(grids)]}
     asked = []
 
     def judge(questions, wanted):

@@ -2,21 +2,16 @@
 
 Sources are loaded, exclusions and the overlap guard applied, and what is left becomes two flat
 arrays. Views are drawn on the fly, so nothing is multiplied: ARC-AGI-1 is about 1 MB whatever
-`num_aug` says. On disk a set is a folder with one file, `base.safetensors`, whose metadata holds
-the ids and counts as JSON. The folder appears, and the file is replaced, in one step: at no moment
-is there half a set.
+`num_aug` says. On disk a set is a folder with one file, `base.safetensors`, replaced in one step,
+whose metadata holds the ids and counts as JSON.
 """
 
-import glob
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -32,13 +27,9 @@ from arctrm.data.sources import load_tasks, subset_label
 from arctrm.data.task import Grid, Pair, Task, held_out_ids, pair_key, training_pairs
 from arctrm.data.views import fixed_colours
 from arctrm.errors import DataError
-from arctrm.system import TEMPORARY, disk_errors, is_alive, temporary, write_bytes_atomically
+from arctrm.system import TEMPORARY, clear_abandoned, disk_errors, write_bytes_atomically
 
-VERSION = 2
-"""Of the file's layout; a set of another version is refused and has to be built again."""
 FILE = "base.safetensors"
-OLD_FILES = {"cells.npy", "pairs.npy", "meta.json"}
-"""A set of version 1."""
 _PLACE = ("offset", "height", "width")
 PAIR_COLUMNS = ("task", "subset", "is_test", *(f"{s}_{p}" for s in ("in", "out") for p in _PLACE))
 
@@ -46,22 +37,16 @@ PAIR_COLUMNS = ("task", "subset", "is_test", *(f"{s}_{p}" for s in ("in", "out")
 class BaseSetMeta(StrictModel):
     """What the two arrays of a base set mean."""
 
-    version: int = VERSION
-    """Layout version of the file."""
+    version: Literal[2] = 2
     task_ids: tuple[str, ...]
     """Task id of each value of the pairs' column `task`."""
-    in_test_set: tuple[bool, ...]
-    """Per task: whether it is evaluated, so that only its demonstrations are here."""
-    fixed_colours: tuple[int, ...]
-    """Per task: bit c set = no view may move colour c."""
+    in_test_set: tuple[bool, ...]  # per task: evaluated, so that only its demonstrations are here
+    fixed_colours: tuple[int, ...]  # per task: bit c set = no view may move colour c
     subsets: tuple[str, ...]
     """Label (bundled name or file stem) of each value of the pairs' column `subset`."""
-    test_set: str | None
-    """Label of the evaluated subset."""
-    num_aug: int
-    """Number of distinct views of each task that training may draw; 0 = unbounded."""
-    fingerprint: str
-    """sha256 over cells, pairs and task ids."""
+    test_set: str | None  # label of the evaluated subset
+    num_aug: int  # distinct views of each task that training may draw; 0 = unbounded
+    fingerprint: str  # sha256 over cells, pairs and task ids
     counts: dict[str, dict[str, int]]
     """Subset label -> number of tasks, demonstrations, test_pairs that it contributes."""
     built_from: dict[str, Any] = Field(default_factory=dict)
@@ -70,22 +55,20 @@ class BaseSetMeta(StrictModel):
 
 @dataclass(frozen=True)
 class BaseSet:
-    """All grids flattened row-major (`cells`, uint8 [num_cells]) and where each pair's grids lie
-    (`pairs`, int32 [num_pairs, 9], columns `PAIR_COLUMNS`).
-    """
+    """All pairs of grids that are trained on."""
 
-    cells: np.ndarray
-    pairs: np.ndarray
+    cells: np.ndarray  # uint8 [num_cells]: all grids flattened row-major
+    pairs: np.ndarray  # int32 [num_pairs, 9]: where each pair's grids lie; columns `PAIR_COLUMNS`
     meta: BaseSetMeta
 
     @property
     def num_tasks(self) -> int:
-        """Number of tasks, test set included."""
+        """Tasks, test set included."""
         return len(self.meta.task_ids)
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs that are trained on."""
+        """Pairs that are trained on."""
         return len(self.pairs)
 
     def pair(self, index: int) -> Pair:
@@ -99,9 +82,8 @@ class BaseSet:
             yield self.meta.task_ids[task], self.meta.subsets[subset], self.pair(index)
 
     def task_fingerprints(self) -> list[str]:
-        """Per task: `Task.fingerprint` of its demonstrations in the first subset that holds it.
-
-        (A later subset may bring more pairs of the same task, which its file does not show.)
+        """Per task: `Task.fingerprint` of its demonstrations in the first subset that holds it
+        (a later subset may bring more pairs, which the task's file does not show).
         """
         demonstrations: list[dict[int, list[Pair]]] = [{} for _ in range(self.num_tasks)]
         for index, (task, subset, is_test) in enumerate(self.pairs[:, :3].tolist()):
@@ -118,13 +100,11 @@ class BaseSet:
 
 
 def prepare(config: DataConfig) -> BaseSet:
-    """The base set of `config`: opened where `config.path` holds one, else built (there).
-
-    Raises:
-        DataError: the set at `config.path` was built from something else.
+    """The base set of `config`: opened where `config.path` holds one, else built (there). Raises
+    DataError where that one was built from something else.
     """
     path = config.path
-    if path is None or not any((path / name).is_file() for name in (FILE, "meta.json")):
+    if path is None or not (path / FILE).is_file():
         return build(config, path)[0]
     base = open_base_set(path)
     for key, wanted in _built_from(config).items():
@@ -137,31 +117,24 @@ def prepare(config: DataConfig) -> BaseSet:
 
 
 def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
-    """Build the base set of `config`, and a report of what was taken in and left out.
-
-    The set is written to the folder `out`; without it, it exists in memory only.
-
-    Raises:
-        TaskError, DataError: a source cannot be used, or nothing is left to train on.
-        OverlapError: a subset holds test content of the test set.
-        ResourceError: the disk is full.
+    """Build the base set of `config` (and write it to the folder `out`), with a report of what was
+    taken in and left out. Raises OverlapError where a subset holds test content of the test set.
     """
-    start = perf_counter()
     # 1. The tasks of every source, under its label.
     tasks: dict[str, list[Task]] = {}
     for source in config.subsets:
         label = subset_label(source)
         if label in tasks:
-            raise DataError(
-                f"data.subsets: {source!r} is named {label!r}, as is another subset; "
-                "name each source once, and rename the file if two have the same name"
-            )
+            raise DataError(f"data.subsets: two are named {label!r}; rename one of the files")
         tasks[label] = load_tasks(source, max_tasks=config.max_tasks)
     test_label = None if config.test_set is None else subset_label(config.test_set)
     others = tasks.keys() - {test_label}
     # 2. Named exclusions. The test set stays whole: evaluation shows its demonstrations anyway.
     exclude = {(label, t.id) for label in others for t in tasks[label] if t.id in config.exclude}
-    tasks = _without(tasks, exclude)
+    without = lambda drop: {
+        label: [t for t in own if (label, t.id) not in drop] for label, own in tasks.items()
+    }
+    tasks = without(exclude)
     # 3. The validation set of each subset loses its test pairs.
     for label in others:
         chosen = held_out_ids((task.id for task in tasks[label]), config.held_out)
@@ -172,7 +145,7 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
     if not config.drop_overlap:
         check(overlaps, test_label, config.allow_overlap)
     drop = {(overlap.subset, overlap.task_id) for overlap in bad}
-    tasks = _without(tasks, drop)
+    tasks = without(drop)
     if not any(tasks.values()):
         raise DataError(f"data.subsets = {list(config.subsets)}: no task is left to train on")
     # 5. Two arrays, and a file if somebody wants one.
@@ -184,24 +157,17 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
         "left out by data.drop_overlap": f"{len({i for _, i in drop})} tasks" if drop else "",
         "overlaps that may be trained on": describe(o for o in overlaps if o not in set(bad)),
     }
-    megabytes = (base.cells.nbytes + base.pairs.nbytes) / 1e6
-    size = f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {megabytes:.1f} MB"
     where = f" in {out}" if out else ""
     report = Table(
-        title=escape(f"{size}{where}, {perf_counter() - start:.1f} s"),
+        *("subset", "tasks", "demonstrations", "test pairs"),
+        title=escape(f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs{where}"),
         caption=escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v)),
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("subset", "tasks", "demonstrations", "test pairs"):
-        report.add_column(name, justify="left" if name == "subset" else "right")
     for label, counts in base.meta.counts.items():
         report.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
     return base, report
-
-
-def _without(tasks: dict[str, list[Task]], drop: set[tuple[str, str]]) -> dict[str, list[Task]]:
-    return {key: [t for t in subset if (key, t.id) not in drop] for key, subset in tasks.items()}
 
 
 def _built_from(config: DataConfig) -> dict[str, Any]:
@@ -216,10 +182,8 @@ def base_set_from_tasks(
     num_aug: int,
     built_from: dict[str, Any] | None = None,
 ) -> BaseSet:
-    """Collect the demonstrations of all tasks and the known test pairs of those not in `test_set`.
-
-    Tasks with the same id are one task, its pairs deduplicated by content; a task that occurs in
-    the test set never contributes a test pair, whichever subset it comes from.
+    """Collect the demonstrations of all tasks and the known test pairs of those whose ids are not
+    in `test_set`. Tasks with the same id are one task, its pairs deduplicated by content.
     """
     test_ids = {task.id for task in tasks_by_subset[test_set]} if test_set is not None else set()
     ids = sorted({task.id for tasks in tasks_by_subset.values() for task in tasks})
@@ -273,63 +237,30 @@ def _fingerprint(cells: np.ndarray, pairs: np.ndarray, ids: Iterable[str]) -> st
 
 
 def write_base_set(base: BaseSet, path: Path) -> None:
-    """Make the folder `path` with the set in it; an older built set there is replaced.
-
-    Raises:
-        DataError: `path` is something else than a built set.
-        CheckpointError: it cannot be written to.
-        ResourceError: the disk is full; nothing half-written is left.
-    """
-    names = {file.name for file in path.iterdir()} if path.is_dir() else {"a file"}
-    if os.path.lexists(path) and not names <= {FILE} | OLD_FILES:
-        raise DataError(
-            f"{path} exists and is not (or not only) a built data set; choose another folder"
-        )
-    arrays = {"cells": base.cells, "pairs": base.pairs}
-    aside = temporary(path)
+    """Write the set to the folder `path`, in place of an older one; nothing else is replaced."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else ["a file"]
+    if os.path.lexists(path) and any(n != FILE and not n.startswith(TEMPORARY) for n in names):
+        raise DataError(f"{path} is not (or not only) a built data set; choose another folder")
     with disk_errors(path):
-        for left in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
-            process = left.name.removeprefix(TEMPORARY).partition("-")[0]
-            if process.isdecimal() and not is_alive(int(process)):  # it was killed
-                shutil.rmtree(left, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
-            write_bytes_atomically(
-                aside / FILE, save(arrays, {"meta": base.meta.model_dump_json()})
-            )
-            if path.exists():
-                os.replace(aside / FILE, path / FILE)
-                for name in OLD_FILES:
-                    (path / name).unlink(missing_ok=True)
-            else:
-                os.replace(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        path.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(path)
+    content = save(
+        {"cells": base.cells, "pairs": base.pairs}, {"meta": base.meta.model_dump_json()}
+    )
+    write_bytes_atomically(path / FILE, content)
 
 
 def open_base_set(path: Path) -> BaseSet:
-    """Read a built set.
-
-    Raises:
-        DataError: no built set there, another version, or a damaged file.
-    """
-    if not any((path / name).is_file() for name in (FILE, "meta.json")):
+    """Read a built set."""
+    if not (path / FILE).is_file():
         raise DataError(f"{path} holds no built data set; build one with `arctrm data build`")
     try:
-        stored: dict[str, Any] = {"version": 1}
-        if (path / FILE).is_file():
-            with safe_open(path / FILE, "np") as file:
-                stored = json.loads((file.metadata() or {})["meta"])
-                cells, pairs = file.get_tensor("cells"), file.get_tensor("pairs")
-        if stored.get("version") != VERSION:
-            raise DataError(
-                f"{path} has data set version {stored.get('version')}, this arctrm reads version "
-                f"{VERSION}; build it again with `arctrm data build`"
-            )
-        meta = BaseSetMeta.model_validate_json(json.dumps(stored))
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with safe_open(path / FILE, "np") as file:
+            meta = BaseSetMeta.model_validate_json((file.metadata() or {})["meta"])
+            cells, pairs = file.get_tensor("cells"), file.get_tensor("pairs")
+        if _fingerprint(cells, pairs, meta.task_ids) != meta.fingerprint:
+            raise ValueError("its arrays are not the ones it was written with")
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
         raise DataError(f"{path} is not a readable data set ({reason}); build it again") from error
-    if _fingerprint(cells, pairs, meta.task_ids) != meta.fingerprint:
-        raise DataError(f"{path}: its arrays are not the ones it was written with; build it again")
     return BaseSet(cells, pairs, meta)

@@ -1,16 +1,12 @@
 """The overlap guard: no pair that is trained on may hold test content of the evaluated split.
 
-Content decides, not ids: 376 of ARC-AGI-1's evaluation tasks are ARC-AGI-2 training tasks, and
-training task 40853293 holds the test pair of evaluation task 070dd51e. A test pair is also
-recognised when it is turned or mirrored (exactly, by its eight dihedral keys); recoloured copies
-are not looked for.
-
-What is not refused, because solving a task shows it anyway: a demonstration of a test-set task that
-equals that task's own test pair (992798f6, mirrored), and one that has the test input of another
-task with another output (8719f442 and 6ea4a07e). Both are reported.
+Content decides, not ids: training task 40853293 holds the test pair of evaluation task 070dd51e. A
+test pair is also recognised when it is turned or mirrored, but not recoloured. Reported and not
+refused, as solving a task shows it anyway: a demonstration of a test-set task that equals that
+task's own test pair (992798f6, mirrored) or has another's test input (8719f442 and 6ea4a07e).
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,8 +19,7 @@ from arctrm.errors import OverlapError
 if TYPE_CHECKING:  # this module guards the building of the base set
     from arctrm.data.base_set import BaseSet
 
-NUM_NAMED = 10
-"""How many offending ids a message names before it only counts."""
+NUM_NAMED = 10  # offending ids that a message names before it only counts
 _TaskIds = dict[Hashable, set[str]]
 
 
@@ -45,12 +40,8 @@ class Overlap:
 def find_overlaps(
     tasks_by_subset: dict[str, list[Task]], test_tasks: Iterable[Task], test_set: str | None = None
 ) -> list[Overlap]:
-    """Compare everything that would be trained on with the test pairs of `test_tasks`.
-
-    Args:
-        tasks_by_subset: label -> tasks, the test set's own tasks among them under `test_set`.
-        test_tasks: the evaluated tasks.
-        test_set: the label of which only demonstrations are trained on.
+    """Compare all that would be trained on (label -> tasks, of `test_set` the demonstrations only)
+    with the test pairs of the evaluated `test_tasks`.
     """
     pairs, inputs = _index(test_tasks)
     found: dict[Overlap, None] = {}
@@ -65,23 +56,17 @@ def find_overlaps(
 
 
 def refused(
-    overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str] = ()
+    overlaps: Iterable[Overlap], test_set: str | None, allow: Collection[str] = ()
 ) -> list[Overlap]:
     """The overlaps that may not be trained on: see the module's header for the exceptions."""
 
-    def leaks(found: Overlap) -> bool:
-        of_another = found.kind == "pair" and found.task_id != found.test_task_id
-        return found.subset != test_set or of_another
-
-    return [found for found in overlaps if leaks(found) and found.task_id not in set(allow)]
+    of_another = lambda found: found.kind == "pair" and found.task_id != found.test_task_id
+    leaks = (found for found in overlaps if found.subset != test_set or of_another(found))
+    return [found for found in leaks if found.task_id not in allow]
 
 
-def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str] = ()) -> None:
-    """Refuse to train on test content.
-
-    Raises:
-        OverlapError: some overlap is neither harmless nor allowed.
-    """
+def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Collection[str] = ()) -> None:
+    """Raise OverlapError where an overlap is neither harmless nor allowed."""
     if bad := refused(overlaps, test_set, allow):
         subsets = ", ".join(sorted({overlap.subset for overlap in bad}))
         raise OverlapError(
@@ -92,11 +77,7 @@ def check(overlaps: Iterable[Overlap], test_set: str | None, allow: Iterable[str
 
 
 def check_inverse(base: "BaseSet", test_tasks: Iterable[Task]) -> None:
-    """Refuse to train on inverse tasks (output to input) where one shows a test pair.
-
-    Raises:
-        OverlapError: some pair of the base set, input and output exchanged, is a test pair.
-    """
+    """Raise OverlapError where an inverse task (output to input) would show a test pair."""
     test_pairs, _ = _index(test_tasks)
     found = [
         Overlap(task_id, label, test_id, "pair")
@@ -106,9 +87,8 @@ def check_inverse(base: "BaseSet", test_tasks: Iterable[Task]) -> None:
     ]
     if found:
         raise OverlapError(
-            f"reader.inverse_share: pairs that would be shown from output to input are test pairs "
-            f"of data.test_set = {base.meta.test_set!r} ({describe(found)}); name these tasks in "
-            "data.exclude, or set reader.inverse_share = 0"
+            "reader.inverse_share: shown from output to input these are test pairs of "
+            f"{base.meta.test_set!r}: {describe(found)}; name them in data.exclude, or set it to 0"
         )
 
 

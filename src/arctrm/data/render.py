@@ -1,4 +1,4 @@
-"""Grids and tasks as pictures: in the terminal and as SVG. `arctrm data show` prints them.
+"""Grids and tasks as pictures in the terminal. `arctrm data show` prints them.
 
 Every cell shows its digit on its colour, so that the same output can be read without colours
 (NO_COLOR, a log file). Wide cells are two characters, which looks square; where a pair would not
@@ -7,8 +7,6 @@ fit on 80 columns that way, cells are one character.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from io import StringIO
 
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -19,17 +17,14 @@ from rich.text import Text
 
 from arctrm.console import ARC_PALETTE, console, note
 from arctrm.data.overlap import describe, find_overlaps
-from arctrm.data.sources import load_tasks
+from arctrm.data.sources import load_tasks, nearest
 from arctrm.data.task import Grid, Pair, Task
-from arctrm.errors import DataError
 
 MAX_WIDE = 16
 """Grids up to this width get wide cells: two of them side by side fit on 80 columns."""
 
-_UNBOUNDED = 1000
-_DARK_COLOURS = {0, 1, 2, 6, 9}
 _CELLS = [
-    Style(color="white" if colour in _DARK_COLOURS else "black", bgcolor=shade)
+    Style(color="white" if colour in {0, 1, 2, 6, 9} else "black", bgcolor=shade)
     for colour, shade in enumerate(ARC_PALETTE)
 ]
 
@@ -76,13 +71,11 @@ def pair_row(pair: Pair, title: str, wide: bool | None = None) -> RenderableType
 
 @dataclass(frozen=True)
 class _RowOrStack:
-    """`row` where the console is wide enough for all of it, else `stack`."""
-
     row: RenderableType
-    stack: RenderableType
+    stack: RenderableType  # where the console is not wide enough for all of the row
 
     def _chosen(self, console: Console, options: ConsoleOptions) -> RenderableType:
-        needed = Measurement.get(console, options.update(max_width=_UNBOUNDED), self.row).maximum
+        needed = Measurement.get(console, options.update(max_width=1000), self.row).maximum
         return self.row if needed <= options.max_width else self.stack
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -92,65 +85,32 @@ class _RowOrStack:
         return Measurement.get(console, options, self._chosen(console, options))
 
 
-def task_picture(task: Task, predictions: Sequence[Sequence[Grid]] | None = None) -> RenderableType:
-    """A whole task: demonstrations, then each test pair (with its answer where the task has it).
-
-    Args:
-        task: what to show; pass `task.without_answers()` to hide the answers.
-        predictions: per test input the grids attempt_1, attempt_2, shown beside it.
-    """
+def task_picture(task: Task) -> RenderableType:
+    """A whole task: demonstrations, then each test pair (with its answer where the task has it)."""
     pairs = (*task.demonstrations, *task.test)
     grids = [grid for pair in pairs for grid in (pair.input, pair.output) if grid is not None]
     wide = max(grid.shape[1] for grid in grids) <= MAX_WIDE
-    shown = [
-        pair_row(pair, f"demonstration {number}", wide)
-        for number, pair in enumerate(task.demonstrations, 1)
-    ]
-    rows: list[RenderableType] = [Text(task.id, "bold underline"), side_by_side(shown)]
-    for index, pair in enumerate(task.test):
-        title = f"test {index + 1}" if len(task.test) > 1 else "test"
-        attempts = enumerate([] if predictions is None else predictions[index], 1)
-        panels = [grid_panel(grid, f"attempt_{number}", wide) for number, grid in attempts]
-        rows += [Text(), side_by_side([pair_row(pair, title, wide), *panels])]
-    return Group(*rows, Text())
-
-
-def svg(picture: RenderableType, title: str = "", width: int = 100) -> str:
-    """What a terminal of `width` columns would show, as the text of an SVG file."""
-    recorder = Console(record=True, width=width, file=StringIO(), color_system="truecolor")
-    recorder.print(picture)
-    return recorder.export_svg(title=title)
+    shown, asked = (
+        side_by_side(pair_row(pair, f"{name} {n}", wide) for n, pair in enumerate(own, 1))
+        for name, own in (("demonstration", task.demonstrations), ("test", task.test))
+    )
+    return Group(Text(task.id, "bold underline"), shown, Text(), asked, Text())
 
 
 def show(
     source: str, task_ids: Sequence[str] = (), statistics: bool = False, limit: int = 5
 ) -> None:
-    """Print the named tasks of a source, else its first `limit`, else (only) its statistics.
-
-    Raises:
-        TaskError, DataError: the source cannot be used, or has no task of that id.
-    """
+    """Print the named tasks of a source, else its first `limit`, else (only) its statistics."""
     tasks = load_tasks(source)
     by_id = {task.id: task for task in tasks}
     for task_id in task_ids or ([] if statistics else list(by_id)[:limit]):
-        if task_id not in by_id:
-            near = get_close_matches(task_id, by_id, n=3, cutoff=0.5) or list(by_id)[:3]
-            raise DataError(
-                f"{source} has no task {task_id!r} among its {len(tasks)}; its ids are like "
-                f"{', '.join(near)}"
-            )
-        console().print(task_picture(by_id[task_id]))
+        console().print(task_picture(by_id[nearest(task_id, by_id, source)]))
     if statistics:
-        tests = [pair for task in tasks for pair in task.test]
-        known = sum(pair.output is not None for pair in tests)
-        demonstrations = sum(len(task.demonstrations) for task in tasks)
-        lines = [f"{len(tasks):,} tasks, {demonstrations:,} demonstrations"]
-        lines.append(f"{len(tests):,} test inputs, {known:,} test outputs")
+        table = Table("", "tasks", f"of {len(tasks):,}", title=Text(source), title_justify="left")
         for split in ("evaluation", "evaluation2"):  # what would leak if it were trained on
             overlaps = find_overlaps({source: tasks}, load_tasks(split), split)
-            which = f": {describe(overlaps)}" if overlaps else ""
-            count = len({overlap.task_id for overlap in overlaps})
-            lines.append(f"{count:,} tasks with test content of {split}{which}")
-        console().print(Text("\n".join(lines)))
+            count = f"{len({overlap.task_id for overlap in overlaps}):,}"
+            table.add_row(f"with test content of {split}", count, describe(overlaps))
+        console().print(table)
     elif not task_ids and len(tasks) > limit:
         note(f"{limit} of {len(tasks)} tasks; name task ids to see others")

@@ -7,7 +7,7 @@ sections between lines, numbers of colours and cells).
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -22,43 +22,26 @@ def output_size(task: Task, test_input: Grid) -> tuple[int, int]:
 def plausible_sides(task: Task, test_input: Grid, axis: int) -> list[int]:
     """Lengths that the output's side along `axis` (0: height) may have, the likeliest first.
 
-    Rules, in this order: as large as the input, constant, a fixed ratio, a fixed difference; then
-    the same with the input's other axis; as large as something that the input shows, in a fixed
-    ratio or difference to it. Where none fits: the largest side seen, that and the largest gap
-    between the sides seen, the input's side grown as much as any.
+    Rules, in this order: as large as the input, constant, a fixed ratio, a fixed difference; the
+    same with the input's other axis; the same with something that the input shows. Where none fits:
+    the largest side seen, that and the largest gap between those seen, the most grown.
     """
     shown = [pair for pair in task.demonstrations if pair.output is not None]
     pairs = [(pair.input.shape, pair.output.shape) for pair in shown if pair.output is not None]
     outputs = [output[axis] for _, output in pairs]
     for source in (axis, 1 - axis):
         inputs = [given[source] for given, _ in pairs]
-        found = [
-            length
-            for length in _fitting(inputs, outputs, test_input.shape[source])
-            if 1 <= length <= MAX_SIDE
-        ]
-        if found:
+        sides = _fitting(inputs, outputs, test_input.shape[source])
+        if found := [side for side in sides if 1 <= side <= MAX_SIDE]:
             return found
     if not pairs:
         return [test_input.shape[axis]]
     found = _by_contents([pair.input for pair in shown], outputs, test_input, axis)
     seen = sorted(set(outputs))
     step = max((high - low for low, high in itertools.pairwise(seen)), default=0)
-    scaled = max(
-        -(-test_input.shape[axis] * output[axis] // given[axis]) for given, output in pairs
-    )
+    side = test_input.shape[axis]
+    scaled = max(-(-side * output[axis] // given[axis]) for given, output in pairs)
     return found + [min(MAX_SIDE, length) for length in (seen[-1], seen[-1] + step, scaled)]
-
-
-def size_rules_right(tasks: Iterable[Task]) -> tuple[int, int]:
-    """(known test outputs whose size the rules say, known test outputs)."""
-    right = [
-        pair.output.shape == output_size(task.without_answers(), pair.input)
-        for task in tasks
-        for pair in task.test
-        if pair.output is not None
-    ]
-    return sum(right), len(right)
 
 
 def _fitting(inputs: list[int], outputs: list[int], asked: int) -> Iterator[int]:

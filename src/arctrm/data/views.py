@@ -1,7 +1,6 @@
 """Views: a dihedral transform x a colour permutation, each with its exact inverse.
 
-The dihedral table is data, so that the device stream can gather with the same eight rows that
-`View` applies here; nothing else in the package decides what "rotated" means.
+The dihedral table is data: training gathers on the device with the rows that `View` applies here.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from math import factorial
 
 import numpy as np
 
-from arctrm.data.task import NUM_COLOURS, Grid, Task
+from arctrm.data.task import NUM_COLOURS, Grid, Pair, Task
 
 DIHEDRALS = np.array(
     [
@@ -52,6 +51,12 @@ class View:
         palette = np.array(self.colours, dtype=np.uint8)
         return np.ascontiguousarray(palette[transform(grid, self.dihedral)])
 
+    def apply_pair(self, pair: Pair) -> Pair:
+        """A pair as this view shows it."""
+        return Pair(
+            self.apply(pair.input), None if pair.output is None else self.apply(pair.output)
+        )
+
     def inverse(self, grid: Grid) -> Grid:
         """The original of a grid seen under this view: `inverse(apply(x)) == x`, exactly."""
         palette = np.argsort(self.colours).astype(np.uint8)
@@ -72,8 +77,7 @@ IDENTITY = View(0)
 def fixed_colours(task: Task) -> np.ndarray:
     """bool[10]: the colours that no view of this task may move.
 
-    Colour 0, and colours that occur in some demonstration's output but not in its input: the input
-    does not say which colour they would have become.
+    Colour 0, and those of a demonstration's output that its input lacks, and so could not say.
     """
     fixed = np.zeros(NUM_COLOURS, dtype=bool)
     fixed[0] = True
@@ -97,10 +101,7 @@ def draw_view(rng: np.random.Generator, fixed: np.ndarray, identity_colours: flo
 def distinct_views(
     fixed: np.ndarray, count: int, rng: np.random.Generator, identity_colours: float = 0.2
 ) -> list[View]:
-    """`count` distinct views, the identity first; fewer when fewer exist.
-
-    With `identity_colours` = 1 only the eight dihedrals exist.
-    """
+    """`count` distinct views, the identity first; fewer when fewer exist."""
     free = np.flatnonzero(~fixed) if identity_colours < 1 else np.arange(0)
     if count < NUM_DIHEDRALS * factorial(len(free)):
         views = dict.fromkeys([IDENTITY])

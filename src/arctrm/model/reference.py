@@ -230,10 +230,8 @@ _COUNTS = {"num_heads", "H_cycles", "L_cycles", "puzzle_emb_len", "rope_theta", 
 
 
 def read_reference_file(path: Path) -> ReferenceTRM:
-    """The model of a published checkpoint: safetensors, or a PyTorch state dict of tensors alone.
-
-    Raises:
-        CheckpointError: anything else, in one sentence; nothing is unpickled but tensors.
+    """The model of a published checkpoint: safetensors, or a PyTorch state dict of tensors alone
+    (nothing else is unpickled). Raises CheckpointError, in one sentence.
     """
     config: Mapping[str, Any] = {}
     try:
@@ -252,10 +250,7 @@ def read_reference_file(path: Path) -> ReferenceTRM:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # of torch, zipfile, pickle, the system: by where they stumble
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path}: not a state dict of plain tensors ({reason}); give a file that torch.save "
-            "wrote from a state_dict, a .safetensors file, or an arctrm checkpoint folder"
-        ) from error
+        raise CheckpointError(f"{path}: not a state dict of plain tensors ({reason})") from error
 
 
 def load_reference(
@@ -264,8 +259,7 @@ def load_reference(
     """Model with the reference weights, float32; `config` is the reference's `arch` table.
 
     What it does not say is read off the weights, or is as in the published ARC models (H3 / L4,
-    heads of 64). Wrappers' prefixes of names are dropped. Raises CheckpointError with the first
-    missing, unexpected or wrongly shaped tensor.
+    heads of 64). Wrappers' prefixes of names are dropped.
     """
     prefixes = r"^(?:weights\.|_orig_mod\.|module\.|model\.|inner\.)+"
     no_values = r"rotary_emb\.|embed_pos\.|local_(weights|ids)$"
@@ -277,15 +271,17 @@ def load_reference(
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"holds no TRM weights ({error})") from error
     layers = {key.split(".")[2] for key in weights if key.startswith("L_level.layers.")}
-    sizes = {"hidden_size": width, "L_layers": len(layers), "num_heads": max(1, width // 64)}
-    fixed = {"hidden_size": width, "L_layers": len(layers), "mlp_t": False, "pos_encodings": "rope"}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "L_layers": len(layers),
+        "num_heads": max(1, width // 64),
+    }
+    fixed = {**sizes, "mlp_t": False, "pos_encodings": "rope"}
     for key, got in (config or {}).items():
-        is_number = type(got) is int or (key == "rope_theta" and type(got) is float)
-        if key in _COUNTS and is_number and 1 <= got <= 10**5:
+        if key in _COUNTS and isinstance(got, int | float) and 1 <= got <= 10**5:
             sizes[key] = got
         elif key in _COUNTS or got != fixed.get(key, got):
-            wanted = fixed.get(key, "a number from 1 to 100,000")
-            raise CheckpointError(f"its configuration has {key} = {got!r}; only {wanted} fits")
+            raise CheckpointError(f"its configuration has {key} = {got!r}; only {fixed} fit")
     if not width or width % (2 * sizes["num_heads"]):
         raise CheckpointError(f"{sizes['num_heads']} heads do not divide a width of {width}")
     with torch.device("meta"):  # compared before anything of these sizes is made
@@ -302,7 +298,7 @@ def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[Vie
     """Task id -> the views that have a vector, each with its row: from the identifiers.json beside
     the checkpoint `path`, a list of names `task`, or `task|||t3|||0213456789` (dihedral, colours).
     """
-    file, views = path.with_name("identifiers.json"), {}
+    file, views = path.with_name("identifiers.json"), {}  # type: Path, dict[str, list[Any]]
     try:
         names = json.loads(file.read_text(encoding="utf-8"))
         if len(names) != num_embeddings:
@@ -316,7 +312,6 @@ def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[Vie
             views.setdefault(task_id, []).append((view, row))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{file}: {error}; copy the identifiers.json of the data set that the checkpoint was "
-            "trained on there"
+            f"{file}: {error}; copy the one of the training data there"
         ) from error
     return views

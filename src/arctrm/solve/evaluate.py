@@ -3,8 +3,8 @@
 Answers are set aside before any model sees a task; only `arctrm.solve.scoring` reads them. In the
 order of the run: (1) tasks, weights, and what is answered already; (2) questions, shared by all
 processes, written by the reader and refined by TRM; (3) a ranking for everything, and one for each
-ablation; (4) submission.json, scores.json, a table. What is answered is kept in unfinished.jsonl
-until all is scored. With `submission` a file that was written before is scored, without a model.
+ablation; (4) submission.json, scores.json, a table. With `submission` a file that was written
+before is scored, without a model.
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from arctrm.config import EvalConfig
 from arctrm.console import console, note, plain, progress_console
@@ -27,6 +26,7 @@ from arctrm.solve import results, scoring
 from arctrm.solve.propose import Advance, Candidate, by_key, refine, to_refine, write, written
 from arctrm.solve.questions import Key, Question, all_questions, keys_of, load_test_set
 from arctrm.solve.rank import Grids, Scores, judged, rank
+from arctrm.solve.report import dry_run_table
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, write_run_record
@@ -43,11 +43,7 @@ def evaluate(
 
     With `resume`, answer what an interrupted evaluation has left; with `dry_run`, only print what
     would be done. Returns the scores; None where no answer is known (the submission is written all
-    the same), where nothing was to be done, and in all processes but the main one.
-
-    Raises:
-        UserError: tasks or checkpoint cannot be used, or the folder cannot be written.
-        KeyboardInterrupt: when interrupted; says how much is kept.
+    the same), after a dry run, and in all processes but the main one.
     """
     # 1. Tasks, weights, and what is answered already. Every process reads before any writes.
     if (out := config.out) is None:
@@ -60,10 +56,8 @@ def evaluate(
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
     rows = (EVERYTHING, *config.evaluation.ablate)
     if len(rows) > 1 and not solver.speaks_both:
-        raise ConfigError(
-            f"evaluation.ablate = {list(rows[1:])}: {solver.name} answers with one voice "
-            f"({', '.join(solver.voices)}): nothing to leave out; give a checkpoint with both"
-        )
+        voices = ", ".join(solver.voices)
+        raise ConfigError(f"evaluation.ablate: {solver.name} has only {voices}; leave nothing out")
     run = _Run(config, solver, accelerator, tasks, known, store, rows, out)
     if dry_run:
         run.print_plan()
@@ -114,17 +108,16 @@ class _Run:
     """Whether there are many parts: finished bars would fill the screen, and go."""
 
     def parts(self) -> list[list[Task]]:
-        """What is left to answer, in tasks that are answered together, one part after another.
+        """What is left to answer, in tasks that are answered together.
 
         All at once where that is quick, on a GPU with a model of our own. Else some prompts at a
         time, the largest test inputs first: what does not fit into memory should say so at once.
         """
         tasks = self.store.left(self.tasks, self.rows)
-        if self.solver.device.type == "cuda" and not self.solver.reads_pairs:
-            return [tasks] if tasks else []
-        size = max(1, PROMPTS_AT_ONCE // self.config.inference.views)
+        quick = self.solver.device.type == "cuda" and not self.solver.reads_pairs
+        size = len(tasks) if quick else PROMPTS_AT_ONCE // self.config.inference.views
         ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
-        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+        return [ordered[i : i + max(1, size)] for i in range(0, len(ordered), max(1, size))]
 
     def answer(
         self, tasks: list[Task], many: bool
@@ -207,12 +200,19 @@ class _Run:
         if not scoring.num_known(self.known):
             note(f"no answers are known: nothing is scored, the submission is in {plain(out)}")
             return None
-        score = lambda own: scoring.score(_predictions(tasks, own), self.known)
-        scores = {row: score(own) for row, own in ranked.items()}
-        everything, own = scores[EVERYTHING], records[EVERYTHING]
-        per_task = sum(record["seconds"] for record in own) / len(tasks)
-        steps, answers = (sum(record["trm_steps"][i] for record in own) for i in (0, 1))
-        told = {
+        # Scored are the two grids that are submitted, and those that come after them.
+        grids = lambda own, key, pair: [one.grid for one in own[key]] or [pair.input]
+        scores = {}
+        for row, own in ranked.items():
+            told = {
+                task.id: [grids(own, *one) for one in zip(keys_of([task]), task.test, strict=True)]
+                for task in tasks
+            }
+            scores[row] = scoring.score(told, self.known)
+        everything, done = scores[EVERYTHING], records[EVERYTHING]
+        per_task = sum(record["seconds"] for record in done) / len(tasks)
+        steps, answers = (sum(record["trm_steps"][i] for record in done) for i in (0, 1))
+        content = {
             "checkpoint": solver.name,
             "voices": solver.voices,
             "views": config.inference.views,
@@ -223,11 +223,9 @@ class _Run:
             "device": str(solver.device),
             "seconds_per_task": per_task,
         }
-        _write_json(out / SCORES, told | scoring.scores_dict(everything))
-        console().print(scoring.task_table(everything), scoring.scores_table(everything))
+        _write_scores(out, content, everything)
         if len(self.rows) > 1:
-            rows = {row: scoring.scores_dict(one) for row, one in scores.items()}
-            _write_json(out / ABLATIONS, rows)
+            _write_json(out / ABLATIONS, {r: scoring.scores_dict(one) for r, one in scores.items()})
             console().print(scoring.comparison_table(scores))
         kind = "GPU" if solver.device.type == "cuda" else "CPU"
         note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
@@ -236,17 +234,17 @@ class _Run:
     def print_plan(self) -> None:
         """What would be done."""
         inputs, views = sum(len(task.test) for task in self.tasks), self.config.inference.views
-        done = len(self.tasks) - len(self.store.left(self.tasks))
-        _print_rows(
-            ("checkpoint", self.solver.name),
-            ("voices", ", ".join(self.solver.voices)),
-            ("tasks, test inputs", f"{len(self.tasks)}, {inputs}"),
-            *([("answered before", str(done))] if done else []),
-            ("in the id map", str(sum(self.solver.row_of(t) is not None for t in self.tasks))),
-            ("answers known", str(scoring.num_known(self.known))),
-            ("questions", f"{inputs * views:,} ({views} views)"),
-            *([("supervision steps, at most", str(self.max_steps))] if self.max_steps else []),
-        )
+        rows = {
+            "checkpoint": self.solver.name,
+            "voices": ", ".join(self.solver.voices),
+            "tasks, test inputs": f"{len(self.tasks)}, {inputs}",
+            "answered before": len(self.tasks) - len(self.store.left(self.tasks)),
+            "in the id map": sum(self.solver.row_of(t) is not None for t in self.tasks),
+            "answers known": scoring.num_known(self.known),
+            "questions": f"{inputs * views:,} ({views} views)",
+            "supervision steps, at most": self.max_steps or "none",
+        }
+        console().print(dry_run_table("eval", rows))
 
 
 def _record(
@@ -255,17 +253,6 @@ def _record(
     found = [one.steps for key in keys_of([task]) for one in candidates.get(key, ())]
     steps = [count for count in found if count is not None]
     return {"trm_steps": [sum(steps), len(steps)], **results.as_record(task, ranked)}
-
-
-def _predictions(tasks: Sequence[Task], ranked: results.Rankings) -> dict[str, list[list[Grid]]]:
-    """What is scored: the two grids that are submitted, and those that come after them."""
-    return {
-        task.id: [
-            [one.grid for one in ranked[key][: scoring.PASSES[-1]]] or [pair.input]
-            for key, pair in zip(keys_of([task]), task.test, strict=True)
-        ]
-        for task in tasks
-    }
 
 
 def _score_submission(
@@ -282,38 +269,26 @@ def _score_submission(
     path = given / results.SUBMISSION if given.is_dir() else given
     content, test_set = results.read_submission(path), config.evaluation.test_set
     found = {task.id: content[task.id] for task in tasks if task.id in content}
-    if not found:
+    wrong = [t.id for t in tasks if len(found.get(t.id, t.test)) != len(t.test)]
+    if not found or wrong:
         raise DataError(
-            f"{path}: answers none of the {len(tasks)} tasks of {test_set}; give its own test set, "
-            "for example --set evaluation.test_set=arc-agi_test_challenges.json"
+            f"{path}: does not fit the tasks of {test_set}: "
+            + (f"other test inputs of {wrong[0]}" if wrong else "answers none of them")
+            + "; give its own evaluation.test_set"
         )
-    for task in tasks:
-        if len(found.get(task.id, task.test)) != len(task.test):
-            raise DataError(
-                f"{path}: task {task.id} has {len(found[task.id])} entries, but {len(task.test)} "
-                f"test inputs in {test_set}; a submission has one entry for each, in their order"
-            )
     if dry_run:
-        answered = ("tasks, answered there", f"{len(tasks)}, {len(found)}")
-        num_known = ("answers known", str(scoring.num_known(known)))
-        _print_rows(("submission", str(given)), answered, num_known)
+        answered = f"{len(tasks)}, {len(found)}"
+        rows = {"submission": given, "tasks, answered there": answered}
+        console().print(dry_run_table("eval", rows | {"answers known": scoring.num_known(known)}))
         return None
     scores = scoring.score(found, known)
     _open_folder(out, config)
     told = {"submission": str(given), "test_set": test_set}
-    _write_json(out / SCORES, told | scoring.scores_dict(scores, scoring.ATTEMPTS))
-    console().print(scoring.task_table(scores), scoring.scores_table(scores, scoring.ATTEMPTS))
+    _write_scores(out, told, scores, scoring.ATTEMPTS)
     missing = len(tasks) - len(found)
     rest = f"; {missing} of {len(tasks)} tasks are not in the submission: not solved"
     note(f"written to {plain(out)}{rest if missing else ''}")
     return scores
-
-
-def _print_rows(*rows: tuple[str, str]) -> None:
-    table = Table(title="eval (dry run)", title_justify="left", show_header=False)
-    for name, value in rows:
-        table.add_row(name, plain(value))
-    console().print(table)
 
 
 def _open_folder(out: Path, config: EvalConfig) -> None:
@@ -325,6 +300,13 @@ def _open_folder(out: Path, config: EvalConfig) -> None:
         for older in (SCORES, ABLATIONS, results.CANDIDATES):
             (out / older).unlink(missing_ok=True)
     write_run_record(out, config)
+
+
+def _write_scores(
+    out: Path, told: Mapping[str, Any], scores: scoring.Scores, most: int = scoring.PASSES[-1]
+) -> None:
+    _write_json(out / SCORES, {**told, **scoring.scores_dict(scores, most)})
+    console().print(scoring.task_table(scores), scoring.scores_table(scores, most))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,11 +1,9 @@
 """Who proposes an answer: the reader writes it, TRM refines it; both see the question's view.
 
-The reader writes a grid token by token. TRM answers a whole grid of known size in two ways: from
-hidden cells, and (coupled) from the reader's draft, with the reader's states of it. Both ways
-propose: the first sees what the reader missed, the second repairs what it nearly had. The size
-comes from the reader's draft, where there is one, else from the demonstrations' size rules.
-
-Without the coupling nothing passes from the reader to TRM: no draft, no states, no size.
+TRM answers a whole grid of known size in two ways: from hidden cells, which sees what the reader
+missed, and (coupled) from the reader's draft, with the reader's states of it, which repairs what it
+nearly had. The size is the draft's, else by the rules of `data.sizes`. Without the coupling nothing
+passes from the reader to TRM: no draft, no states, no size.
 """
 
 import math
@@ -26,10 +24,8 @@ from arctrm.solve.questions import Key, Question
 READER, TRM, JOINT = "reader", "trm", "joint"
 """Sources of candidates: written by the reader, refined from hidden cells, refined from a draft."""
 
-Advance = Callable[[int], None]
-"""Is told how many questions are done."""
-Drafts = Sequence[Grid | None]
-"""The reader's draft of each question, as its view shows it."""
+Advance = Callable[[int], None]  # is told how many questions are done
+Drafts = Sequence[Grid | None]  # the reader's, of each question, as its view shows it
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +33,12 @@ class Candidate:
     """A proposed answer in the task's own colours and orientation."""
 
     key: Key
-    """The test input."""
-    grid: Grid | None
-    """None where no grid came out."""
-    q: float
-    """The proposer's confidence as a logit: TRM's halting logit, the reader's log-odds."""
+    grid: Grid | None  # None where no grid came out
+    q: float  # the proposer's confidence as a logit: TRM's halting logit, the reader's log-odds
     source: str = TRM
-    """Who proposed it."""
-    view: int = 0
-    """Number of the view."""
-    log_p: float = 0.0
-    """Log-probability (nats) that the proposer gave it."""
-    steps: int | None = None
-    """Supervision steps behind it, where TRM proposed it."""
+    view: int = 0  # its number
+    log_p: float = 0.0  # log-probability (nats) that the proposer gave it
+    steps: int | None = None  # supervision steps behind it, where TRM proposed it
     probe: float | None = None
     """Score (0..1) of the held-out demonstrations in the planner's attempt that gave it."""
 
@@ -84,6 +73,12 @@ def write(
     follows = follow and reader.follows_drafts
     known = dict(expected or {})
     found: dict[int, Decoded] = {}
+
+    def likely(one: Question) -> Grid | None:
+        """Another view's answer, or the input itself."""
+        own = one.query if one.shape == one.query.shape else None
+        return one.shown(known[one.key]) if one.key in known else own
+
     # The first view of every test input of which nothing is known, then all others.
     seen, parts = set(known), ([], [])  # type: tuple[set[Key], tuple[list[int], list[int]]]
     for index, question in enumerate(questions):
@@ -96,7 +91,7 @@ def write(
             [prompt_of(one) for one in own],
             batch_size=batch_size or reader.batch_rows,
             max_output_tokens=[one.room for one in own],
-            drafts=[_to_follow(one, known) for one in own] if follows else None,
+            drafts=[*map(likely, own)] if follows else None,
             deadline=deadline,
             advance=advance,
         )
@@ -109,17 +104,11 @@ def write(
 
 def written(questions: Sequence[Question], decoded: Sequence[Decoded]) -> list[Candidate]:
     """The reader's candidates: what it wrote, turned back."""
-    return [
-        Candidate(
-            question.key,
-            question.turned_back(one.grid),
-            as_logit(one.log_probability),
-            READER,
-            question.number,
-            one.log_probability,
-        )
-        for question, one in zip(questions, decoded, strict=True)
-    ]
+    found = []
+    for question, one in zip(questions, decoded, strict=True):
+        grid, log_p = question.turned_back(one.grid), one.log_probability
+        found.append(Candidate(question.key, grid, as_logit(log_p), READER, question.number, log_p))
+    return found
 
 
 def as_logit(log_probability: float) -> float:
@@ -129,16 +118,9 @@ def as_logit(log_probability: float) -> float:
 
 
 def prompt_of(question: Question) -> Prompt:
-    """The prompt of a question that is no inverse one."""
+    """Of a question that is no inverse one."""
     assert question.prompt is not None
     return question.prompt
-
-
-def _to_follow(question: Question, known: Mapping[Key, Grid]) -> Grid | None:
-    """What may come out, as the view shows it: another view's answer, or the input itself."""
-    if question.key in known:
-        return question.shown(known[question.key])
-    return question.query if question.keeps_size else None
 
 
 # ---- TRM refines ----
@@ -168,18 +150,12 @@ def refine(
             f"out of memory with inference.tokens_per_batch = {now}; lower it, for example --set "
             f"inference.tokens_per_batch={now // 2}"
         ) from error
-    return [
-        Candidate(
-            question.key,
-            question.turned_back(answer.grid),
-            answer.q,
-            TRM if one.draft is None else JOINT,
-            question.number,
-            answer.log_p,
-            answer.steps,
-        )
-        for (question, one), answer in zip(asked, answers, strict=True)
-    ]
+    found = []
+    for (question, one), answer in zip(asked, answers, strict=True):
+        source = TRM if one.draft is None else JOINT
+        more = (source, question.number, answer.log_p, answer.steps)
+        found.append(Candidate(question.key, question.turned_back(answer.grid), answer.q, *more))
+    return found
 
 
 def to_refine(questions: Sequence[Question], drafts: Drafts | None) -> list[tuple[Question, Asked]]:
@@ -189,10 +165,6 @@ def to_refine(questions: Sequence[Question], drafts: Drafts | None) -> list[tupl
         shape = question.shape if draft is None else draft.shape
         prompt = layout.prompt(question.query, question.condition)
         for way in [None] if draft is None else [draft, None]:
-            one = Asked(question.query, prompt, shape, way)
-            if question.pairs:
-                from arctrm.model.hybrid import AskedInContext  # loaded, as there is a hub reader
-
-                one = AskedInContext(question.query, prompt, shape, way, question.pairs)
+            one = Asked(question.query, prompt, shape, way, question.pairs)
             found.append((question, one))
     return found

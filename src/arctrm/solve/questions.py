@@ -1,10 +1,8 @@
 """What models are asked: one test input under one view.
 
-A question has all that either voice needs: the grid as the view shows it, the condition (task,
-view) that the trunk is told, the reader's prompt, the likeliest size of the answer, and a bound on
-the tokens of any plausible answer. Answers come back through the exact inverse of the view. Views
-are drawn from a random stream of their own for each task, so neither the order of tasks nor the
-number of processes changes what is asked. No test output is read here.
+A question has all that either voice needs; answers come back through the exact inverse of the
+view. Views are drawn from a random stream of their own for each task, so neither the order of tasks
+nor the number of processes changes what is asked. No test output is read here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,17 +22,14 @@ from arctrm.model.layout import Condition, Prompt, grid_length
 from arctrm.solve import scoring
 from arctrm.solve.weights import Solver
 
-CONTEXT_STREAM = 1
-"""Last number of the seed of the order in which demonstrations stand in a hub model's prompt."""
+CONTEXT_STREAM = 1  # ends the seed of the order of demonstrations in a hub model's prompt
 
 
 class Key(NamedTuple):
-    """A test input."""
+    """A test input: task id, and number of the input, from 0."""
 
     task: str
-    """Task id."""
     index: int  # type: ignore[assignment]
-    """Number of the test input, from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,21 +37,16 @@ class Question:
     """A test input under a view."""
 
     key: Key
-    number: int
-    """Number of the view among those of the task, from 0."""
+    number: int  # of the view among those of the task, from 0
     view: View
-    query: Grid
-    """The input as the view shows it."""
+    query: Grid  # the input as the view shows it
     condition: Condition
-    """Task embedding row and view, for the trunk; `inverse` = 1: `query` is what is asked for, and
-    the prompt shows an output."""
+    """Task embedding row and view, for the trunk; `inverse` = 1: `query` is what is asked for."""
     prompt: Prompt | None
-    """The reader's prompt; None without a reader, and of an inverse question, whose prompt shows a
-    candidate."""
-    shape: tuple[int, int]
-    """Likeliest size of the answer under the view, by the demonstrations."""
-    room: int
-    """Output tokens that spell every plausible answer."""
+    """Of the reader; None without one, and of an inverse question, whose prompt shows a candidate.
+    """
+    shape: tuple[int, int]  # likeliest size of the answer under the view
+    room: int  # output tokens that spell every plausible answer
     pairs: tuple[Pair, ...] = ()
     """Demonstrations as the view shows them, for a reader that is told a task by them."""
 
@@ -68,11 +58,6 @@ class Question:
         """An answer in the task's own colours and orientation."""
         return None if grid is None else self.view.inverse(grid)
 
-    @property
-    def keeps_size(self) -> bool:
-        """Whether the answer is likely to be as large as the input."""
-        return self.shape == self.query.shape
-
 
 def questions(solver: Solver, task: Task, num_views: int, seed: int) -> list[Question]:
     """Questions about every test input of a task, view by view (the identity first).
@@ -81,13 +66,32 @@ def questions(solver: Solver, task: Task, num_views: int, seed: int) -> list[Que
     embedding for every view has no view to offer then, and gets no question.
     """
     order = np.random.default_rng([seed, *task.id.encode(), CONTEXT_STREAM])
-    sizes = [output_size(task, pair.input) for pair in task.test]
-    rooms = [_plausible_size(task, pair.input) for pair in task.test]
-    return [
-        _question(solver, task, index, view, number, row, sizes[index], rooms[index], order)
-        for number, (view, row) in enumerate(views_of(solver, task, num_views, seed))
-        for index in range(len(task.test))
-    ]
+    likely = [output_size(task, pair.input) for pair in task.test]
+    largest = [_largest_size(task, pair.input) for pair in task.test]
+    found, reader = [], solver.reader
+    for number, (view, row) in enumerate(views_of(solver, task, num_views, seed)):
+        condition = Condition(row, view.dihedral, int(view.identity_colours))
+        for index, pair in enumerate(task.test):
+            query, size, bound = view.apply(pair.input), likely[index], largest[index]
+            if DIHEDRALS[view.dihedral][0]:
+                size, bound = size[::-1], bound[::-1]
+            pairs: tuple[Pair, ...] = ()
+            if solver.reads_pairs:
+                shuffled = order.permutation(len(task.demonstrations))
+                pairs = tuple(view.apply_pair(task.demonstrations[i]) for i in shuffled)
+            prompt = None if reader is None else reader.prompt(query, condition, pairs)
+            key, room = Key(task.id, index), grid_length(*bound) + 1
+            found.append(Question(key, number, view, query, condition, prompt, size, room, pairs))
+    return found
+
+
+def _largest_size(task: Task, given: Grid) -> tuple[int, int]:
+    """A (height, width) that the answer does not exceed by any rule; above the input's."""
+    height, width = (
+        min(MAX_SIDE, 1 + max(given.shape[axis], *plausible_sides(task, given, axis)))
+        for axis in (0, 1)
+    )
+    return height, width
 
 
 def all_questions(
@@ -117,33 +121,23 @@ def inverse_questions(solver: Solver, tasks: Iterable[Task], num_views: int) -> 
     found = []
     for dihedral in range(min(num_views, NUM_DIHEDRALS)):
         view = View(dihedral)
-        for task, row in rows:
-            if row is None:
-                continue
+        for task, row in ((task, row) for task, row in rows if row is not None):
             condition = Condition(row, dihedral, keeps_colours=1, inverse=1)
             for index, pair in enumerate(task.test):
                 query = view.apply(pair.input)
-                room = grid_length(*query.shape) + 1
+                more = (None, query.shape, grid_length(*query.shape) + 1)
                 key = Key(task.id, index)
-                one = Question(key, dihedral, view, query, condition, None, query.shape, room)
-                found.append(one)
+                found.append(Question(key, dihedral, view, query, condition, *more))
     return found
 
 
 def load_test_set(chosen: TaskChoiceConfig) -> tuple[list[Task], dict[str, list[Grid | None]]]:
-    """The tasks of a test set without answers, and the answers apart.
-
-    Raises:
-        UserError: there are no such tasks, or one has no test input.
-    """
+    """The tasks of a test set without answers, and the answers apart."""
     solutions = Path(chosen.solutions) if chosen.solutions else None
     tasks = load_tasks(chosen.test_set, solutions=solutions)
     unknown = set(chosen.tasks) - {task.id for task in tasks}
     if unknown:
-        raise DataError(
-            f"evaluation.tasks names {min(unknown)!r}, which is not in {chosen.test_set}; give ids "
-            "of that set, or none for all"
-        )
+        raise DataError(f"evaluation.tasks names {min(unknown)!r}, not in {chosen.test_set}")
     if chosen.tasks:
         tasks = [task for task in tasks if task.id in chosen.tasks]
     if chosen.held_out:
@@ -158,51 +152,9 @@ def require_test_inputs(tasks: Sequence[Task], source: str) -> None:
     """Raise TaskError where a task asks for nothing (a map of pairs, say, is for training only)."""
     empty = next((task for task in tasks if not task.test), None)
     if empty is not None:
-        raise TaskError(
-            f"{source}: task {empty.id} has no test input, so there is nothing to answer; give "
-            "tasks with a test input"
-        )
+        raise TaskError(f"{source}: task {empty.id} has no test input to answer")
 
 
 def keys_of(tasks: Iterable[Task]) -> list[Key]:
     """Every test input of the tasks, in order."""
     return [Key(task.id, index) for task in tasks for index in range(len(task.test))]
-
-
-def _question(
-    solver: Solver,
-    task: Task,
-    index: int,
-    view: View,
-    number: int,
-    row: int,
-    size: tuple[int, int],
-    plausible: tuple[int, int],
-    order: np.random.Generator,
-) -> Question:
-    query = view.apply(task.test[index].input)
-    condition = Condition(row, view.dihedral, int(view.identity_colours))
-    pairs = _context(task, view, order) if solver.reads_pairs else ()
-    prompt = None if solver.reader is None else solver.reader.prompt(query, condition, pairs)
-    if DIHEDRALS[view.dihedral][0]:
-        size, plausible = size[::-1], plausible[::-1]
-    room = grid_length(*plausible) + 1
-    return Question(Key(task.id, index), number, view, query, condition, prompt, size, room, pairs)
-
-
-def _context(task: Task, view: View, order: np.random.Generator) -> tuple[Pair, ...]:
-    """The demonstrations as the view shows them, in random order."""
-    found = []
-    for index in order.permutation(len(task.demonstrations)):
-        pair = task.demonstrations[index]
-        assert pair.output is not None
-        found.append(Pair(view.apply(pair.input), view.apply(pair.output)))
-    return tuple(found)
-
-
-def _plausible_size(task: Task, test_input: Grid) -> tuple[int, int]:
-    """A (height, width) that the answer does not exceed by any rule; never below the input's."""
-    height, width = (
-        1 + max(test_input.shape[axis], *plausible_sides(task, test_input, axis)) for axis in (0, 1)
-    )
-    return min(MAX_SIDE, height), min(MAX_SIDE, width)

@@ -6,16 +6,14 @@
     invariants     the first ten, and what each breaks of what all demonstrations keep
 
 A right grid is likely from every side, so log-probabilities of views are summed (a product of
-experts). What is likely both ways is right more often (noisy-channel reranking, Yee et al. 2019).
-The result depends on the set of candidates only: ties are broken by a hash of seed and grid. TRM is
-no judge: its log-probability beside the reader's was worth 0 to 0.4 points.
+experts); what is likely both ways is right more often (noisy-channel reranking, Yee et al. 2019).
 """
 
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum, inf, isfinite, log1p
+from math import fsum, isfinite, log1p
 
 import numpy as np
 
@@ -24,7 +22,7 @@ from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Task
 from arctrm.invariants.task import COPY, broken, changes
 from arctrm.reader.protocol import Reader
 from arctrm.reader.scoring import score
-from arctrm.solve.propose import Advance, Candidate, prompt_of
+from arctrm.solve.propose import JOINT, TRM, Advance, Candidate, prompt_of
 from arctrm.solve.questions import Key, Question, all_questions, inverse_questions
 from arctrm.solve.weights import Solver
 
@@ -34,8 +32,7 @@ first (fitted on held-out training tasks)."""
 GAP_SHARE = 0.1
 """So much of the reader's gap in log-probability to the first grid counts, where that is more than
 the place says: what the reader finds e**40 times less likely is not saved by an invariant."""
-LOOKED_AT = 10
-"""Grids of each test input that are checked for invariants; what comes behind them stays there."""
+LOOKED_AT = 10  # grids of a test input that are checked for invariants; others stay behind
 
 Grids = Mapping[Key, Sequence[Grid]]
 Scores = list[tuple[Key, list[float]]]
@@ -50,33 +47,27 @@ class Ranked:
     """A distinct grid, with all that speaks for it and against it."""
 
     grid: Grid
-    votes: int
-    """Candidates equal to this grid."""
-    mean_q: float
-    """Mean of their confidences."""
-    votes_by: Mapping[str, int] = field(default_factory=dict)
-    """Votes of each source."""
-    views_by: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Numbers of the views under which each source proposed it, as far as known."""
-    probe: float | None = None
-    """Best probe score of its candidates; None without."""
+    votes: float  # see `counted`
+    mean_q: float  # of the confidences of its candidates
+    votes_by: Mapping[str, float] = field(default_factory=dict)  # source -> votes
+    views_by: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # source -> views
+    probe: float | None = None  # best probe score of its candidates
     reader_scores: tuple[float, ...] = ()
     """The reader's log-probability of it (nats) under each view; none if not judged."""
     inverse_scores: tuple[float, ...] = ()
-    """The reader's log-probability of the input, given this grid (nats), under each view; none if
-    not asked."""
+    """The same of the input, given this grid; none if not asked."""
     broken: tuple[str, ...] = ()
     """Names of what all demonstrations keep and it breaks, the heaviest first."""
 
     @property
     def reader_score(self) -> float | None:
         """Mean of the reader's scores over the views; None if not judged."""
-        return _mean(self.reader_scores)
+        return fsum(self.reader_scores) / len(self.reader_scores) if self.reader_scores else None
 
     @property
     def inverse_score(self) -> float | None:
         """Mean of the inverse scores over the views; None if not asked."""
-        return _mean(self.inverse_scores)
+        return fsum(self.inverse_scores) / len(self.inverse_scores) if self.inverse_scores else None
 
 
 def rank(
@@ -97,16 +88,23 @@ def rank(
         for index, pair in enumerate(task.test)
     }
     for key, (task, given) in inputs.items():
-        voted = vote(found.get(key, ()), config.seed)
-        same = [changes(task) and np.array_equal(one.grid, given) for one in voted]
-        ranked[key] = [one for one, is_copy in zip(voted, same, strict=True) if not is_copy]
-        copies[key] = [
-            replace(one, broken=(COPY,))
-            for one, is_copy in zip(voted, same, strict=True)
-            if is_copy
-        ]
+        ranked[key], copies[key] = [], []
+        for one in vote(found.get(key, ()), config.seed):
+            if changes(task) and np.array_equal(one.grid, given):
+                copies[key].append(replace(one, broken=(COPY,)))
+            else:
+                ranked[key].append(one)
     if judge is not None:
-        ranked = _judged(solver, tasks, ranked, config, judge)
+        chosen, views = config.judge, config.judge.scoring_views
+        best = {k: [one.grid for one in r[: chosen.scored_candidates]] for k, r in ranked.items()}
+        scores = _of_views(judge(all_questions(solver, tasks, views, config.seed), best))
+        ranked = {key: by_experts(own, scores[key]) for key, own in ranked.items()}
+        if chosen.inverse_weight and asks_inverse(solver):
+            firsts = {key: own[: chosen.inverse_candidates] for key, own in ranked.items()}
+            best = {key: [one.grid for one in r if one.reader_scores] for key, r in firsts.items()}
+            scores = _of_views(judge(inverse_questions(solver, tasks, views), best))
+            weight = chosen.inverse_weight
+            ranked = {key: by_explanation(r, scores[key], weight) for key, r in ranked.items()}
     weight = config.inference.invariant_weight
     return {
         key: checked(task, given, ranked[key], weight) + copies[key]
@@ -114,29 +112,12 @@ def rank(
     }
 
 
-def _judged(
-    solver: Solver,
-    tasks: Sequence[Task],
-    ranked: dict[Key, list[Ranked]],
-    config: EvalConfig | SolveConfig,
-    judge: Judge,
-) -> dict[Key, list[Ranked]]:
-    """The best by votes, ordered by the reader both ways."""
-    chosen, views = config.judge, config.judge.scoring_views
-    best = {key: _grids(own[: chosen.scored_candidates]) for key, own in ranked.items()}
-    scores = _of_views(judge(all_questions(solver, tasks, views, config.seed), best))
-    ranked = {key: by_experts(own, scores.get(key, ())) for key, own in ranked.items()}
-    if not chosen.inverse_weight or not asks_inverse(solver):
-        return ranked
-    best = {
-        key: _grids(one for one in own[: chosen.inverse_candidates] if one.reader_scores)
-        for key, own in ranked.items()
-    }
-    scores = _of_views(judge(inverse_questions(solver, tasks, views), best))
-    return {
-        key: by_explanation(own, scores.get(key, ()), chosen.inverse_weight)
-        for key, own in ranked.items()
-    }
+def _of_views(scores: Scores) -> dict[Key, list[list[float]]]:
+    """Scores of the grids of each test input, one list for each view."""
+    found: dict[Key, list[list[float]]] = defaultdict(list)
+    for key, own in scores:
+        found[key].append(own)
+    return found
 
 
 def asks_inverse(solver: Solver) -> bool:
@@ -152,29 +133,19 @@ def judged(
     batch_size: int | None = None,
     advance: Advance = lambda done: None,
 ) -> Scores:
-    """The plain judge: every question about every grid; `advance` is told of the questions.
-
-    Raises:
-        ResourceError: out of memory; says which key to lower.
-    """
+    """The plain judge: every question about every grid; `advance` is told of the questions."""
     prompts, candidates = [], []
-    for question in questions:
-        shown = [question.shown(grid) for grid in grids.get(question.key, ())]
-        if question.condition.inverse:
-            prompts += [reader.prompt(grid, question.condition) for grid in shown]
-            candidates += [[question.query] for _ in shown]
-        else:
-            prompts.append(prompt_of(question))
-            candidates.append(shown)
-    size = batch_size or reader.batch_rows
-    found = iter(score(reader, prompts, candidates, batch_size=size))
+    for one in questions:
+        shown = [one.shown(grid) for grid in grids.get(one.key, ())]
+        inverse = one.condition.inverse
+        prompts += [reader.prompt(g, one.condition) for g in shown] if inverse else [prompt_of(one)]
+        candidates += [[one.query]] * len(shown) if inverse else [shown]
+    found = iter(score(reader, prompts, candidates, batch_size=batch_size or reader.batch_rows))
     scores: Scores = []
-    for question in questions:
-        if question.condition.inverse:
-            own = [next(found)[0] for _ in grids.get(question.key, ())]
-        else:
-            own = next(found)
-        scores.append((question.key, own))
+    for one in questions:
+        inputs = grids.get(one.key, ())
+        own = [next(found)[0] for _ in inputs] if one.condition.inverse else next(found)
+        scores.append((one.key, own))
     advance(len(questions))
     return scores
 
@@ -185,16 +156,41 @@ def judged(
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
     """Rank the distinct grids among `candidates`, best first; malformed ones are left out.
 
-    Order: votes, probe score, mean q, a hash of seed and grid.
+    Order: votes, probe score, mean q, a hash of seed and grid: only the set of candidates counts.
     """
     groups: dict[tuple[tuple[int, ...], bytes], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         if is_well_formed(candidate.grid):
             groups[_content(candidate.grid)].append(candidate)
+    found = []
+    for own in groups.values():
+        views: dict[str, tuple[int, ...]] = {}
+        for one in sorted(own, key=lambda one: (one.source, one.view)):
+            views[one.source] = (*views.get(one.source, ()), one.view)
+        probe = max((one.probe for one in own if one.probe is not None), default=None)
+        # fsum is exact, so the mean does not depend on the order of the candidates.
+        mean_q = fsum(one.q for one in own) / len(own)
+        grid = np.asarray(own[0].grid, dtype=np.uint8)
+        found.append(Ranked(grid, 0, mean_q, views_by=views, probe=probe))
     return sorted(
-        map(_ranked, groups.values()),
+        counted(found),
         key=lambda r: (-r.votes, -(r.probe or 0.0), -r.mean_q, _tie_break(r.grid, seed)),
     )
+
+
+def counted(ranked: Sequence[Ranked]) -> list[Ranked]:
+    """The grids of a test input with their votes, from `views_by`: each view has one vote for each
+    voice, and what a voice proposes in several ways (TRM: from a draft, from nothing) shares it.
+    """
+    voice = lambda source: TRM if source == JOINT else source
+    shares = Counter(
+        (voice(s), view) for one in ranked for s, views in one.views_by.items() for view in views
+    )
+    found = []
+    for one in ranked:
+        votes = {s: fsum(1 / shares[voice(s), v] for v in own) for s, own in one.views_by.items()}
+        found.append(replace(one, votes=fsum(votes.values()), votes_by=votes))
+    return found
 
 
 def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> list[Ranked]:
@@ -211,16 +207,13 @@ def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> l
 def by_explanation(
     ranked: Sequence[Ranked], scores: Sequence[Sequence[float]], weight: float
 ) -> list[Ranked]:
-    """The first of `ranked` reordered by the reader's mean log-probability of each and `weight` x
-    that of the input, given it: `scores` has one list per view, one for each of the first grids.
+    """The same by the reader's mean log-probability of each and `weight` x that of the input, given
+    it.
     """
     both = zip(ranked, zip(*scores, strict=True), strict=False)
     asked = [replace(entry, inverse_scores=own) for entry, own in both]
-
-    def value(entry: Ranked) -> float:
-        return (entry.reader_score or 0.0) + weight * (entry.inverse_score or 0.0)
-
-    return sorted(asked, key=lambda entry: -value(entry)) + list(ranked[len(asked) :])
+    value = lambda one: (one.reader_score or 0.0) + weight * (one.inverse_score or 0.0)
+    return sorted(asked, key=lambda one: -value(one)) + list(ranked[len(asked) :])
 
 
 def by_invariants(
@@ -229,16 +222,13 @@ def by_invariants(
     weight: float,
     gap_share: float = GAP_SHARE,
 ) -> list[Ranked]:
-    """The first of `ranked` reordered by their places and what each of them breaks: `nats` has for
-    each the names, heaviest first, with what a name is worth, and `weight` multiplies that.
+    """The same by their places and what each breaks: `nats` has for each the names, heaviest first,
+    with what a name is worth; `weight` multiplies that.
     """
-    looked_at = [
-        replace(entry, broken=tuple(names)) for entry, names in zip(ranked, nats, strict=False)
-    ]
-    costs = [
-        place + weight * fsum(names.values())
-        for place, names in zip(place_nats(looked_at, gap_share), nats, strict=False)
-    ]
+    names = zip(ranked, nats, strict=False)
+    looked_at = [replace(entry, broken=tuple(own)) for entry, own in names]
+    both = zip(place_nats(looked_at, gap_share), nats, strict=False)
+    costs = [place + weight * fsum(own.values()) for place, own in both]
     order = sorted(range(len(looked_at)), key=costs.__getitem__)
     return [looked_at[place] for place in order] + list(ranked[len(looked_at) :])
 
@@ -252,12 +242,10 @@ def place_nats(ranked: Sequence[Ranked], gap_share: float = GAP_SHARE) -> list[f
     def gap(entry: Ranked) -> float:
         if first is None or not isfinite(first) or entry.reader_score is None:
             return 0.0
-        return first - entry.reader_score if isfinite(entry.reader_score) else inf
+        return first - entry.reader_score  # infinite where it cannot be written
 
-    return [
-        max(PLACE_NATS * log1p(place), gap_share * gap(entry) if gap_share else 0.0)
-        for place, entry in enumerate(ranked)
-    ]
+    gaps = [gap_share * gap(entry) if gap_share else 0.0 for entry in ranked]
+    return [max(PLACE_NATS * log1p(place), own) for place, own in enumerate(gaps)]
 
 
 def checked(task: Task, given: Grid, ranked: Sequence[Ranked], weight: float) -> list[Ranked]:
@@ -269,10 +257,7 @@ def checked(task: Task, given: Grid, ranked: Sequence[Ranked], weight: float) ->
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
-    """attempt_1 and attempt_2: always two grids.
-
-    A lone candidate is both of them; `fallback` (such as the query's input) is, if there is none.
-    """
+    """attempt_1 and attempt_2: a lone grid is both of them, `fallback` is if there is none."""
     if not ranked:
         return fallback, fallback
     return ranked[0].grid, ranked[min(1, len(ranked) - 1)].grid
@@ -288,35 +273,6 @@ def is_well_formed(grid: Grid | None) -> bool:
         and int(grid.min()) >= 0
         and int(grid.max()) < NUM_COLOURS
     )
-
-
-def _ranked(group: list[Candidate]) -> Ranked:
-    votes_by = Counter(sorted(candidate.source for candidate in group))
-    views: dict[str, tuple[int, ...]] = {
-        source: tuple(sorted(c.view for c in group if c.source == source and c.view is not None))
-        for source in votes_by
-    }
-    probes = [candidate.probe for candidate in group if candidate.probe is not None]
-    # fsum is exact, so the mean does not depend on the order of the candidates.
-    mean_q = fsum(candidate.q for candidate in group) / len(group)
-    grid = np.asarray(group[0].grid, dtype=np.uint8)
-    return Ranked(grid, len(group), mean_q, votes_by, views, max(probes, default=None))
-
-
-def _grids(ranked: Iterable[Ranked]) -> list[Grid]:
-    return [one.grid for one in ranked]
-
-
-def _of_views(scores: Scores) -> dict[Key, list[list[float]]]:
-    """Scores of the grids of each test input, one list for each view."""
-    found: dict[Key, list[list[float]]] = defaultdict(list)
-    for key, own in scores:
-        found[key].append(own)
-    return found
-
-
-def _mean(scores: Sequence[float]) -> float | None:
-    return fsum(scores) / len(scores) if scores else None
 
 
 def _content(grid: Grid | None) -> tuple[tuple[int, ...], bytes]:

@@ -2,8 +2,8 @@
 
 `unfinished.jsonl` is there while a command may be interrupted: a head (configuration, name and
 fingerprint of the weights), then one line for each answered task of each row (an ablation is a row
-of its own). Lines are only added, and whole: whenever the process dies, at most the last is torn.
-No answer of the test set is in any of these files.
+of its own). Lines are only added: whenever the process dies, at most the last is torn. No answer
+of the test set is in any of these files.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from arctrm.data.parse import load_json, parse_grid
 from arctrm.data.task import Grid, Task
 from arctrm.errors import CheckpointError, DataError
 from arctrm.solve.questions import Key, keys_of
-from arctrm.solve.rank import Ranked, attempts
+from arctrm.solve.rank import Ranked, attempts, counted
 from arctrm.system import disk_errors, write_bytes_atomically
 
 UNFINISHED, CANDIDATES, SUBMISSION = "unfinished.jsonl", "candidates.json.gz", "submission.json"
@@ -59,14 +59,11 @@ class Store:
         return [task for task in tasks if not all(self.has(row, [task]) for row in rows)]
 
     def begin(self, config: StrictModel, name: str, weights: str, *, writes: bool = True) -> None:
-        """Check that the weights are those that began; the process that `writes` keeps all from now
-        on. Raises DataError, with the names and fingerprints of both, where others began.
-        """
+        """Check that the weights are those that began; who `writes` keeps all from now on."""
         began = self.head.get("checkpoint", name), self.head.get("weights", weights)
         if began[1] != weights:
             raise DataError(
-                f"{self.path}: was begun with other weights ({', '.join(began)}) than these "
-                f"({name}, {weights}); resume with those, or choose another --out"
+                f"{self.path}: begun with other weights ({', '.join(began)}) than these"
             )
         self.writes = writes
         saved = config.model_dump(mode="json")
@@ -96,11 +93,8 @@ class Store:
 
 
 def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: bool) -> Store:
-    """What was answered before; nothing is written yet.
-
-    Raises:
-        DataError: there is nothing to resume, or something that would be lost, or of other tasks.
-        CheckpointError: it was answered under another configuration.
+    """What was answered before; nothing is written yet. Refused: nothing to resume, answers that
+    would be lost, other tasks, another configuration.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -110,27 +104,18 @@ def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: b
     except (FileNotFoundError, NotADirectoryError):
         store, known, changed = Store(path), {}, []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: is not what arctrm keeps of unfinished answers ({error}); delete it, or "
-            "choose another --out"
-        ) from error
+        raise DataError(f"{path}: is not what arctrm keeps of answers ({error})") from error
+    if not resume and not store.rows:
+        return Store(path)
     if not resume:
-        if not store.rows:
-            return Store(path)
-        raise DataError(
-            f"{path}: holds answers of an interrupted run; add --resume to go on with it, delete "
-            "it, or choose another --out"
-        )
+        raise DataError(f"{path}: holds answers of an interrupted run; add --resume, or delete it")
     if not store.head:
         raise DataError(f"{path.parent}: holds nothing unfinished; leave out --resume")
     if changed:
         raise CheckpointError(f"{path}: {changed[0]}; resume as it began, or use another --out")
-    for task in tasks:
-        if known.get(task.id, content := content_of(task)) != content:
-            raise DataError(
-                f"{path}: task {task.id} was another one when it was answered; restore it, or "
-                "choose another --out"
-            )
+    other = [task.id for task in tasks if known.get(task.id, own := content_of(task)) != own]
+    if other:
+        raise DataError(f"{path}: task {other[0]} was another one then; restore it")
     return store
 
 
@@ -155,7 +140,7 @@ def as_record(task: Task, ranked: Rankings) -> dict[str, Any]:
 def from_records(records: Iterable[Mapping[str, Any]]) -> dict[Key, list[Ranked]]:
     """The rankings that records hold."""
     return {
-        Key(record["task"], index): list(map(_ranked, own))
+        Key(record["task"], index): _ranked(own)
         for record in records
         for index, own in enumerate(record["test"])
     }
@@ -176,19 +161,13 @@ def write_candidates(path: Path, tasks: Iterable[Task], ranked: Rankings) -> Non
 
 
 def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
-    """What `write_candidates` wrote, by task id and test input.
-
-    Raises:
-        DataError: there is no such file, or it is something else.
-    """
+    """What `write_candidates` wrote, by task id and test input."""
     try:
         content = json.loads(gzip.decompress(path.read_bytes())).items()
-        return {task: [list(map(_ranked, own)) for own in inputs] for task, inputs in content}
+        return {task: list(map(_ranked, inputs)) for task, inputs in content}
     except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as the candidates of an evaluation ({error}); write it with "
-            "arctrm eval --set evaluation.keep_candidates=true"
-        ) from error
+        problem = f"no candidates of arctrm eval --set evaluation.keep_candidates=true ({error})"
+        raise DataError(f"{path}: {problem}") from error
 
 
 def _entry(one: Ranked) -> dict[str, Any]:
@@ -202,13 +181,14 @@ def _entry(one: Ranked) -> dict[str, Any]:
     }
 
 
-def _ranked(one: Mapping[str, Any]) -> Ranked:
-    views = {source: tuple(own) for source, own in one["views"].items()}
-    votes = {source: len(own) for source, own in views.items()}
-    said, explained = (tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES)
-    grid, broken = np.array(one["grid"], dtype=np.uint8), tuple(one["broken"])
-    count = sum(votes.values())
-    return Ranked(grid, count, one["q"], votes, views, None, said, explained, broken)
+def _ranked(entries: Sequence[Mapping[str, Any]]) -> list[Ranked]:
+    found = []
+    for one in entries:
+        views = {source: tuple(own) for source, own in one["views"].items()}
+        scores = {name: tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES}
+        more: dict[str, Any] = {"views_by": views, "broken": tuple(one["broken"]), **scores}
+        found.append(Ranked(np.array(one["grid"], dtype=np.uint8), 0, one["q"], **more))
+    return counted(found)
 
 
 # ---- the submission
@@ -232,26 +212,18 @@ def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None
 
 
 def read_submission(path: Path) -> dict[str, list[tuple[Grid, Grid]]]:
-    """Task id -> (attempt_1, attempt_2) for each test input.
-
-    Raises:
-        TaskError: the file is unreadable, not JSON, or a grid in it is not a grid.
-        DataError: it is JSON of another form.
-    """
+    """Task id -> (attempt_1, attempt_2) for each test input."""
     content, name = load_json(path), ""
     found: dict[str, list[tuple[Grid, Grid]]] = {}
     try:
         for name, entry in content.items():
             found[name] = []
-            for index, own in enumerate(entry):
-                where = f"{path}: {name}[{index}]"
-                first, second = (
-                    parse_grid(own[which], f"{where}.{which}") for which in ATTEMPT_NAMES
-                )
-                found[name].append((first, second))
+            for i, own in enumerate(entry):
+                two = (parse_grid(own[a], f"{path}: {name}[{i}].{a}") for a in ATTEMPT_NAMES)
+                found[name].append((next(two), next(two)))
         return found
     except (AttributeError, TypeError, LookupError) as error:
         raise DataError(
-            f"{path}: {name or 'the whole'} is no part of a submission; expected task id -> one "
-            "object with attempt_1 and attempt_2 for each test input"
+            f"{path}: {name} is no part of a submission; expected task id -> one object with "
+            "attempt_1 and attempt_2 for each test input"
         ) from error

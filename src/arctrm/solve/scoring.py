@@ -7,7 +7,6 @@ scorer and TRM report: the mean over tasks of the share of a task's test pairs t
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -28,14 +27,14 @@ Answers = Mapping[str, Sequence[Grid | None]]
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task: its scored test pairs, how many are solved in two attempts, and attempt_1."""
+    """One task: test pairs solved in two attempts, scored ones, and of attempt_1 the share of right
+    sizes and the mean share of right cells (0 where the size is wrong).
+    """
 
     solved: int
     total: int
     shape: float
-    """Share of test pairs (0..1) whose attempt_1 has the answer's size."""
     cells: float
-    """Mean share of cells (0..1) that attempt_1 has right; 0 where the size is wrong."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,13 @@ class Scores:
     pair_fraction: dict[int, float]
     whole_task: dict[int, float]
     shape_accuracy: float
-    """Mean over test pairs, attempt_1."""
+    """Mean over test pairs, attempt_1; so is the next one."""
     cell_accuracy: float
-    """Mean over test pairs, attempt_1; 0 where the size is wrong."""
     num_tasks: int
     num_pairs: int
     num_unscored: int
     """Test pairs left out because their answer is not known."""
     tasks: dict[str, TaskScore]
-    """By task id, in its order."""
-
-
-class _PairScore(NamedTuple):
-    rank: float
-    shape: float
-    cells: float
 
 
 def answers(tasks: Iterable[Task]) -> dict[str, list[Grid | None]]:
@@ -95,11 +86,8 @@ def score(predictions: Mapping[str, Sequence[Sequence[Grid]]], known: Answers) -
     """Score ranked grids (task id -> test input -> grids, best first) against the answers.
 
     Every test pair with a known answer counts: one without a prediction is wrong.
-
-    Raises:
-        DataError: no test pair has a known answer.
     """
-    scored: dict[str, list[_PairScore]] = {}
+    scored: dict[str, list[tuple[float, float, float]]] = {}
     for name, own in sorted(known.items()):
         ranked = [*predictions.get(name, ()), *([()] * len(own))]
         both = zip(ranked, own, strict=False)
@@ -107,23 +95,34 @@ def score(predictions: Mapping[str, Sequence[Sequence[Grid]]], known: Answers) -
             scored[name] = [_pair_score(grids, right) for grids, right in both if right is not None]
     num_unscored = sum(map(len, known.values())) - num_known(known)
     if not scored:
-        raise DataError(
-            f"nothing to score: {len(known)} tasks, {num_unscored} test pairs, no known answer; "
-            "give a solutions file or a test set with outputs"
-        )
+        raise DataError("nothing to score: no answer is known; give a solutions file")
     pairs = [pair for own in scored.values() for pair in own]
-    share = {k: [_mean(p.rank < k for p in own) for own in scored.values()] for k in PASSES}
+    share = {k: [_mean(rank < k for rank, *_ in own) for own in scored.values()] for k in PASSES}
     return Scores(
         task_fraction={k: _mean(share[k]) for k in PASSES},
-        pair_fraction={k: _mean(p.rank < k for p in pairs) for k in PASSES},
+        pair_fraction={k: _mean(rank < k for rank, *_ in pairs) for k in PASSES},
         whole_task={k: _mean(s == 1 for s in share[k]) for k in PASSES},
-        shape_accuracy=_mean(p.shape for p in pairs),
-        cell_accuracy=_mean(p.cells for p in pairs),
+        shape_accuracy=_mean(shape for _, shape, _ in pairs),
+        cell_accuracy=_mean(cells for *_, cells in pairs),
         num_tasks=len(scored),
         num_pairs=len(pairs),
         num_unscored=num_unscored,
         tasks={name: _task_score(own) for name, own in scored.items()},
     )
+
+
+def _pair_score(ranked: Sequence[Grid], answer: Grid) -> tuple[float, float, float]:
+    """Place of the answer; of the first grid whether the size is right, and the share of cells."""
+    rank = next((i for i, grid in enumerate(ranked) if is_right(grid, answer)), inf)
+    if not len(ranked) or not ranked[0].size or ranked[0].shape != answer.shape:
+        return rank, 0.0, 0.0
+    return rank, 1.0, float((ranked[0] == answer).mean())
+
+
+def _task_score(pairs: Sequence[tuple[float, float, float]]) -> TaskScore:
+    ranks, shapes, cells = zip(*pairs, strict=True)
+    solved = sum(rank < ATTEMPTS for rank in ranks)
+    return TaskScore(solved, len(pairs), _mean(shapes), _mean(cells))
 
 
 def scores_dict(scores: Scores, most: int = PASSES[-1]) -> dict[str, object]:
@@ -138,10 +137,8 @@ def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
     """The scores by name, in percent: one column per number of grids allowed, up to `most`."""
     passes = [k for k in PASSES if k <= most]
     unscored = f", {scores.num_unscored} without a known answer" if scores.num_unscored else ""
-    table = Table(title=f"{scores.num_tasks} tasks, {scores.num_pairs} test pairs{unscored}")
-    table.add_column("score (%)")
-    for k in passes:
-        table.add_column(f"pass@{k}", justify="right")
+    title = f"{scores.num_tasks} tasks, {scores.num_pairs} test pairs{unscored}"
+    table = _table(title, "score (%)", *(f"pass@{k}" for k in passes))
     table.add_column("meaning", style="dim")
     for name, meaning in NAMED_SCORES.items():
         table.add_row(name, *(_percent(getattr(scores, name)[k]) for k in passes), meaning)
@@ -153,23 +150,17 @@ def scores_table(scores: Scores, most: int = PASSES[-1]) -> Table:
 
 def comparison_table(rows: Mapping[str, Scores]) -> Table:
     """task_fraction of several rankings of the same tasks, in percent, one row each."""
-    table = Table(title="ablations, task_fraction (%)")
-    table.add_column("candidates of")
-    for k in PASSES:
-        table.add_column(f"pass@{k}", justify="right")
-    table.add_column("shape", justify="right")
+    passes = (f"pass@{k}" for k in PASSES)
+    table = _table("ablations, task_fraction (%)", "candidates of", *passes, "shape")
     for name, scores in rows.items():
-        passes = (_percent(scores.task_fraction[k]) for k in PASSES)
-        table.add_row(name, *passes, _percent(scores.shape_accuracy))
+        found = (*(scores.task_fraction[k] for k in PASSES), scores.shape_accuracy)
+        table.add_row(name, *map(_percent, found))
     return table
 
 
 def task_table(scores: Scores) -> Table:
     """One row per task: test pairs solved in two attempts, size and cells of attempt_1."""
-    table = Table(title="per task")
-    table.add_column("task")
-    for column in ("solved in two attempts", "shape (%)", "cells (%)"):
-        table.add_column(column, justify="right")
+    table = _table("per task", "task", "solved in two attempts", "shape (%)", "cells (%)")
     for name, own in scores.tasks.items():
         style = "green" if own.solved == own.total else None
         solved = f"{own.solved} of {own.total}"
@@ -177,18 +168,11 @@ def task_table(scores: Scores) -> Table:
     return table
 
 
-def _pair_score(ranked: Sequence[Grid], answer: Grid) -> _PairScore:
-    rank = next((i for i, grid in enumerate(ranked) if is_right(grid, answer)), inf)
-    if not len(ranked) or not ranked[0].size or ranked[0].shape != answer.shape:
-        return _PairScore(rank, 0.0, 0.0)
-    return _PairScore(rank, 1.0, float((ranked[0] == answer).mean()))
-
-
-def _task_score(pairs: Sequence[_PairScore]) -> TaskScore:
-    solved = sum(pair.rank < ATTEMPTS for pair in pairs)
-    return TaskScore(
-        solved, len(pairs), *(_mean(part) for part in list(zip(*pairs, strict=True))[1:])
-    )
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(first, title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _mean(values: Iterable[float]) -> float:

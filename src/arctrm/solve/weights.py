@@ -1,20 +1,18 @@
 """From weights on disk to who answers: a reader, a refiner, or both, and the tasks they know.
 
 Bundled weights, run and checkpoint folders hold a trunk (with one voice or two) or a hub reader
-with TRM and adapters; a published TRM checkpoint is a file. A `Solver` knows which tasks its
-embeddings belong to by the content of their demonstrations, so that a renamed file is still known
-and another task of the same name is not. What kind of model answers is decided here and nowhere
-else; all others ask for attributes.
+with TRM and adapters; a published TRM checkpoint is a file. What kind of model answers is decided
+here and nowhere else; all others ask for attributes.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from arctrm.checkpoints import (
     META,
@@ -28,12 +26,7 @@ from arctrm.config import TINY, HubConfig, InferenceConfig, TaskChoiceConfig
 from arctrm.data.task import Task
 from arctrm.data.views import View
 from arctrm.errors import CheckpointError, ConfigError
-from arctrm.model.reference import (
-    ReferenceRefiner,
-    ReferenceTRM,
-    read_reference_file,
-    reference_views,
-)
+from arctrm.model.reference import ReferenceRefiner, read_reference_file, reference_views
 from arctrm.model.trm import Refiner, TrunkRefiner
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.reader.protocol import Reader
@@ -41,8 +34,6 @@ from arctrm.reader.tiny import TinyReader
 from arctrm.system import compute_dtype
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
-HASHED_VALUES = 16
-"""Values of each tensor that identify a model."""
 
 
 class Voices(NamedTuple):
@@ -56,39 +47,35 @@ class Voices(NamedTuple):
     """The refiner without any path from the reader."""
 
 
+Speak = Callable[[Any], Voices]
+"""Makes the voices of a model; all models that it gets are of one kind."""
+
+
 @dataclass(frozen=True, eq=False)
 class Solver:
     """Who answers, and for which tasks they have an embedding."""
 
     speakers: Voices
-    model: nn.Module
-    """The weights behind them, in float32: what adaptation copies and trains."""
-    speak: Callable[[nn.Module], Voices]
-    """Makes the speakers of a model of the same kind."""
+    model: nn.Module  # the weights behind them, in float32: what adaptation copies and trains
+    speak: Speak
     rows: Mapping[str, int]
     """Task key -> embedding row; a key is a content fingerprint, also with the id before it, or (of
     a published checkpoint) an id."""
     by_content: bool
-    """Whether the keys of `rows` are content fingerprints."""
-    mean_row: int
-    """Embedding row of the mean over the trained tasks: where an unseen task starts."""
-    name: str
-    """Of the weights, for people."""
+    """Whether the keys of `rows` are fingerprints of demonstrations: a renamed task is still known,
+    another one of the same name is not."""
+    mean_row: int  # of the mean embedding over the trained tasks: where an unseen task starts
+    name: str  # of the weights, for people
     views: Mapping[str, list[tuple[View, int]]] = field(default_factory=dict)
     """Task id -> the views that have an embedding of their own, with its row (published
     checkpoints)."""
-    reads_pairs: bool = False
-    """Whether the reader is told the task by demonstrations in its prompt."""
+    reads_pairs: bool = False  # the reader is told the task by demonstrations in its prompt
     seed: int = 0
     identity_colours: float = 0.2
-    test_set: str | None = None
-    """The subset whose test pairs were kept out of training."""
-    held_out: int = 0
-    """Tasks of the other subsets whose test pairs were kept out, too."""
-    voices: tuple[str, ...] = ("reader", "trm")
-    """Voices that were trained."""
-    adapted: bool = False
-    """Whether the weights have been adapted to the tasks after training."""
+    test_set: str | None = None  # the subset whose test pairs were kept out of training
+    held_out: int = 0  # tasks of the other subsets whose test pairs were kept out, too
+    voices: tuple[str, ...] = ("reader", "trm")  # that were trained
+    adapted: bool = False  # the weights have been adapted to the tasks after training
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +113,8 @@ class Solver:
         kept_out = 0 < chosen.held_out <= self.held_out
         if known and not kept_out and self.test_set not in (None, chosen.test_set):
             found.append(
-                f"the checkpoint kept the test pairs of {self.test_set} out of training, not those "
-                f"of {chosen.test_set}: {known} tasks may be scored on pairs it has seen"
+                f"{known} tasks may be scored on pairs that training saw: it kept those of "
+                f"{self.test_set} out, not of {chosen.test_set}"
             )
         return found
 
@@ -139,28 +126,17 @@ class Solver:
 def load_solver(
     checkpoint: Path | None, inference: InferenceConfig, device: torch.device
 ) -> Solver:
-    """Load the bundled weights (None), a run, checkpoint or bundle folder, or a published file.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it does not fit its own configuration or
-            the hub reader that it was trained with.
-        ConfigError: there is no such hub reader, or it cannot be used.
-    """
+    """Load the bundled weights (None), a run, checkpoint or bundle folder, or a published file."""
     if checkpoint is not None and checkpoint.is_file():
         if checkpoint.with_name(META).is_file():
-            raise CheckpointError(
-                f"{checkpoint}: is one file of a checkpoint; give its folder {checkpoint.parent}"
-            )
+            raise CheckpointError(f"{checkpoint}: one file of a checkpoint; give its folder")
         return _published(checkpoint, device)
     folder = resolve_checkpoint(checkpoint or BUNDLED)
     meta = read_meta(folder)
     if meta.trained.llama_model != TINY:
         return _hub(folder, meta, inference, device)
     if inference.llama_model is not None:
-        raise ConfigError(
-            f"inference.llama_model = {inference.llama_model!r}: {folder} holds no hub reader; "
-            "leave it out"
-        )
+        raise ConfigError(f"inference.llama_model: {folder} holds no hub reader")
     return _tiny(folder, inference, device)
 
 
@@ -172,13 +148,11 @@ def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Sol
     dtype = compute_dtype(inference.dtype, device, trains=False)
     trm, knows_inverse = meta.trained.trm, meta.trained.reader.inverse_share > 0
 
-    def speak(model: nn.Module) -> Voices:
-        assert isinstance(model, Trunk)
+    def speak(model: Trunk) -> Voices:
         fast = model.cast(dtype)
         reader = TinyReader(fast, asks_inverse=knows_inverse) if "reader" in meta.voices else None
-        refiner = None
-        if "trm" in meta.voices:
-            refiner = TrunkRefiner(fast, trm.halt_max_steps, aligned=trm.aligned)
+        answers = TrunkRefiner(fast, trm.halt_max_steps, aligned=trm.aligned)
+        refiner = answers if "trm" in meta.voices else None
         return Voices(reader, refiner, refiner)
 
     model = with_mean(trunk).to(device).eval().requires_grad_(False)
@@ -196,9 +170,7 @@ def with_mean(trunk: Trunk) -> Trunk:
     return other
 
 
-def _solver(
-    folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Callable[[nn.Module], Voices]
-) -> Solver:
+def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) -> Solver:
     """What every checkpoint of arctrm says of itself."""
     data = meta.trained.data
     keys = meta.task_fingerprints
@@ -236,19 +208,17 @@ def _hub(
     try:
         reader = load_hub_reader(here_and_now(trained.hub, inference, device), device)
     except ConfigError as error:
-        raise CheckpointError(
-            f"{folder}: its reader cannot be loaded ({error}); set inference.llama_model to where "
-            "the model is now"
-        ) from error
+        cure = "set inference.llama_model to where the model is now"
+        raise CheckpointError(f"{folder}: {error}; {cure}") from error
     hybrid = Hybrid(reader, trained.new_trunk(len(meta.task_ids)), trained.coupling)
-    expected = {_stored(name): tuple(t.shape) for name, t in hybrid.state_dict().items()}
-    tensors = read_model(folder, expected=expected)
-    hybrid.load_state_dict({name: tensors[_stored(name)] for name in hybrid.state_dict()})
+    own = {name.replace("reader.pretrained.", "hub.", 1): name for name in hybrid.state_dict()}
+    shapes = {stored: hybrid.state_dict()[name].shape for stored, name in own.items()}
+    tensors = read_model(folder, expected=shapes)
+    hybrid.load_state_dict({name: tensors[stored] for stored, name in own.items()})
     hybrid.trunk = with_mean(hybrid.trunk)
     hybrid.trunk.dtype = compute_dtype(inference.dtype, device, trains=False)
 
-    def speak(model: nn.Module) -> Voices:
-        assert isinstance(model, Hybrid)
+    def speak(model: Hybrid) -> Voices:
         both = (HybridRefiner(model, most, coupled=hears) for hears in (True, False))
         return Voices(model.reader, *both)
 
@@ -257,15 +227,9 @@ def _hub(
     return replace(solver, reads_pairs=True, voices=("reader", "trm"))
 
 
-def _stored(name: str) -> str:
-    """The name of a hybrid's tensor in a checkpoint."""
-    return name.replace("reader.pretrained.", "hub.", 1)
-
-
 def here_and_now(hub: HubConfig, inference: InferenceConfig, device: torch.device) -> HubConfig:
-    """The hub reader as it was trained, but where it is now, and for this device.
-
-    Whether code of the model's makers may be run is not the checkpoint's to say.
+    """The hub reader as it was trained, but where it is now, and for this device. Whether code of
+    the model's makers may be run is not the checkpoint's to say.
     """
     dtype = hub.dtype if inference.dtype == "auto" else inference.dtype
     if dtype == "auto" and device.type == "cuda":
@@ -289,36 +253,23 @@ def _published(path: Path, device: torch.device) -> Solver:
     model = read_reference_file(path).to(device).eval().requires_grad_(False)
     num_rows = len(model.puzzle_emb["weights"])
     views = reference_views(path, num_rows)
+    rows = {task: own[0][1] for task, own in views.items()}
 
-    def speak(model: nn.Module) -> Voices:
-        assert isinstance(model, ReferenceTRM)
+    def speak(model: Any) -> Voices:
         refiner = ReferenceRefiner(model)
         return Voices(None, refiner, refiner)
 
-    return Solver(
-        speak(model),
-        model,
-        speak,
-        {task: own[0][1] for task, own in views.items()},
-        by_content=False,
-        mean_row=num_rows,
-        name=str(path),
-        views=views,
-        voices=("trm",),
-    )
+    more: dict[str, Any] = {"name": str(path), "views": views, "voices": ("trm",)}
+    return Solver(speak(model), model, speak, rows, by_content=False, mean_row=num_rows, **more)
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """12 hex digits over names, shapes and some values of all weights, in any dtype."""
+    """12 hex digits over names, shapes and the first values of all weights, in any dtype: a
+    narrower copy of a model is the same model.
+    """
     digest = hashlib.blake2b(digest_size=6)
     for name, tensor in sorted(module.state_dict().items()):
-        if tensor.is_meta:  # of a model that does not fit into memory
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + _sample(tensor))
+        if not tensor.is_meta:  # of a model that does not fit into memory
+            values = tensor.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16)
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sample(tensor: Tensor) -> bytes:
-    """The first values, rounded to bfloat16: a narrower copy of a model is the same model."""
-    values = tensor.detach().flatten()[:HASHED_VALUES].to("cpu", torch.bfloat16)
-    return values.view(torch.int16).numpy().tobytes()
