@@ -49,31 +49,21 @@ def test_forms_are_masks_and_colours():
 
 PAIRS = {
     "same size": (RING, RING, True),
-    "square": (RING, grid("12"), False),
     "height by height": (grid("12"), grid("12", "12"), 2),
     "size of what there is": (grid("000", "030", "000"), grid("7"), True),
-    "no new colour": (RING, grid("4"), False),
     "lost colours": (RING, grid("30"), frozenset({6})),
     "cells filled": (RING, RING.T, True),
     "cells of each colour": (RING, RING[::-1], True),
-    "more cells filled": (RING, grid("30"), False),
     "mirrored left to right": (RING, grid("121"), True),
-    "not mirrored left to right": (RING, grid("122"), True),
     "part of the input": (RING, grid("00", "66"), True),
-    "holds the input": (grid("12"), grid("00", "12"), True),
     "rows of the input": (grid("12", "21"), grid("21"), True),
     "objects": (RING, RING, 2),
-    "no lone cell": (RING, grid("300", "000"), False),
     "the same forms": (grid("300", "000"), grid("000", "002"), True),
     "the same forms and colours": (grid("300", "000"), grid("000", "002"), False),
     "lines": (RING, grid("330", "000", "004"), True),
-    "something changes": (RING, RING, False),
-    "colours that change": (grid("123"), grid("143"), frozenset({2})),
     "colours they change to": (grid("123"), grid("143"), frozenset({4})),
     "what is filled stays": (grid("030"), grid("434"), True),
-    "what is empty stays": (grid("030"), grid("434"), False),
     "colour for colour": (grid("112"), grid("334"), True),
-    "rows rearranged": (grid("012", "100"), grid("210", "001"), True),
     "the edge stays": (grid("000", "010", "000"), grid("000", "020", "000"), True),
     "changes beside something": (grid("0300"), grid("0340"), True),
     "changes next to something": (grid("0300"), grid("0304"), False),
@@ -85,22 +75,6 @@ PAIRS = {
 def test_a_property_has_its_value(name):
     before, after, value = PAIRS[name]
     assert properties(Side(before), Side(after))[name, -1] == value
-
-
-def test_properties_of_a_change_are_not_there_where_the_size_changes():
-    names = {name for name, _ in properties(Side(RING), Side(grid("3")))}
-    assert "something changes" not in names
-    assert ("a colour stays", 3) not in properties(Side(RING), Side(grid("3")))
-
-
-def test_what_is_enclosed_changes():
-    filled = RING.copy()
-    filled[1, 1] = 4
-    found = properties(Side(RING), Side(filled))
-    assert found["changes are enclosed", -1] is True
-    assert found["what is enclosed changes", -1] is True
-    filled[4, 0] = 4
-    assert properties(Side(RING), Side(filled))["changes are enclosed", -1] is False
 
 
 def test_a_property_of_a_colour_is_one_of_that_colour():
@@ -164,10 +138,6 @@ def test_a_copy_of_the_input_is_broken_only_where_every_demonstration_changes_so
     assert COPY not in weights()
 
 
-def test_without_demonstrations_nothing_is_broken():
-    assert Invariants(()).names == frozenset() == Invariants(()).broken(RING, grid("5"))
-
-
 @pytest.mark.parametrize(
     "pair", [(grid("0"), grid("0")), (grid("5"), grid("5")), (RING, grid("0"))]
 )
@@ -179,7 +149,7 @@ def test_grids_of_one_colour_have_properties_too(pair):
 
 def test_right_answers_of_training_tasks_break_little():
     """Where wrong ones, here the right one with one cell changed, break something mostly."""
-    tasks = load_tasks("training")[:60]
+    tasks = load_tasks("training")[:30]
     nats, right, wrong = weights(), [], []
     for task in tasks:
         own = Invariants(task.demonstrations)

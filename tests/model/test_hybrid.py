@@ -83,15 +83,6 @@ def test_each_token_of_trm_gets_the_state_of_the_same_token_of_the_reader(hybrid
     assert begin == len(heard.state)
 
 
-def test_without_a_draft_the_reader_has_no_states_of_the_answer(hybrid):
-    whole, asked = hybrid(), questions(drafted=False)
-    rows, prompts = lay_out(asked, whole.trunk.device, whole.trunk.dtype)
-    heard = whole.listen(asked, len(rows.tokens))
-    silent = heard.state < 0
-    assert (silent | ~rows.cells).all()
-    assert int((~silent).sum()) == int(prompts.sum())
-
-
 def test_what_the_reader_is_shown_is_no_answer(hybrid):
     """TRM's own first answer may be the true one with cells hidden: the reader reads the draft."""
     whole, asked = hybrid(**EVERYTHING), questions(drafted=False)

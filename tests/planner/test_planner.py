@@ -69,15 +69,6 @@ def test_each_row_gets_its_own_latest_feedback_and_reads_it(reader):
     assert not torch.equal(two.z_init, three.z_init)
 
 
-def test_without_feedback_every_attempt_reads_the_same(reader):
-    """The control of the test above: it is the feedback that changes what is read."""
-    plan = {row: [wrong(0, "")] * 2 for row in range(3)}
-    for result in ARCPlanner(reader, max_attempts=2).solve_batch(PROBLEMS, scripted(plan)):
-        one, two = result.reasoning_history
-        assert torch.equal(one.z_init, two.z_init)
-        assert one.text == two.text
-
-
 def test_the_latent_prefix_reaches_the_next_attempt_of_its_row(reader):
     prefixes = torch.randn(3, 2, 16)
     plan = {row: [wrong(0, "", latent_prefix=prefixes[row]), wrong(0, "")] for row in range(3)}

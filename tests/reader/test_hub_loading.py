@@ -77,7 +77,7 @@ def sentence(name, kind=UserError):
     ("name", "said"),
     [
         ("org/gated", "accept its licence at https://huggingface.co/org/gated and log in with `hf"),
-        ("org/absent", "the Hugging Face hub has no model of that name that you may see; check"),
+        ("org/absent", "no model on the Hugging Face hub that you may see; check"),
         ("org/model", "its config.json cannot be read (main is not a valid git identifier"),
     ],
 )
@@ -116,10 +116,6 @@ def test_llama_3_2_8b_is_refused_with_ids_that_exist_without_asking_the_network(
 def test_a_local_folder_is_loaded_without_the_network(no_network, tmp_path):
     reader = load_hub_reader(HubConfig(name=str(save_model(tmp_path))))
     assert reader.width == empty_hub_model(HubConfig(name=str(tmp_path)))[1] == WIDTH
-
-
-def test_a_name_that_no_hub_can_have_is_a_sentence(no_network):
-    assert "check the spelling" in sentence("what is this?")
 
 
 def test_a_tokenizer_without_digits_is_refused_before_the_weights_are_read(folder):
@@ -166,8 +162,8 @@ REMOTE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 @pytest.mark.parametrize(
     ("said", "config"),
     [
-        ("a model of type t5 is not a", {"model_type": "t5", "architectures": ["T5Model"]}),
-        ("type bert is not", {"model_type": "bert", "architectures": ["BertForMaskedLM"]}),
+        ("is a model of type t5, not a causal", {"model_type": "t5", "architectures": ["T5Model"]}),
+        ("type bert, not a causal", {"model_type": "bert", "architectures": ["BertForMaskedLM"]}),
         ("its config.json cannot be read", {"model_type": "llama9"}),
         ("contains custom code", {"model_type": "own", "auto_map": REMOTE}),
         ("6 tensors, such as 'model.layers.0.mlp.down_proj.weight'", {"intermediate_size": 64}),

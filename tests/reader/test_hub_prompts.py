@@ -61,11 +61,6 @@ def test_cells_are_bare_digits_unless_separated_ones_are_asked_for_or_all_there_
     assert find_spelling(alone).choices == find_spelling(alone, "separated").choices
 
 
-def test_a_letter_that_only_looks_like_a_byte_is_not_taken_for_the_newline():
-    tokenizer = wrapped(words(*"0123456789", "Ċ", "|"))
-    assert tokenizer.decode([find_spelling(tokenizer).choices[10]]) == "|"
-
-
 @pytest.mark.parametrize(
     ("tokenizer", "cells", "lacks"),
     [
@@ -85,14 +80,6 @@ def test_a_tokenizer_without_an_end_gets_a_token_of_its_own_for_it():
     wrapper = wrapped(words(*"0123456789", "\n", "#"), start=False)
     wrapper.eos_token = None
     assert wrapper.decode([find_spelling(wrapper).choices[11]]) == "#"
-
-
-def test_the_start_of_a_prompt_is_what_the_tokenizer_puts_before_text():
-    for start in (True, False):
-        spelling = find_spelling(wrapped(sentence_piece(), start=start))
-        assert len(spelling.start) == start
-        assert spelling.input_mark != spelling.output_mark
-        assert spelling.input_mark[-1] == spelling.output_mark[-1] == spelling.choices[10]
 
 
 def test_an_end_that_the_tokenizer_adds_is_not_left_in_the_start():
@@ -118,13 +105,6 @@ def test_the_text_of_a_prompt_is_inputs_and_outputs_line_by_line():
     assert prompt.positions.tolist() == list(range(len(prompt.tokens)))
     assert prompt.output_start == len(prompt.tokens)
     assert np.array_equal(prompt.layout, layout.prompt(QUERY, pairs=PAIRS).tokens)
-
-
-def test_cells_never_merge_whatever_the_tokenizer_would_do():
-    tokenizer = wrapped(TOKENIZERS["sentence pieces, digits merge"]())
-    merged = tokenizer.encode("123", add_special_tokens=False)
-    assert len(merged) == 2  # the mark and one token for three digits
-    assert merged[-1] not in asked("sentence pieces, digits merge").tokens
 
 
 @pytest.mark.parametrize("build", [asked, chatted])

@@ -1,12 +1,10 @@
 """Latents and new text: what plain transformers gives, alone and in batches, with gradient."""
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arctrm.config import HubConfig
-from arctrm.data.task import Pair
 from arctrm.errors import ConfigError
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.text_module import LatentOutput, TextReasoningModule
@@ -115,17 +113,6 @@ def test_texts_end_where_they_end_each_on_its_own(tmp_path):
         assert "<|" not in expected_text
 
 
-def test_text_is_new_text_only_and_max_length_bounds_new_tokens(folder):
-    module = TextReasoningModule(str(folder()))
-    short, long = (module.generate_latent(TEXTS[1], max_length=n) for n in (3, 6))
-    assert short.prompt_tokens == long.prompt_tokens > 20
-    assert (short.new_tokens, long.new_tokens) == (3, 6)
-    assert long.text.startswith(short.text)
-    assert not long.text.startswith(TEXTS[1])
-    tokenizer = module.model.tokenizer
-    assert len(tokenizer.encode(short.text, add_special_tokens=False)) <= 6
-
-
 def test_shapes_follow_the_problem(folder):
     module = TextReasoningModule(str(folder()))
     one = module.generate_latent(TEXTS[0], max_length=2)
@@ -206,18 +193,6 @@ def test_a_loaded_reader_can_be_given_and_stays_as_trained_as_it_is(freeze, fold
     assert module.generate_latent(TEXTS[0], max_length=1).z_init.requires_grad
     with pytest.raises(ConfigError, match="takes no device and no options"):
         TextReasoningModule(reader, dtype="float32")
-
-
-def test_a_chat_prompt_is_continued_as_its_template_made_it(tmp_path):
-    module = TextReasoningModule(str(save_model(tmp_path, chat=True)))
-    pair = Pair(np.eye(2, dtype=np.uint8), np.eye(3, dtype=np.uint8))
-    prompt = module.model.chat_prompt(np.zeros((1, 2), np.uint8), [pair])
-    out = module.continue_prompts([prompt], max_length=5)
-    assert out.prompt_tokens == [len(prompt.tokens)]
-    model, tokenizer = plain(tmp_path)
-    ids = torch.tensor(prompt.tokens)[None]
-    new = model.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0)[0, ids.shape[1] :]
-    assert out.text == [tokenizer.decode(new, skip_special_tokens=True)]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ import numpy as np
 
 from arctrm.data.task import NUM_COLOURS, Grid
 
-Key = tuple[str, int]
-"""Name of a property and the colour that it is about; -1 where it is about none."""
+Key = tuple[str, int]  # name of a property and the colour that it is about; -1: about none
 Named = Iterator[tuple[str, Hashable]]
 
 
@@ -113,18 +112,14 @@ def _colours(given: Side, made: Side) -> Named:
 
 def _pattern(given: Side, made: Side) -> Named:
     grid = made.grid
-    symmetric = {
-        "mirrored left to right": np.array_equal(grid, grid[:, ::-1]),
-        "mirrored top to bottom": np.array_equal(grid, grid[::-1]),
-        "turned by half": np.array_equal(grid, grid[::-1, ::-1]),
-        "mirrored diagonally": np.array_equal(grid, grid.T),
-        "rows alike": bool((grid == grid[:1]).all()),
-        "columns alike": bool((grid == grid[:, :1]).all()),
-        "periodic downwards": _period(grid) <= len(grid) // 2,
-        "periodic across": _period(grid.T) <= len(grid.T) // 2,
-    }
-    for name, value in symmetric.items():
-        yield from _or_not(name, value)
+    yield from _or_not("mirrored left to right", np.array_equal(grid, grid[:, ::-1]))
+    yield from _or_not("mirrored top to bottom", np.array_equal(grid, grid[::-1]))
+    yield from _or_not("turned by half", np.array_equal(grid, grid[::-1, ::-1]))
+    yield from _or_not("mirrored diagonally", np.array_equal(grid, grid.T))
+    yield from _or_not("rows alike", bool((grid == grid[:1]).all()))
+    yield from _or_not("columns alike", bool((grid == grid[:, :1]).all()))
+    yield from _or_not("periodic downwards", _period(grid) <= len(grid) // 2)
+    yield from _or_not("periodic across", _period(grid.T) <= len(grid.T) // 2)
     if given.grid.shape != grid.shape:
         yield "part of the input", _is_part(given.grid, grid)
         yield "holds the input", _is_part(grid, given.grid)

@@ -19,17 +19,13 @@ from arctrm.invariants.properties import Side, enclosed, properties
 COPY = "copy of the input"
 """Name of what a candidate breaks that equals its input, where no demonstration leaves it as it is.
 A rule of its own: it is not among the counted weights."""
-COPY_NATS = 10.0
-"""No right answer of ARC-AGI-1's training tasks breaks it; more than ten places of a ranking."""
+COPY_NATS = 10.0  # no right answer of ARC-AGI-1's training tasks breaks it
 
-Table = dict[Hashable, int]
-"""The colour of the output's cell, by what was seen in the input."""
+Table = dict[Hashable, int]  # the colour of the output's cell, by what was seen in the input
 
 
 def broken(task: Task, given: Grid, grid: Grid) -> list[tuple[str, float]]:
-    """What `grid` breaks as the answer to the test input `given`: (name, nats), heaviest first;
-    0 for names without a weight.
-    """
+    """What `grid` breaks as the answer to the input `given`: (name, nats), heaviest first."""
     names = _of(tuple(map(pair_key, task.demonstrations))).broken(given, grid)
     found = [(name, weights().get(name, 0.0)) for name in names]
     if np.array_equal(given, grid) and changes(task):

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from arctrm.errors import ConfigError
 
-WHISPER = 0.1
-"""First deviation of what adapters add, where embeddings have 1."""
-SHARPNESS = 4.0
-"""First deviation of attention logits; at 1 all queries say nearly the same, for every task."""
+WHISPER = 0.1  # first deviation of what adapters add, where embeddings have 1
+SHARPNESS = 4.0  # of attention logits; at 1 all queries say nearly the same, for every task
 NUM_BLOCKS = 2
 
 
@@ -48,9 +46,10 @@ class TextToLatentAdapter(nn.Module):
         self.side, width = isqrt(trm_seq_len), trm_hidden_size
         if self.side**2 != trm_seq_len or not trm_seq_len:
             raise ConfigError(f"trm_seq_len = {trm_seq_len} is no square number; use 900 (30 x 30)")
-        self.llm_hidden_size, self.num_context_slots = llm_hidden_size, num_context_slots
+        self.num_context_slots = num_context_slots
         self.project = _linear(llm_hidden_size, width)
-        self.queries = _table(num_context_slots + 2 * self.side, width)
+        queries = num_context_slots + 2 * self.side
+        self.queries = nn.Parameter(torch.randn(queries, width) * width**-0.5)
         self.blocks = nn.ModuleList(_CrossBlock(width, num_heads) for _ in range(NUM_BLOCKS))
         self.slot_head = _linear(width, width)
         self.cell_head = _linear(width, 2 * width)
@@ -71,7 +70,7 @@ class TextToLatentAdapter(nn.Module):
             llm_hidden = llm_hidden[:, None]
         if mask is None:
             mask = llm_hidden.new_ones(llm_hidden.shape[:2], dtype=torch.bool)
-        hidden = _masked(llm_hidden, mask, self.llm_hidden_size, "TextToLatentAdapter")
+        hidden = _masked(llm_hidden, mask)
         return self.read_keys(self.keys(hidden), mask)
 
     def keys(self, llm_hidden: Tensor) -> Tensor:
@@ -104,22 +103,19 @@ class AlignedAdapter(nn.Module):
 
     def __init__(self, llm_hidden_size: int = 4096, trm_hidden_size: int = 512):
         super().__init__()
-        self.llm_hidden_size = llm_hidden_size
         self.norm = nn.LayerNorm(llm_hidden_size)
         self.project = _linear(llm_hidden_size, trm_hidden_size)
         self.to_z, self.to_input = (_linear(trm_hidden_size, trm_hidden_size) for _ in range(2))
 
     def forward(self, llm_hidden: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """(z, injection), [T, D] each, of states [T, H]; zero where bool `there` [T] is False."""
-        hidden = _masked(llm_hidden, there, self.llm_hidden_size, "AlignedAdapter")
+        hidden = _masked(llm_hidden, there)
         x = self.project(self.norm(hidden)) * there[:, None]
         return self.to_z(x) * WHISPER, self.to_input(x) * WHISPER
 
 
 class LatentToTextAdapter(nn.Module):
-    """TRM -> LLM: learned queries read both latents and become vectors among the embeddings, whose
-    root mean square is `output_scale`.
-    """
+    """TRM -> LLM: learned queries read both latents and become vectors of size `output_scale`."""
 
     def __init__(
         self,
@@ -130,8 +126,9 @@ class LatentToTextAdapter(nn.Module):
         output_scale: float = 0.02,
     ):
         super().__init__()
-        self.trm_hidden_size, self.output_scale = trm_hidden_size, output_scale
-        self.queries = _table(num_prefix, trm_hidden_size)
+        self.output_scale = output_scale
+        first = torch.randn(num_prefix, trm_hidden_size) * trm_hidden_size**-0.5
+        self.queries = nn.Parameter(first)
         self.from_H, self.from_L = (_linear(trm_hidden_size, trm_hidden_size) for _ in "HL")
         self.block = _CrossBlock(trm_hidden_size, num_heads)
         self.project = _linear(trm_hidden_size, llm_hidden_size)
@@ -142,17 +139,14 @@ class LatentToTextAdapter(nn.Module):
         """
         if mask is None:
             mask = z_H.new_ones(z_H.shape[:2], dtype=torch.bool)
-        own = (_masked(z, mask, self.trm_hidden_size, "LatentToTextAdapter") for z in (z_H, z_L))
-        high, low = map(_norm, own)
+        high, low = (_norm(_masked(z, mask)) for z in (z_H, z_L))
         keys = _norm(self.from_H(high) + self.from_L(low))
         x = self.block(self.queries.expand(len(keys), -1, -1), keys, mask)
         return self.project(_norm(x)) * self.output_scale
 
 
 class _CrossBlock(nn.Module):
-    """Queries read the keys, then think: pre-norm cross-attention and SwiGLU (inner width D). Every
-    row also has one learned key and value, so that one without any other gives a constant.
-    """
+    """Pre-norm cross-attention and SwiGLU; every row also has one learned key and value."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -186,19 +180,10 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def _table(rows: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(rows, width) * width**-0.5)
-
-
 def _norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def _masked(x: Tensor, mask: Tensor, width: int, name: str) -> Tensor:
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """`x` in float32, zero where the mask is False: what lies there may be anything, even NaN."""
-    if x.shape[-1] != width or mask.shape != x.shape[:-1]:
-        raise ConfigError(
-            f"{name}: got vectors {list(x.shape)} with a mask {list(mask.shape)}, expected width "
-            f"{width} and one mask value per vector; use the adapter made for this model"
-        )
     return torch.where(mask[..., None], x.float(), 0.0)

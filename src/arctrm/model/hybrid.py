@@ -17,17 +17,10 @@ from torch import Tensor, nn
 
 from arctrm.config import CouplingConfig
 from arctrm.data.task import NUM_COLOURS, Grid
+from arctrm.model import trm
 from arctrm.model.adapters import AlignedAdapter, LatentToTextAdapter, TextToLatentAdapter
 from arctrm.model.layout import CHOICES, PREFIX, SIDE, VOCABULARY, output_tokens
-from arctrm.model.trm import (
-    Asked,
-    Prediction,
-    Rows,
-    TrunkRefiner,
-    first_state,
-    lay_out,
-    supervision_steps,
-)
+from arctrm.model.trm import Asked, Prediction, Rows, TrunkRefiner
 from arctrm.model.trunk import Trunk
 
 if TYPE_CHECKING:  # the reader's rooms are built on this one
@@ -37,14 +30,10 @@ if TYPE_CHECKING:  # the reader's rooms are built on this one
 class Heard(NamedTuple):
     """What the hub model has read for packed rows of TRM; never an answer."""
 
-    hidden: Tensor
-    """[N, H]: its states."""
-    state: Tensor
-    """int64 [T]: the state of each of TRM's tokens, -1 where the model has not read it."""
-    begin: Tensor
-    """int64 [R]: first state that a row may see; its sequence from there is its context."""
-    visible: Tensor
-    """int64 [R]: how many it may see."""
+    hidden: Tensor  # [N, H]: its states
+    state: Tensor  # int64 [T]: the state of each of TRM's tokens, -1 where it was not read
+    begin: Tensor  # int64 [R]: first state that a row may see; its context begins there
+    visible: Tensor  # int64 [R]: how many it may see
 
 
 class Hybrid(nn.Module):
@@ -101,9 +90,8 @@ class Hybrid(nn.Module):
         return Heard(hidden, states, offsets[:-1], offsets.diff())
 
     def said(self, heard: Heard, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What the adapters give to the rows: [T, D] to add to their embeddings, and the first z.
-
-        Additions are measured by the trunk's embeddings, which training makes larger.
+        """What the adapters give to the rows: [T, D] to add to their embeddings (in units of the
+        trunk's, which training makes larger), and the first z.
         """
         row, positions = rows.row.clamp(max=len(heard.begin) - 1), rows.positions
         added = z = heard.hidden.new_zeros(len(row), self.trunk.width)
@@ -125,12 +113,12 @@ class Hybrid(nn.Module):
 
     def steps(self, rows: Rows, heard: Heard | None, num_steps: int) -> Iterator[Prediction]:
         """Predictions of supervision steps; without what was `heard` TRM is alone."""
-        state = first_state(self.trunk, rows)
+        state = trm.first_state(self.trunk, rows)
         if heard is None:
-            return supervision_steps(self.trunk, rows, state, num_steps)
+            return trm.supervision_steps(self.trunk, rows, state, num_steps)
         added, z = self.said(heard, rows)
         state = state._replace(z=z.to(self.trunk.dtype))  # with its gradient
-        return supervision_steps(self.trunk, rows, state, num_steps, added)
+        return trm.supervision_steps(self.trunk, rows, state, num_steps, added)
 
     def soft_prefix(self, rows: Rows, prediction: Prediction) -> Tensor:
         """[R, P, H]: what TRM tells the reader after a step. z_H is the answer, embedded (with a
@@ -185,6 +173,6 @@ class HybridRefiner(TrunkRefiner):
 
     def steps(self, asked: Sequence[Asked], num_steps: int) -> tuple[Iterator[Prediction], Rows]:
         """See `TrunkRefiner.steps`."""
-        rows, _ = lay_out(asked, self.trunk.device, self.trunk.dtype)
+        rows, _ = trm.lay_out(asked, self.trunk.device, self.trunk.dtype)
         heard = self.hybrid.listen(asked, len(rows.tokens)) if self.coupled else None
         return self.hybrid.steps(rows, heard, num_steps), rows

@@ -16,12 +16,10 @@ from torch import Tensor
 from arctrm.errors import ConfigError
 from arctrm.planner.verifier import HEADING, Verdict
 
-VerdictLike = Verdict | tuple[bool, str]
-"""A `Verdict`, or just (success, feedback)."""
-RowVerifier = Callable[[Tensor, str], VerdictLike]
-"""z_init [H] and the new text of one attempt -> verdict."""
+VerdictLike = Verdict | tuple[bool, str]  # a `Verdict`, or just (success, feedback)
+RowVerifier = Callable[[Tensor, str], VerdictLike]  # z_init [H] and the new text
 BatchVerifier = Callable[[Tensor, list[str], list[int]], Sequence[VerdictLike]]
-"""z_init [b, H], texts and places in the batch of the problems attempted -> one verdict each."""
+"""z_init [b, H], texts and numbers of the problems attempted -> one verdict each."""
 
 
 class _ReadByName:
@@ -32,9 +30,7 @@ class _ReadByName:
     def __getitem__(self, name: str) -> Any:
         return {known: getattr(self, known) for known in self.names}[name]
 
-    def keys(self) -> tuple[str, ...]:
-        """The names that can be read; makes `dict(result)` work."""
-        return self.names
+    keys = lambda self: self.names  # makes `dict(result)` work
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +41,9 @@ class Attempt(_ReadByName):
 
     number: int
     text: str
-    new_tokens: int | None
-    """New tokens in it; None if the reader does not tell."""
+    new_tokens: int | None  # new tokens in it; None if the reader does not tell
     verdict: Verdict
-    z_init: Tensor = field(repr=False)
-    """[H]: the reader's latent."""
+    z_init: Tensor = field(repr=False)  # [H]: the reader's latent
 
     success = property(lambda self: self.verdict.success, doc="Whether every probe was right.")
     score = property(lambda self: self.verdict.score, doc="The verdict's score, 0..1.")
@@ -89,10 +83,8 @@ class PlannerResult(_ReadByName):
 
 
 class ARCPlanner:
-    """Lets a reader attempt each problem up to `max_attempts` times, until a verifier is content.
-
-    `llm_module` is a `TextReasoningModule`, or has a `generate_latent` like its; an attempt has at
-    most `max_length` new tokens.
+    """Lets a `TextReasoningModule` (or what has a `generate_latent` like it) attempt each problem
+    up to `max_attempts` times, at most `max_length` new tokens each, until a verifier is content.
     """
 
     def __init__(self, llm_module: Any, max_attempts: int = 16, max_length: int = 128):
@@ -113,10 +105,8 @@ class ARCPlanner:
         verifier_fn: BatchVerifier,
         more: Callable[[], bool] = lambda: True,
     ) -> list[PlannerResult]:
-        """Attempt many problems side by side; one result each, in order.
-
-        `verifier_fn` gets z_init [b, H], the texts, and which problems they belong to; `more` is
-        asked before every attempt but the first whether there is time for it.
+        """Attempt many problems side by side; one result each, in order. `more` is asked before
+        every attempt but the first whether there is time for it.
         """
         histories: list[list[Attempt]] = [[] for _ in problems]
         for number in range(1, self.max_attempts + 1):

@@ -16,8 +16,7 @@ from arctrm.data.parse import parse_grid
 from arctrm.data.task import Grid, Pair
 from arctrm.errors import TaskError
 
-MAX_CELLS = 16
-"""Wrong cells named in one feedback text, over all probes."""
+MAX_CELLS = 16  # wrong cells named in one feedback text, over all probes
 HEADING = "Feedback on the last attempt:"
 
 
@@ -25,14 +24,11 @@ HEADING = "Feedback on the last attempt:"
 class ProbeResult:
     """What a prediction for a held-out demonstration has right."""
 
-    predicted: Grid | None
-    """None where there was no well-formed grid."""
+    predicted: Grid | None  # None where there was no well-formed grid
     truth: Grid
-    exact: bool
-    """Same size, same cells."""
+    exact: bool  # same size, same cells
     shape: bool
-    cells: float
-    """Share of cells (0..1) that are right; 0 where the size is wrong."""
+    cells: float  # share of cells (0..1) that are right; 0 where the size is wrong
     missing_colours: tuple[int, ...]
     extra_colours: tuple[int, ...]
 
@@ -61,20 +57,13 @@ def probe(predicted: Any, truth: Grid) -> ProbeResult:
 class Verdict:
     """What the verifier says about one attempt."""
 
-    success: bool
-    """Every probe is exact, and there is at least one."""
-    score: float
-    """Mean score of the probes, 0..1; 0 without probes."""
-    feedback: str = ""
-    """What the reader is told before the next attempt at the query; see `feedback_text`."""
-    probes: tuple[ProbeResult, ...] = ()
-    """One per demonstration, in order."""
-    prediction: Grid | None = None
-    """The attempt's grid for the query; None where there is none."""
-    latent_prefix: Tensor | None = None
-    """Soft prefix [H] or [P, H] for the next attempt."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Shares (0..1) over probes and, with a target, of the prediction."""
+    success: bool  # every probe is exact, and there is at least one
+    score: float  # mean score of the probes, 0..1; 0 without probes
+    feedback: str = ""  # what the reader is told before its next attempt
+    probes: tuple[ProbeResult, ...] = ()  # one per demonstration, in order
+    prediction: Grid | None = None  # the attempt's grid for the query; None where there is none
+    latent_prefix: Tensor | None = None  # soft prefix [H] or [P, H] for the next attempt
+    metrics: Mapping[str, float] = field(default_factory=dict)  # shares 0..1
 
 
 class GridVerifier:
@@ -87,13 +76,11 @@ class GridVerifier:
 
     def __init__(self, target_grid: Any = None, demonstrations: Sequence[Any] | None = None):
         self.target = None if target_grid is None else _to_grid(target_grid, "target_grid")
-        outputs = []
-        for index, one in enumerate(demonstrations or ()):
-            known = one.output if isinstance(one, Pair) else None
-            known = one["output"] if isinstance(one, Mapping) else known
-            known = one[1] if isinstance(one, Sequence) else known
-            outputs.append(_to_grid(known, f"demonstrations[{index}].output"))
-        self.outputs = tuple(outputs)
+        of = lambda d: (
+            d.output if isinstance(d, Pair) else d[1 if isinstance(d, tuple) else "output"]
+        )
+        given = enumerate(demonstrations or ())
+        self.outputs = tuple(_to_grid(of(one), f"demonstrations[{i}].output") for i, one in given)
 
     def verify(
         self, probes: Sequence[Any], prediction: Any = None, latent_prefix: Tensor | None = None

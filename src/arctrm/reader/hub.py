@@ -25,27 +25,17 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from arctrm.config import HubConfig
 from arctrm.data.task import Grid, Pair
 from arctrm.model.layout import PREFIX, Condition, Prompt
+from arctrm.reader import hub_prompts
 from arctrm.reader.grammar import MAX_OUTPUT_TOKENS, GridState
-from arctrm.reader.hub_prompts import (
-    HubPrompt,
-    chat_prompt,
-    find_spelling,
-    new_prompt,
-    pairs_prompt,
-)
+from arctrm.reader.hub_prompts import HubPrompt, find_spelling, new_prompt
 
-CACHE = (
-    "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-)
-"""The argument by which transformers' models take a cache."""
+KNOWN = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in KNOWN else "past_key_values"  # by which models take a cache
 SEQUENCES_AT_ONCE = 8  # of about one length, padded to the longest of them
 
 
 class HubReader(nn.Module):
-    """A causal LM and its tokenizer; follows `Reader`.
-
-    Parameters are what is trained: none, the LoRA matrices, or every weight.
-    """
+    """A causal LM and its tokenizer; follows `Reader`. Parameters are what is trained of it."""
 
     model: Any
     asks_inverse = follows_drafts = False
@@ -55,6 +45,9 @@ class HubReader(nn.Module):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule
         self.tokenizer, self.config, self.name = tokenizer, config, config.name
+        text = model.config.get_text_config(decoder=True)
+        self.width = text.hidden_size
+        self.max_tokens = getattr(text, "max_position_embeddings", None) or 2**31  # that it holds
         self.spelling = find_spelling(tokenizer, config.cells, config.name)
         self.choices = torch.tensor(self.spelling.choices, device=self.device)
         self.pretrained = nn.Module()
@@ -84,17 +77,6 @@ class HubReader(nn.Module):
         return self.model.get_input_embeddings().weight.dtype
 
     @property
-    def width(self) -> int:
-        """Width D of the hidden states."""
-        return self.model.config.get_text_config(decoder=True).hidden_size
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that the model can hold: prompt, prefix and new ones together."""
-        config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "max_position_embeddings", None) or 2**31
-
-    @property
     def max_prompt_tokens(self) -> int:
         """Bound on a prompt: the configured one, else what leaves room for the largest grid."""
         room = max(self.max_tokens - MAX_OUTPUT_TOKENS, self.max_tokens // 2)
@@ -106,11 +88,13 @@ class HubReader(nn.Module):
         """The prompt that asks for the output of `query` after `pairs`, the longest of them left
         out where it is too long. Raises ConfigError where the query alone does not fit.
         """
-        return pairs_prompt(self.spelling, query, pairs, self.max_prompt_tokens, self.name)
+        bound = self.max_prompt_tokens
+        return hub_prompts.pairs_prompt(self.spelling, query, pairs, bound, self.name)
 
     def chat_prompt(self, query: Grid, pairs: Sequence[Pair]) -> HubPrompt:
         """The same in plain language through the chat template. Raises ConfigError without one."""
-        return chat_prompt(self.tokenizer, query, pairs, self.max_prompt_tokens, self.name)
+        bound = self.max_prompt_tokens
+        return hub_prompts.chat_prompt(self.tokenizer, query, pairs, bound, self.name)
 
     def opened(self, sizes: Sequence[int]) -> "HubReader":
         """Itself: there is nothing to prepare."""

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from arctrm.config import HubConfig
@@ -29,17 +25,15 @@ from arctrm.reader.hub import HubReader
 from arctrm.reader.hub_prompts import check_chat_template, find_spelling
 
 META = "meta-llama/Llama-3"
+# Types of errors without a connection; by name, as the HTTP library changes.
 UNREACHABLE = "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"
-"""Types of errors where there is no connection; by name, as the HTTP library changes."""
 
 
 def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> HubReader:
     """Load a model and its tokenizer; `config.device` comes before `device`, else CUDA or CPU.
 
-    Raises:
-        ConfigError: there is no such model, it may not be read, or it cannot spell grids.
-        CheckpointError: its weights are incomplete.
-        ResourceError: it does not fit.
+    Raises ConfigError (it is not there, may not be read, or cannot spell grids), CheckpointError
+    (its weights are incomplete) or ResourceError (it does not fit).
     """
     source, settings = _found(config)
     if config.mode == "lora" and importlib.util.find_spec("peft") is None:
@@ -128,12 +122,10 @@ def _found(config: HubConfig) -> tuple[dict[str, Any], Any]:
         settings = AutoConfig.from_pretrained(**source)
     classes = getattr(settings, "architectures", None) or []
     masked = any(one.endswith("ForMaskedLM") for one in classes)
-    known = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING
+    known = type(settings) in CAUSAL
     if masked or not (known or "AutoModelForCausalLM" in getattr(settings, "auto_map", {})):
-        raise ConfigError(
-            f"{name}: a model of type {settings.model_type} is not a causal language model; use "
-            f"one that predicts the next token, such as {META}.2-1B"
-        )
+        kind = f"a model of type {settings.model_type}, not a causal language model"
+        raise ConfigError(f"{name}: is {kind}; use one that is, such as {META}.2-1B")
     return source, settings
 
 
@@ -163,12 +155,13 @@ def _reading(name: str, problem: str) -> Iterator[None]:
             problem = "access is restricted; accept its licence at https://huggingface.co/" + name
             problem += " and log in with `hf auth login`"
         elif _is(error, UNREACHABLE):
-            problem = f"is not in the cache {constants.HF_HUB_CACHE} and the Hugging Face hub "
-            problem += "cannot be reached; connect to the network (and unset HF_HUB_OFFLINE), or "
-            problem += "give a local folder"
+            problem = (
+                f"is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached; "
+            )
+            problem += "connect to the network (unset HF_HUB_OFFLINE), or give a local folder"
         elif _is(error, ("RepositoryNotFoundError", "HFValidationError")):
-            problem = "is no local folder, and the Hugging Face hub has no model of that name that "
-            problem += "you may see; check the spelling, or log in with `hf auth login`"
+            problem = "is no local folder, and no model on the Hugging Face hub that you may see; "
+            problem += "check the spelling, or log in with `hf auth login`"
         else:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             problem += f" ({lines[0].rstrip('.:')})"

@@ -17,10 +17,8 @@ from arctrm.data.task import NUM_COLOURS, Grid, Pair
 from arctrm.errors import ConfigError
 from arctrm.model.layout import CHOICES, SEPARATOR, START, VOCABULARY, Prompt, pair_tokens
 
-SPACE_MARKS = ("Ġ", "▁", " ")
-"""How vocabularies write the space before a token: byte-level, SentencePiece, plain."""
-ROW_ENDS, ENDS = "\n;|,", "#;|"
-"""What ends a row, and a grid where there is no special token; in order of preference."""
+SPACE_MARKS = ("Ġ", "▁", " ")  # before a token: byte-level, SentencePiece, plain
+ROW_ENDS, ENDS = "\n;|,", "#;|"  # in order of preference; of a grid: without a special token
 INSTRUCTIONS = (
     "Every pair of grids below follows the same rule. A grid is written as one line per row, with "
     "one digit from 0 to 9 per cell. Find the rule, apply it to the last input, and answer with "
@@ -32,20 +30,16 @@ INSTRUCTIONS = (
 class HubPrompt(Prompt):
     """A prompt in ids of a hub model."""
 
-    soft: Tensor | None = None
-    """Soft prefix [P, D], read after the tokens."""
-    layout: np.ndarray | None = None
-    """int64 [T]: the same pairs in tokens of the layout; None for a text."""
+    soft: Tensor | None = None  # soft prefix [P, D], read after the tokens
+    layout: np.ndarray | None = None  # int64 [T]: the same in tokens of the layout; None for a text
 
 
 @dataclass(frozen=True)
 class Spelling:
     """The ids of a tokenizer that spell pairs of grids."""
 
-    choices: tuple[int, ...]
-    """Ids of the 12 choices: colours 0..9, row end, end."""
-    start: tuple[int, ...]
-    """What the tokenizer puts before any text."""
+    choices: tuple[int, ...]  # ids of the 12 choices: colours 0..9, row end, end
+    start: tuple[int, ...]  # what the tokenizer puts before any text
     input_mark: tuple[int, ...]
     output_mark: tuple[int, ...]
     """Read where the layout has START and SEPARATOR; end with a row end."""

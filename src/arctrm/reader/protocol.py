@@ -77,14 +77,11 @@ class Reader(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Tokens that all rows of one store may have together, prompts and room; `sys.maxsize`
-        where only their number counts.
-        """
+        """Tokens that all rows of one store may have together, prompts and room."""
 
     def opened(self, sizes: Sequence[int]) -> "Reader":
         """The same reader, with the weights that it has now, for one call in which rows of so many
-        tokens are written or scored: its stores may share memory, so one is used at a time. A
-        reader that has nothing to prepare returns itself.
+        tokens are written or scored: its stores may share memory, so one is used at a time.
         """
 
     def store(self, prompts: Sequence[Prompt], room: Sequence[int]) -> Store:

@@ -28,17 +28,12 @@ from arctrm.reader.decoding import decode
 from arctrm.reader.hub import with_soft
 from arctrm.reader.hub_prompts import grid_text as grid_text
 
-NESTED = re.compile(r"\[\s*(\[[^\[\]]*\](?:\s*,?\s*\[[^\[\]]*\])*)\s*,?\s*\]")
-"""A list of lists, as JSON, Python and numpy write it."""
-TABLE_RULE = re.compile(r"^[|:+\s-]*\|[|:+\s-]*\n", re.MULTILINE)
-"""The line under the head of a Markdown table."""
+NESTED = re.compile(r"\[\s*(\[[^\[\]]*\](?:\s*,?\s*\[[^\[\]]*\])*)\s*,?\s*\]")  # a list of lists
+TABLE_RULE = re.compile(r"^[|:+\s-]*\|[|:+\s-]*\n", re.MULTILINE)  # in Markdown
 WORDS = r"\b(input|output|answer|prediction|solution|result)(?:\s+grid)?(?:\s*#?\d+)?"
-LABEL = re.compile(rf"(?:\W*\w+){{0,4}}?\W*{WORDS}\W*", re.IGNORECASE)
-"""A line that only says what comes next."""
+LABEL = re.compile(rf"(?:\W*\w+){{0,4}}?\W*{WORDS}\W*", re.IGNORECASE)  # says what comes
 PREFIXED = re.compile(rf"\W*(?:{WORDS}|row\s*\d+|line\s*\d+)\W*[:=]\s*(?=[\d\[])", re.IGNORECASE)
-"""What may stand before the cells on a line of its own."""
 CELL_LIKE = re.compile(r"[\[\]\"']*(?:.?|[-+]?\d+(?:\.\d+)?|(?=\w*\d)\w+)[\[\]\"']*")
-"""A cell, or a cell with something wrong in it."""
 
 
 def parse_grid_text(text: str) -> Grid | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from arctrm.config import HubConfig
-from arctrm.config.sentences import Setting, config_error
+from arctrm.config.sentences import Setting, Settings, config_error
 from arctrm.errors import ConfigError
 from arctrm.model.layout import Prompt
 from arctrm.reader.hub import HubReader, HubStore, with_soft
@@ -33,7 +33,7 @@ class HubText:
         self.device, self.width = hub.device, hub.width
 
     def text_prompt(self, text: str) -> Prompt:
-        """A text as tokens, with what the tokenizer puts before any text; not empty."""
+        """A text as tokens, with what the tokenizer puts before any text."""
         ids = text_ids(self.hub.tokenizer, text)
         if not ids:
             raise ConfigError(f"{self.name}: an empty text has no tokens to read; give a text")
@@ -75,13 +75,10 @@ class HubText:
 class LatentOutput:
     """What `generate_latent` gives; unpacks as `z_init, text`. Lists where texts were a list."""
 
-    z_init: Tensor
-    """float32 [D] or [B, D]."""
-    text: str | list[str]
-    """New text only."""
+    z_init: Tensor  # float32 [D] or [B, D]
+    text: str | list[str]  # new text only
     prompt_tokens: int | list[int]
-    new_tokens: int | list[int]
-    """Without the token that ended the text."""
+    new_tokens: int | list[int]  # without the token that ended the text
     prefix_tokens: int = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,12 +88,9 @@ class LatentOutput:
 class TextReasoningModule(nn.Module):
     """A language model that reads a problem and gives a latent and new text.
 
-    Args:
-        model_name: id on the Hugging Face hub or a folder, or a loaded `HubReader` or `GridText`.
-        freeze: train nothing of a model that is loaded here; False trains every weight unless
-            `mode="lora"` is among the options.
-        device: where a model that is loaded here computes.
-        options: fields of `HubConfig`.
+    `model_name` is an id on the Hugging Face hub or a folder, loaded on `device` with the `options`
+    of `HubConfig` (`freeze` = False trains every weight, or with `mode="lora"` what that adds); or
+    it is a `HubReader` or `GridText` that stays as trained as it is.
     """
 
     def __init__(
@@ -116,7 +110,9 @@ class TextReasoningModule(nn.Module):
             try:
                 loaded = load_hub_reader(HubConfig.model_validate(options))
             except ValidationError as error:
-                given = {(key,): Setting(x, "TextReasoningModule") for key, x in options.items()}
+                given: Settings = {
+                    (key,): Setting(x, "TextReasoningModule") for key, x in options.items()
+                }
                 raise config_error(error, given, HubConfig) from error
         elif options or device is not None:
             raise ConfigError("TextReasoningModule: a loaded reader takes no device and no options")
@@ -140,17 +136,8 @@ class TextReasoningModule(nn.Module):
         `z_init` is the state after the final norm at the last token of problem, prefix and new
         text. It has a gradient, to the prefix and to trained weights, where gradients are enabled.
         """
-        if not isinstance(problem_text, str):
-            prompts = [self.reader.text_prompt(text) for text in problem_text]
-            return self.continue_prompts(prompts, latent_prefix, max_length)
-        out = self.generate_latent([problem_text], latent_prefix, max_length)
-        lists: Any = (out.z_init, out.text, out.prompt_tokens, out.new_tokens)
-        return LatentOutput(*(field[0] for field in lists), out.prefix_tokens)
-
-    def continue_prompts(
-        self, prompts: Sequence[Prompt], latent_prefix: Tensor | None = None, max_length: int = 128
-    ) -> LatentOutput:
-        """As `generate_latent`, for prompts that are tokens already (a chat template's, say)."""
+        texts = [problem_text] if isinstance(problem_text, str) else list(problem_text)
+        prompts = [self.reader.text_prompt(text) for text in texts]
         prefix = None if latent_prefix is None else self._prefix(latent_prefix, len(prompts))
         lengths, count = [len(p.tokens) for p in prompts], 0 if prefix is None else prefix.shape[1]
         if max(lengths) + count + max_length > self.reader.max_tokens:
@@ -164,14 +151,17 @@ class TextReasoningModule(nn.Module):
         wanted |= prefix is not None and prefix.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             z_init = self.reader.latents(prompts, prefix, new)
-        texts = [self.reader.text_of(own) for own in new]
-        return LatentOutput(z_init, texts, lengths, [len(own) for own in new], count)
+        written = [self.reader.text_of(own) for own in new]
+        fields: tuple[Any, ...] = z_init, written, lengths, [len(own) for own in new]
+        z_init, text, length, number = (
+            (own[0] for own in fields) if isinstance(problem_text, str) else fields
+        )
+        return LatentOutput(z_init, text, length, number, count)
 
     def _prefix(self, latent_prefix: Tensor, count: int) -> Tensor:
         """[D], [P, D] or [B, P, D] as [B, P, D]."""
         width, shape = self.hidden_size, list(latent_prefix.shape)
-        whole = shape[-1:] == [width] and len(shape) <= 3
-        if not whole or (len(shape) == 3 and shape[0] not in (1, count)):
+        if shape[-1:] != [width] or shape[:-2] not in ([], [1], [count]):
             raise ConfigError(
                 f"latent_prefix has the shape {shape}, allowed are [D], [P, D] and [B, P, D] with "
                 f"B = {count} texts and D = {width}, the width of {self.reader.name}"
