@@ -341,12 +341,10 @@ def _write_meta(folder: Path, meta: CheckpointMeta, **changes: object) -> None:
 
 
 def _complete(parent: Path) -> list[Path]:
-    """Complete checkpoints by step."""
     return sorted(path for path in parent.glob("step_*") if (path / META).is_file())
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
-    """`checkpoint.json` as it stands, and what it says in version 2."""
     file = folder / META
     try:
         told = json.loads(file.read_text(encoding="utf-8"))

@@ -148,7 +148,6 @@ def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> 
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, or None where it is absent or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

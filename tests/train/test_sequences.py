@@ -93,7 +93,7 @@ def test_tokens_and_positions_are_the_spelling_of_the_drawn_view(base, kind):
     assert (several > 6) == (kind == "hub")
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["reader", "trm", pytest.param("hub", marks=pytest.mark.slow)])
 def test_some_sequences_are_shown_larger_by_blocks_and_in_shapes(base, kind):
     scaling = ALL_WAYS.model_dump()
     sequences = make(base, kind, DataConfig(num_aug=50, scaling=ALL_WAYS))
@@ -118,6 +118,7 @@ def test_some_sequences_ask_for_the_input_of_an_output(base):
     assert abs(share - 0.3) < 0.05
 
 
+@pytest.mark.slow
 def test_views_of_inverse_tasks_keep_the_colours_that_only_inputs_have(base):
     sequences = make(base, data=DataConfig(num_aug=0, identity_colours=0.0), inverse_share=0.5)
     names = ("training", "evaluation")

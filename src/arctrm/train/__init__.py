@@ -1,0 +1,1 @@
+"""Training: sequences, steps of both voices, optimisers, the loop and its runs."""

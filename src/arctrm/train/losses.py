@@ -47,15 +47,9 @@ def row_counts(logits_TV: Tensor, labels_T: Tensor, row_T: Tensor, num_rows: int
     sums = sums.index_add(0, row_T.clamp(max=num_rows), columns)[:num_rows]
     count, num_right, num_same_kind, loss = sums.unbind(1)
     real, divisor = count > 0, count.clamp(min=1)
-    return RowCounts(
-        entropy.sum(),
-        valid.sum(),
-        real,
-        loss / divisor,
-        real & (num_right == count),
-        real & (num_same_kind == count),
-        num_right / divisor,
-    )
+    exact, shape = (real & (number == count) for number in (num_right, num_same_kind))
+    loss, accuracy = loss / divisor, num_right / divisor
+    return RowCounts(entropy.sum(), valid.sum(), real, loss, exact, shape, accuracy)
 
 
 def halting_loss(q_halt_R: Tensor, counts: RowCounts) -> Tensor:

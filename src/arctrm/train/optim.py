@@ -21,9 +21,7 @@ from arctrm.config import OptimiserConfig
 from arctrm.errors import CheckpointError
 
 FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}  # matrices in one, stacked along the rows
-HUB = "hub."  # weights of these names were trained with AdamW by others, and are here
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Muon's quintic iteration: https://kellerjordan.github.io/posts/muon/."""
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
 NUM_ITERATIONS = 5
 EPS = 1e-7
 WARM_UPS = 3  # eager runs of a step before it is captured
@@ -101,7 +99,6 @@ class Muon(Optimizer):
 
 
 def _by_shape(matrices: list[Tensor]) -> list[list[list[int]]]:
-    """Indices of the matrices: those of one shape and of its transpose, each of the two a list."""
     shapes: dict[tuple[int, int], dict[torch.Size, list[int]]] = defaultdict(dict)
     for index, matrix in enumerate(matrices):
         smaller, larger = sorted(matrix.shape)
@@ -182,11 +179,10 @@ class Optimisers:
 
 
 def _split(parameters: Named, *, use_muon: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """(matrices of the layers, one for each projection; every other parameter)."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, p in parameters.items():
-        is_matrix = ".layers." in f".{name}" and p.ndim == 2 and not name.startswith(HUB)
+        is_matrix = ".layers." in f".{name}" and p.ndim == 2 and not name.startswith("hub.")
         if not (use_muon and is_matrix):
             others.append(p)
             continue

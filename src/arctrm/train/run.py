@@ -223,7 +223,8 @@ def _start_trunk(
         if name in weights:
             mean = weights[name].mean(0)
             weights[name] = torch.stack([mean if r is None else weights[name][r] for r in rows])
-    other_ways = _ways(meta.trained.data) != _ways(config.data)
+    ways = [one.data.scaling for one in (meta.trained, config)]
+    other_ways = len({(way.factors, way.shapes) if way.share else None for way in ways}) > 1
     if other_ways:
         weights["scale_emb"] = own["scale_emb"]
     checkpoints.check_names(own, weights, folder)
@@ -239,16 +240,11 @@ def _start_trunk(
     return {"start": run | {"data_fingerprint": meta.data_fingerprint, "notes": meta.notes}}
 
 
-def _ways(data: DataConfig) -> tuple[object, ...]:
-    return (data.scaling.factors, data.scaling.shapes) if data.scaling.share else ()
-
-
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
 
 
 def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
-    """Hub model and adapters around a trunk, from checkpoints where there are any."""
     from arctrm.model.hybrid import Hybrid
     from arctrm.reader.hub_loading import load_hub_reader
 
@@ -340,8 +336,7 @@ def describe(config: Config) -> Table:
     return table
 
 
-def _memory(config: Config, num_parameters: int) -> float:
-    """Bytes of weights, gradient, average and moments, and of what one backward pass keeps."""
+def _memory(config: Config, num_parameters: int) -> float:  # bytes
     sizes, training = config.trunk, config.training
     of_layer = 12 * sizes.hidden_size + 4 * sizes.inner_size
     kept = of_layer * sizes.depth

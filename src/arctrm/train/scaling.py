@@ -16,11 +16,8 @@ from torch import Tensor
 from arctrm.config.data import ScalingConfig, ShapeName
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS
 
-# Columns of what is drawn for a row: its scale, the patterns of rows and of columns, and the colour
-# of places that are no cell of the grid.
-NUM_COLUMNS = 4
+NUM_COLUMNS = 4  # of what is drawn for a row: scale, patterns of rows and columns, filling colour
 SCALE, DOWN, ACROSS, FILL = range(NUM_COLUMNS)
-
 MOST_PADDING = 2  # rows or columns that "pad" adds on a side, at most
 
 
@@ -33,8 +30,7 @@ class Shape(NamedTuple):
     aligned: bool  # input and output must be of one size: their cells correspond
 
 
-def _padding(pattern: Tensor) -> tuple[Tensor, Tensor]:
-    """How much comes before and after."""
+def _padding(pattern: Tensor) -> tuple[Tensor, Tensor]:  # before and after
     count = MOST_PADDING + 1
     return pattern % count, torch.div(pattern, count, rounding_mode="floor") % count
 
@@ -51,8 +47,7 @@ def _tiled_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tensor, T
     return torch.where(mirrored, side - 1 - own, own), torch.zeros_like(mirrored)
 
 
-def _stretched_side(side: Tensor, pattern: Tensor) -> Tensor:
-    """Bit i of the pattern: row or column i is there twice."""
+def _stretched_side(side: Tensor, pattern: Tensor) -> Tensor:  # bit i: row i is there twice
     twice = _bits(pattern) * (torch.arange(MAX_SIDE, device=side.device) < side[:, None])
     return side + twice.sum(1)
 
@@ -63,7 +58,6 @@ def _stretched_cell(place: Tensor, side: Tensor, pattern: Tensor) -> tuple[Tenso
 
 
 def _bits(pattern: Tensor) -> Tensor:
-    """int64 [n, MAX_SIDE]: 0 or 1."""
     return pattern[:, None] >> torch.arange(MAX_SIDE, device=pattern.device) & 1
 
 
@@ -103,7 +97,6 @@ class Scales:
         return torch.where(suits[:, None], shown, 0)
 
     def _draw_patterns(self, shown: Tensor, background: Tensor) -> None:
-        """Fill in the columns that only shapes have."""
         count, scale = shown.shape[0], shown[:, SCALE]
         bits = torch.randint(2**MAX_SIDE, (4, count), device=self.device)
         patterns = bits[:2]

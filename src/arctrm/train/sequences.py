@@ -22,9 +22,8 @@ from arctrm.train import scaling
 from arctrm.train.losses import IGNORE
 from arctrm.train.source import INPUT, OUTPUT, PairSource
 
-# Columns of a row. The first are its condition (`layout.Condition`), whose last is the first of the
-# columns of `Scales`. Then: which pair, its place in the sequence, its tokens (0: no pair), and the
-# colours of its view.
+# Columns of a row: its condition (`layout.Condition`), whose last is the first of the columns of
+# `Scales`; which pair, its place in the sequence, its tokens (0: no pair), colours of the view.
 SHOWN = slice(SCALE, SCALE + scaling.NUM_COLUMNS)
 PAIR, INDEX, LENGTH = range(SHOWN.stop, SHOWN.stop + 3)
 COLOURS = slice(LENGTH + 1, LENGTH + 1 + NUM_COLOURS)
@@ -191,7 +190,6 @@ class Sequences:
         return torch.where(batch.row < len(rows), tokens, layout.PAD)
 
     def _grids(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The grids (offset, height, width) [n, 3] that are given and asked for in each row."""
         pair = self.source.pairs[rows[:, PAIR]]
         given, asked = pair[:, INPUT], pair[:, OUTPUT]
         if not self.inverse_share:
@@ -200,7 +198,6 @@ class Sequences:
         return torch.where(inverse, asked, given), torch.where(inverse, given, asked)
 
     def _sizes(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Sizes of what is given and of what is asked for, as rows show them."""
         turns, shown = rows[:, DIHEDRAL], rows[:, SHOWN]
         own = (self.source.seen_size(grid, turns) for grid in self._grids(rows))
         return [self.scales.larger(*size, shown) for size in own]

@@ -112,7 +112,6 @@ def inverse_fixed_colours(base: BaseSet) -> np.ndarray:
 
 
 def _colours_in(cells: np.ndarray, grids: np.ndarray) -> np.ndarray:
-    """int64 [n]: a bit for each colour of grids (offset, height, width) [n, 3]."""
     offset, height, width = grids.T
     bits = 1 << np.append(np.asarray(cells), 0).astype(np.int64)
     spans = np.stack([offset, offset + height * width], axis=1).ravel()

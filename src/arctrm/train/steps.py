@@ -26,12 +26,10 @@ from arctrm.train.sequences import LENGTH, Batch, Sequences
 from arctrm.train.source import PairSource
 
 READER, TRM = VOICES = range(2)
+# What `Step.counts` sums up for each voice, in this order: rows, sums over rows, and tokens.
 OF_BOTH = ("rows", "cell_loss", "exact", "shape", "cell_accuracy", "attempts", "tokens")
-OF_TRM = ("halt_loss", "trm_steps", "drafted", "draft_tokens", "written_loss")
-COUNTS = (*OF_BOTH, *OF_TRM)
-"""What `Step.counts` sums up for each voice, in this order: rows, sums over rows, and tokens."""
-OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")
-"""The reader's metrics that are logged beside TRM's."""
+COUNTS = (*OF_BOTH, "halt_loss", "trm_steps", "drafted", "draft_tokens", "written_loss")
+OF_ANSWERS = ("loss", "exact_match", "shape_match", "cell_accuracy")  # of the reader, beside TRM's
 
 FEW_ROWS, TOKENS_PER_ROW, TOKENS_PER_ROW_OF_MANY, SPARE = 32, 64, 280, 1.1
 """Room for sequences in a batch: one for 64 tokens up to 32; beyond, one for 280 tokens (attention
@@ -83,19 +81,11 @@ class Step:
         self, voice: int, losses: RowCounts, row_T: Tensor, more: Mapping[str, Tensor] = {}
     ) -> None:
         """Add a batch; `row_T`: row of each token, `more`: other counts of rows."""
-        found = {
-            "rows": losses.real,
-            "cell_loss": losses.loss,
-            "exact": losses.exact,
-            "shape": losses.shape,
-            "cell_accuracy": losses.cell_accuracy,
-            "attempts": losses.real,
-            "tokens": row_T < len(losses.real),
-            **more,
-        }
+        own = {"rows": losses.real, "cell_loss": losses.loss, "attempts": losses.real}
+        found = {**losses._asdict(), **own, "tokens": row_T < len(losses.real), **more}
         zero = torch.zeros((), device=self.counts.device)
         sums = [found.get(name, zero).sum().double() for name in COUNTS]
-        self.counts[voice] += torch.stack(sums)
+        self.counts[voice].add_(torch.stack(sums))
 
 
 @dataclass(eq=False)

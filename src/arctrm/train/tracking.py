@@ -60,11 +60,8 @@ class Tracker:
         if self.config.wandb:
             self._start_wandb()
         if progress_console().is_terminal:
-            columns = (
-                BarColumn(bar_width=20),
-                TaskProgressColumn(),
-                TextColumn("{task.description}"),
-            )
+            text = TextColumn("{task.description}")
+            columns = BarColumn(bar_width=20), TaskProgressColumn(), text
             self._live = Progress(*columns, console=progress_console())
             self._task = self._live.add_task("starting", total=1.0)
             self._live.start()
