@@ -5,12 +5,10 @@ prompt) see each other whole; every later token sees the sequence up to itself. 
 is the input; in the TRM voice the prompt is the whole sequence: everything sees everything. A query
 therefore always sees one span of keys, from the beginning of its sequence to some end.
 
-Three ways to the same result:
-- compiled training on a GPU: torch's flex attention, which visits only the blocks of a span;
-- other 16-bit arithmetic on a GPU: torch's packed kernel, one call for all prompts without a mask
-  and one for the rest with a causal mask (a token is a query of one call, and meets no key in the
-  other, which gives zeros: the sum is the answer);
-- everything else (CPU, float32): one sequence after another.
+Three ways to the same result: compiled training on a GPU by torch's flex attention, which visits
+only the blocks of a span; other 16-bit arithmetic on a GPU by torch's packed kernel, one call for
+all prompts and one, causal, for the rest (a token is a query of one call and meets no key in the
+other, which gives zeros: the sum is the answer); on a CPU and in float32 one by one.
 
 Legend: T tokens of a packed batch, N sequences in it, A heads, K head width, M blocks.
 """
@@ -42,29 +40,25 @@ FLEX_OPTIONS: dict[str, Any] = {
     "bwd_num_warps": 4,
     "bwd_num_stages": 3,
 }
-"""Small tiles: a query block meets three or four blocks of keys, and all of them need the mask. The
-fastest of twenty tried on an H100: forward four times torch's default."""
+"""Small tiles, since a query block meets three or four blocks of keys: the fastest of twenty on an
+H100, forward four times torch's default."""
 
 
 class Pieces(NamedTuple):
-    """Queries and keys of one call of the packed kernel.
-
-    Piece p is queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1] (int32).
-    """
+    """Piece p: queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1] (int32)."""
 
     begin_q: Tensor
     begin_k: Tensor
 
 
 class Prompts(NamedTuple):
-    """The two calls of the packed kernel where prompts are seen whole."""
+    """The two calls of the packed kernel: every prompt over itself, the rest of each sequence over
+    the whole sequence; `max_len` bounds the tokens of a prompt and of a rest.
+    """
 
     prompts: Pieces
-    """Every prompt over itself; the rest has no keys."""
     rest: Pieces
-    """The rest of each sequence over the whole sequence; the prompts have no keys."""
     max_len: int
-    """Upper bound of the tokens of a prompt, and of the rest of a sequence."""
 
 
 class Spans(NamedTuple):
@@ -203,7 +197,6 @@ def _prompts(offsets: Tensor, prompt_N: Tensor, max_part: int) -> Prompts:
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, max_q: int, max_k: int, *, causal: bool
 ) -> Tensor:
-    """One call of the packed kernel, [T, A, K]; `causal` aligns a piece's last query and key."""
     window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(q, k, v, pieces.begin_q, pieces.begin_k, max_q, max_k, window_size=window)
     assert isinstance(out, Tensor)
@@ -223,9 +216,8 @@ def _one_by_one(
 
 
 def _span_blocks(begin_T: Tensor, end_T: Tensor) -> BlockMask:
-    """Which blocks meet where query t sees the keys begin_T[t] : end_T[t] (int, none empty).
-
-    Neither begins nor ends may fall along the axis. Does not wait for the device.
+    """Which blocks meet where query t sees keys begin_T[t] : end_T[t], which never fall along the
+    axis. Does not wait for the device.
     """
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -263,7 +255,6 @@ def _neighbours(first_M: Tensor, end_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _span_attention(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:
-    """Attention [1, A, T, K] by blocks."""
     alone = query.is_cuda and not torch.compiler.is_compiling()
     call: Any = _compiled() if alone else flex_attention
     out = call(query, key, value, block_mask=blocks, kernel_options=FLEX_OPTIONS)

@@ -51,6 +51,7 @@ class Condition(NamedTuple):
     """Way in which the grids are shown larger, from 1; 0: as they are."""
 
 
+PLAIN = Condition()
 NUM_CONDITIONS = len(Condition._fields)
 TASK, DIHEDRAL, KEEPS_COLOURS, INVERSE, SCALE = range(NUM_CONDITIONS)
 
@@ -65,7 +66,7 @@ class Prompt:
     """int64 [n]: position numbers as the reader counts them."""
     output_start: int
     """Position number of the first output token."""
-    condition: Condition = Condition()
+    condition: Condition = PLAIN
 
 
 def pack_position(part: int, y: int = 0, x: int = 0) -> int:
@@ -119,7 +120,7 @@ def pair_tokens(pair: Pair, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(tokens).astype(np.int64), np.concatenate(positions).astype(np.int64)
 
 
-def prompt(query: Grid, condition: Condition = Condition(), pairs: Sequence[Pair] = ()) -> Prompt:
+def prompt(query: Grid, condition: Condition = PLAIN, pairs: Sequence[Pair] = ()) -> Prompt:
     """The prompt that asks for the output of `query`, after complete `pairs` (hub models only)."""
     parts = [pair_tokens(pair, index) for index, pair in enumerate((*pairs, Pair(query)))]
     tokens, positions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -107,10 +107,9 @@ def supervision_steps(
 
 @torch.no_grad()
 def reader_states(trunk: Trunk, rows: Rows, prompt_N: Tensor) -> Tensor:
-    """The reader's states [T, D] of the rows' drafts: a first z (the aligned path).
+    """The reader's states [T, D] of the rows' drafts, read as it writes: a first z (aligned path).
 
-    `prompt_N` int [N]: tokens of each sequence before its answer. The draft is read as the reader
-    writes it: each token sees the question and the draft up to itself.
+    `prompt_N` int [N]: tokens of each sequence before its answer.
     """
     offsets, longest = rows.seen.offsets, rows.seen.max_len
     if rows.seen.blocks is None:
@@ -263,9 +262,8 @@ def read_off(
     halts: bool,
     history: bool = False,
 ) -> list[Refined]:
-    """The answer of each row after its last step, or after the first with q > 0 where it `halts`.
-
-    A row that has halted keeps its answer while the others of its batch go on.
+    """The answer of each row after its last step, or after the first with q > 0 where it `halts`:
+    then it keeps that answer while others of its batch go on.
     """
     num_rows, device = len(asked), rows.tokens.device
     done = torch.zeros(num_rows, dtype=torch.bool, device=device)

@@ -218,10 +218,8 @@ class _Layers(nn.Module):
 
 
 def llama_state(trunk: Trunk) -> dict[str, Tensor]:
-    """Weights of transformers' `LlamaForCausalLM` with loops x num_layers layers, for comparison.
-
-    Equal to the trunk in the reader voice where there is no injection, `seen` is causal, the
-    condition is zero and positions turn as LLaMA's do.
+    """Weights of transformers' `LlamaForCausalLM` with loops x num_layers layers: the same function
+    without injection and condition, where `seen` is causal and positions turn as LLaMA's do.
     """
     state = {
         "model.embed_tokens.weight": trunk.embed_tokens,
