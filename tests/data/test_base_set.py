@@ -10,16 +10,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from arctrm.config.data import DataConfig
 from arctrm.data.base_set import (
     PAIR_COLUMNS,
     base_set_from_tasks,
-    build,
     open_base_set,
     write_base_set,
 )
-from arctrm.data.sources import load_tasks
-from arctrm.data.task import Pair, Task, pair_key
+from arctrm.data.task import Pair, Task
 from arctrm.errors import DataError, UserError
 
 
@@ -64,29 +61,12 @@ def test_a_test_set_task_gives_no_test_pair_whatever_subset_it_comes_from():
     assert base.num_pairs == 2
 
 
-def test_the_default_set_holds_the_evaluation_sets_demonstrations_and_none_of_its_test_pairs():
-    base, _ = build(DataConfig())
-    held = {task_id: set() for task_id in base.meta.task_ids}
-    for index, row in enumerate(base.pairs):
-        held[base.meta.task_ids[row[0]]].add(pair_key(base.pair(index)))
-    everything = set().union(*held.values())
-    for task in load_tasks("evaluation"):
-        assert held[task.id] == {pair_key(pair) for pair in task.demonstrations}
-        assert everything.isdisjoint({pair_key(pair) for pair in task.test})
-    assert sum(base.meta.in_test_set) == 400
-
-
 def test_tasks_of_one_id_are_one_task_with_each_pair_once():
-    tasks = {"s": [Task("a", (ONE,), (THREE,))], "more": [Task("a", (TWO, ONE, THREE))]}
+    tasks = {"s": [Task("a", (ONE,), (THREE, OPEN))], "more": [Task("a", (TWO, ONE, THREE))]}
     base = base_set_from_tasks(tasks, None, 0)
     assert base.num_tasks == 1
     assert all(map(same, pairs_of(base, subset=0), (ONE, THREE)))
     assert all(map(same, pairs_of(base, subset=1), (TWO,)))
-
-
-def test_unknown_answers_are_not_trained_on():
-    base = base_set_from_tasks({"s": [Task("a", (ONE,), (OPEN, TWO))]}, None, 0)
-    assert base.num_pairs == 2
 
 
 def test_fixed_colours_are_a_bit_mask_of_all_demonstrations():
@@ -158,7 +138,7 @@ from pathlib import Path
 from arctrm.data.base_set import base_set_from_tasks, write_base_set
 from arctrm.data.sources import load_tasks
 from arctrm.errors import UserError
-base = base_set_from_tasks({"training": load_tasks("training")}, None, 0)
+base = base_set_from_tasks({"training": load_tasks("training", max_tasks=100)}, None, 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 if sys.argv[2] == "refused":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

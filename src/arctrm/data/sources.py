@@ -55,7 +55,8 @@ def load_tasks(
         raise DataError(f"{solutions}: {source} is bundled together with its answers; leave it out")
     if source in BUNDLED:
         bundled, split = BUNDLED[source]
-        tasks = list(_from_map(_bundled(bundled)[split], source, None))
+        own = sorted(_bundled(bundled)[split].items())[:max_tasks]
+        tasks = list(_from_map(dict(own), source, None))
     elif _is_bundled(source):
         name, task_id = source.split(":", 1)
         splits = _bundled(name)
