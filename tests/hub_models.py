@@ -1,11 +1,9 @@
-"""Small random models and tokenizers of every make, saved as the hub has them.
-
-Shared by tests of hub readers.
-"""
+"""Small random models and tokenizers of every make, saved as the hub has them."""
 
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -15,18 +13,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = [
     "input 123 456 1234 2024 1999 10 11 12 100 000 111 output 00 22 33",
@@ -50,13 +37,13 @@ SMALL = {
     "initializer_range": 0.2,  # lively enough that a wrong mask or position shows
 }
 ARCHITECTURES = {
-    "llama": (LlamaConfig, {}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "gemma2": (Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "gemma3": (Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-    "mistral": (MistralConfig, {"sliding_window": 16}),
-    "mixtral": (MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "gemma2": (transformers.Gemma2Config, {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gemma3": (transformers.Gemma3TextConfig, {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 16}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "sliding_window": None}),
 }
 
 

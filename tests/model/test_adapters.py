@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from arctrm.errors import ConfigError
 from arctrm.model.adapters import AlignedAdapter, LatentToTextAdapter, TextToLatentAdapter
 
 HIDDEN, WIDTH, CELLS, SLOTS, PREFIX = 48, 32, 900, 5, 3
@@ -143,16 +142,3 @@ def test_aligned_states_stay_on_their_cell_and_are_zero_where_there_is_none():
     assert hidden.grad.norm(dim=1).nonzero()[:, 0].tolist() == [3]
     (z.square().sum() + injection.square().sum()).backward()
     assert all(p.grad.norm() > 0 for p in adapter.parameters())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"trm_seq_len": 901}, "trm_seq_len = 901"),
-        ({"trm_seq_len": 0}, "trm_seq_len = 0"),
-        ({"num_heads": 5}, "num_heads = 5"),
-    ],
-)
-def test_impossible_sizes_are_refused_by_name(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        TextToLatentAdapter(HIDDEN, WIDTH, **arguments)

@@ -1,14 +1,12 @@
 """The verifier judges by held-out demonstrations; the answer, if known, feeds metrics alone."""
 
 import dataclasses
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from arctrm.data.task import Pair
-from arctrm.errors import TaskError
 from arctrm.planner import GridVerifier
 from arctrm.planner.verifier import MAX_CELLS, feedback_text, probe
 
@@ -50,15 +48,6 @@ def test_what_is_no_grid_is_wrong(nothing):
     assert verdict.metrics["exact_match"] == verdict.metrics["shape_match"] == 0
 
 
-@pytest.mark.parametrize("nothing", [None, [], [[]], np.zeros((0, 0))], ids=str)
-def test_an_empty_truth_or_target_is_refused_and_not_equal_to_an_empty_grid(nothing):
-    with pytest.raises(TaskError, match=r"demonstrations\[0\]"):
-        GridVerifier(demonstrations=[(INPUT, nothing)])
-    if nothing is not None:
-        with pytest.raises(TaskError, match="target_grid"):
-            GridVerifier(nothing)
-
-
 def test_two_targets_give_the_same_verdict_but_other_metrics():
     probes, prediction = [OUTPUTS[0], [[5, 6, 5]], None], [[7, 7]]
     verdicts = [judge(probes, target=t, prediction=prediction) for t in (None, [[7, 7]], [[1]])]
@@ -71,24 +60,6 @@ def test_two_targets_give_the_same_verdict_but_other_metrics():
     shared = verdicts[0].metrics
     assert all(shared.items() <= verdict.metrics.items() for verdict in verdicts[1:])
     assert [v.metrics.get("exact_match") for v in verdicts] == [None, 1, 0]
-
-
-def test_more_right_scores_more():
-    truth = OUTPUTS[0]
-    worse_to_better = [
-        None,
-        [[9]],
-        [[9, 9], [9, 9]],
-        [[1, 9], [9, 9]],
-        [[1, 2], [3, 9]],
-        [[4, 2], [3, 1]],
-        truth,
-    ]
-    scores = [probe(grid, truth).score for grid in worse_to_better]
-    assert scores[0] == 0
-    assert scores[-1] == 1
-    assert scores[1] == 0  # wrong size, wrong colours
-    assert all(a < b for a, b in pairwise(scores[1:]))
 
 
 def test_metrics_are_shares():
@@ -116,11 +87,6 @@ def test_demonstrations_come_as_pairs_tuples_or_json():
         )
     ]
     assert told[0] == told[1] == told[2]
-
-
-def test_a_probe_too_few_is_an_error_and_not_a_success():
-    with pytest.raises(ValueError, match="2 probes for 3 demonstrations"):
-        judge(OUTPUTS[:2])
 
 
 def test_the_feedback_says_size_palette_and_cells():

@@ -140,7 +140,7 @@ def test_rows_may_be_uneven_rewound_given_up_and_equal(folder):
 
 
 def test_logits_of_all_tokens_are_those_of_the_model(folder):
-    for architecture in ARCHITECTURES:
+    for architecture in ("llama", "gemma2"):  # which caps its logits
         reader = load(folder(architecture))
         prompt = prompts_of(reader)[1]
         hidden = reader.run(*reader.padded([prompt]))

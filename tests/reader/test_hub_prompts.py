@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from tokenizers import processors
 
 from arctrm.data.task import Pair
 from arctrm.errors import ConfigError
 from arctrm.model import layout
 from arctrm.reader.hub_prompts import chat_prompt, find_spelling, pairs_prompt
 from arctrm.reader.text import parse_grid_text
-from hub_models import END, TOKENIZERS, marked_words, sentence_piece, words, wrapped
+from hub_models import END, TOKENIZERS, marked_words, words, wrapped
 
 GRID = np.array([[1, 2, 3], [0, 0, 9]], np.uint8)
 
@@ -74,22 +73,6 @@ def test_what_cannot_spell_a_grid_is_refused_in_one_sentence(tokenizer, cells, l
     said = f"some/model: the tokenizer has no token of its own for {lacks}, .* tiny reader"
     with pytest.raises(ConfigError, match=said):
         find_spelling(wrapped(tokenizer), cells, "some/model")
-
-
-def test_a_tokenizer_without_an_end_gets_a_token_of_its_own_for_it():
-    wrapper = wrapped(words(*"0123456789", "\n", "#"), start=False)
-    wrapper.eos_token = None
-    assert wrapper.decode([find_spelling(wrapper).choices[11]]) == "#"
-
-
-def test_an_end_that_the_tokenizer_adds_is_not_left_in_the_start():
-    tokenizer = wrapped(sentence_piece())
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", start), ("<|end|>", end)]
-    )
-    assert tokenizer.encode("input")[-1] == end
-    assert find_spelling(tokenizer).start == (start,)
 
 
 def test_the_text_of_a_prompt_is_inputs_and_outputs_line_by_line():
