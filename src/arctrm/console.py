@@ -1,23 +1,13 @@
 """The one rich console: progress and prose go to stderr, results to stdout."""
 
-import unicodedata
 from functools import cache
+from unicodedata import category
 
 from rich.console import Console
 from rich.markup import escape
 
-ARC_PALETTE = (
-    "#000000",
-    "#0074d9",
-    "#ff4136",
-    "#2ecc40",
-    "#ffdc00",
-    "#aaaaaa",
-    "#f012be",
-    "#ff851b",
-    "#7fdbff",
-    "#870c25",
-)
+_SHADES = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
+ARC_PALETTE = tuple(f"#{shade}" for shade in _SHADES.split())
 """Colours 0..9 as the ARC Prize site shows them."""
 
 
@@ -45,11 +35,8 @@ def printable(text: object, limit: int | None = None) -> str:
     shown = str(text)
     if limit is not None and len(shown) > limit:
         shown = shown[: max(limit - 1, 0)] + "…"
-    return "".join(c if c == "\n" or _is_harmless(c) else ascii(c)[1:-1] for c in shown)
-
-
-def _is_harmless(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    harmful = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(c if c == "\n" or category(c) not in harmful else ascii(c)[1:-1] for c in shown)
 
 
 def plain(text: object, limit: int | None = None) -> str:

@@ -22,15 +22,15 @@ BAD = {
     "ragged": (with_grid([[1, 2], [3]]), "row 1"),
     "colour 10": (with_grid([[1, 10]]), "got 10"),
     "colour -1": (with_grid([[1, -1]]), "got -1"),
-    "string": (with_grid([["1"]]), 'got "1" (a string)'),
+    "string": (with_grid([["1"]]), 'got "1"'),
     "float": (with_grid([[1.5]]), "got 1.5"),
     "boolean": (with_grid([[True]]), "got true"),
     "nested null": (with_grid([[None, [None]]]), "got null"),
     "huge number": (with_grid([[10**400]]), "got 1000"),
     "empty grid": (with_grid([[]]), "an empty grid"),
     "31x31": (with_grid([[0] * 31] * 31), "got 31x31"),
-    "no demonstrations": ({"train": [], "test": [PAIR]}, "at least a demonstration"),
-    "no test input": ({"train": [PAIR], "test": []}, "at least a test input"),
+    "no demonstrations": ({"train": [], "test": [PAIR]}, '"train" must be a list of pairs'),
+    "no test input": ({"train": [PAIR], "test": []}, '"test" must be a list of pairs'),
     "no output": ({"train": [{"input": GRID}], "test": [PAIR]}, 'train[0]: has no "output"'),
 }
 COMMANDS = {
@@ -101,5 +101,5 @@ def test_every_command_refuses_what_cannot_be_read(run, command, name):
         elif name == "a loop":
             file.symlink_to("a.json")
         else:
-            said = "source: has no task files"
+            said = "source: has no usable task"
     refused(run(command, "source"), said)

@@ -56,7 +56,7 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
         (["max_attempts=0"], ["max_attempts = 0", "equal to 1"]),
         (["epochs=0"], ["epochs = 0", "equal to 1"]),
         (["lr=0"], ["--set lr: ", "adamw_lr = 0", "greater than 0"]),
-        (["trm_hidden_size=510"], ["trm_hidden_size", "trunk.num_heads", "use 448 or 512"]),
+        (["trm_hidden_size=510"], ["trm_hidden_size", "trunk.num_heads", "use 512"]),
         (["trm_halt_max_steps=0"], ["trm_halt_max_steps", "trm.halt_max_steps = 0"]),
         (["llama_frozen=maybe"], ["llama_frozen", "boolean"]),
         (["hub.name=a/b"], ["llama_model = 'tiny'", "the table hub"]),

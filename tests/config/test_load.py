@@ -249,7 +249,7 @@ def test_a_syntax_error_is_named_with_its_line(toml):
         ),
         (
             "[trunk]\nhidden_size = 510",
-            "trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = 64; use 448 or 512",
+            "trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = 64; use 512",
         ),
         (
             "data.scaling.factors = []",

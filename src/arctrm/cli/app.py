@@ -89,8 +89,8 @@ def _usage_sentence(error: Any, command: str) -> str:
     return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
-def _example(*lines: str) -> str:
-    return "Example: " + "\n\n".join(f"[bold]{line}[/]" for line in lines)
+def _example(line: str) -> str:
+    return f"Example: [bold]{line}[/]"
 
 
 _TYPER: dict[str, Any] = {"cls": _Group, "no_args_is_help": True, "add_completion": False}
@@ -153,26 +153,25 @@ class Flag(NamedTuple):
 
 TEXT, NUMBER, PATH, LIST = str | None, int | None, Path | None, list[str] | None
 METAVARS = {TEXT: "NAME", PATH: "PATH", LIST: "NAME"}
-FILES = "TOML file, or name of a shipped one; repeatable."
-CONFIG = Flag("--config", list[Path] | None, FILES, None, "FILE")
+_FILE = "TOML file, or name of a shipped one; repeatable."
+_PATHS = "task file, folder, Kaggle challenges file, .json.gz map, arc1:<id> or arc2:<id>"
+CONFIG = Flag("--config", list[Path] | None, _FILE, None, "FILE")
 SET = Flag("--set", LIST, "Set one key of the configuration; repeatable.", None, "KEY=VALUE")
-OUT = Flag("--out", PATH, "Run folder; runs/<command>-<time> unless given.", "out")
+OUT = Flag("--out", PATH, "Where to write; runs/<command>-<time> for a run.", "out")
 SEED = Flag("--seed", NUMBER, "Seed of everything random.", "seed")
-RESUME = Flag("--resume", bool, "Go on where the run in --out stopped.")
 DRY_RUN = Flag("--dry-run", bool, "Print what would run, then stop; writes nothing.")
-WEIGHTS = "Checkpoint; the bundled weights unless given."
-CHECKPOINT = Flag("--checkpoint", PATH, WEIGHTS, "checkpoint")
+RESUME = Flag("--resume", bool, "Go on where the run in --out stopped.")
+WEIGHTS = Flag("--checkpoint", PATH, "The bundled weights unless given.", "checkpoint")
 TEST_SET = Flag("--test-set", TEXT, "Bundled set or path of the tasks.", "evaluation.test_set")
 MAX_TASKS = Flag("--max-tasks", NUMBER, "Only the first tasks by id.", "evaluation.max_tasks")
 VIEWS = Flag("--views", NUMBER, "Views of each test input that are voted on.", "inference.views")
-PATHS = "task file, folder, Kaggle challenges file, .json.gz map, arc1:<id> or arc2:<id>"
 
 
-def _command(name: str, call: str, flags: Sequence[Flag], *texts: str) -> None:
+def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: str) -> None:
     """Add a command: its configuration is filled from all layers and given to the function `call`
-    with the values of the flags that have no key; `texts` are its help and examples.
+    with the values of the flags that have no key.
     """
-    flags = (CONFIG, SET, *flags, DRY_RUN)
+    flags = (CONFIG, SET, *flags, OUT, SEED, DRY_RUN)
 
     def command(**given: Any) -> None:
         from arctrm.config.commands import COMMANDS
@@ -207,39 +206,10 @@ def _command(name: str, call: str, flags: Sequence[Flag], *texts: str) -> None:
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     group, _, word = name.rpartition(" ")
     add = (data_app if group else app).command
-    add(word, help=texts[0], epilog=_example(*texts[1:]))(command)
+    add(word, help=says, epilog=_example(example))(command)
 
 
-# --- Data
-
-_command(
-    "data build",
-    "cli.app.build",
-    (
-        Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
-        Flag("--test-set", TEXT, "Of these, only the demonstrations.", "data.test_set"),
-        Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
-        OUT._replace(help="Folder to write; data/<subsets> unless given."),
-        SEED,
-    ),
-    "Collect tasks into one small, memory-mapped training set; refuses leaks of the test set.",
-    "arctrm data build --subsets training --subsets evaluation --test-set evaluation",
-)
-_command(
-    "data show",
-    "cli.app.show",
-    (
-        Flag("source", str, f"training, evaluation, training2, evaluation2, {PATHS}."),
-        Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
-        Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
-        Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
-        OUT._replace(help="Text file to write instead of the terminal."),
-        SEED._replace(help="Draw the tasks at random, instead of the first by id."),
-    ),
-    "Show tasks in the terminal, in the ARC colours.",
-    "arctrm data show training 00d62c1b",
-    "arctrm data show my_tasks --statistics",
-)
+# --- The commands
 
 
 def build(settings: "DataBuildConfig", dry_run: bool) -> None:
@@ -280,76 +250,80 @@ def show(
         settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
 
-# --- Training and answering
-
+_command(
+    "data build",
+    "cli.app.build",
+    (
+        Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
+        Flag("--test-set", TEXT, "Of these, only the demonstrations.", "data.test_set"),
+        Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
+    ),
+    "Collect tasks into one small, memory-mapped training set; refuses leaks of the test set.",
+    "arctrm data build --subsets training --subsets evaluation --test-set evaluation",
+)
+_command(
+    "data show",
+    "cli.app.show",
+    (
+        Flag("source", str, f"training, evaluation, training2, evaluation2, {_PATHS}."),
+        Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
+        Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
+        Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
+    ),
+    "Show tasks in the terminal, in the ARC colours: the first by id, or by --seed.",
+    "arctrm data show training 00d62c1b",
+)
 _command(
     "pretrain",
     "train.run.pretrain",
-    (OUT, RESUME, SEED),
+    (RESUME,),
     "Train the reader, TRM or both on the demonstrations of many tasks; Ctrl-C saves.",
     "arctrm pretrain --config pretrain --out runs/first --set training.schedule.budget=20m",
-    "arctrm pretrain --out runs/first --resume",
 )
 _command(
     "joint",
     "train.run.joint",
-    (OUT, RESUME, SEED),
+    (RESUME,),
     "Train a reader and TRM together, and score them where evaluate = true; Ctrl-C saves.",
     "arctrm joint --config arc1_1h --out runs/arc1",
-    "arctrm joint --out runs/arc1 --resume",
+)
+_EVAL = (
+    Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
+    Flag("--submission", PATH, "Score this submission.json, without weights.", "submission"),
+    Flag("--ablate", LIST, "no-reader, no-trm or no-coupling.", "evaluation.ablate"),
 )
 _command(
     "eval",
     "solve.evaluate.evaluate",
-    (
-        CHECKPOINT,
-        Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
-        Flag("--submission", PATH, "Score this submission.json, without weights.", "submission"),
-        TEST_SET,
-        MAX_TASKS,
-        VIEWS,
-        Flag("--ablate", LIST, "no-reader, no-trm or no-coupling.", "evaluation.ablate"),
-        OUT,
-        RESUME,
-        SEED,
-    ),
+    (WEIGHTS, *_EVAL, TEST_SET, MAX_TASKS, VIEWS, RESUME),
     "Answer a test set with one checkpoint and score it: scores.json, submission.json, a table.",
     "arctrm eval --checkpoint runs/first --out scores",
+)
+_BASELINE = (
+    Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
+    Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
+    VIEWS._replace(key="views"),
 )
 _command(
     "baseline",
     "solve.baseline.baseline",
-    (
-        CHECKPOINT,
-        Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
-        TEST_SET,
-        MAX_TASKS,
-        VIEWS._replace(key="views"),
-        Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
-        OUT._replace(help="File (*.json) or folder; runs/baseline-<time> unless given."),
-        RESUME,
-        SEED,
-    ),
+    (WEIGHTS, *_BASELINE, TEST_SET, MAX_TASKS, RESUME),
     "Answer tasks with a language model alone: results.json, submission.json, a score table.",
-    "arctrm baseline --checkpoint runs/reader --test-set evaluation --out baseline",
     "arctrm baseline --model Qwen/Qwen2.5-0.5B --views 2 --out qwen",
 )
 _command(
     "solve",
     "solve.solve.solve",
     (
-        Flag("target", str, f"{PATHS[0].upper()}{PATHS[1:]}."),
-        CHECKPOINT,
+        Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}."),
+        WEIGHTS,
         Flag("--budget", TEXT, "Time per task: 60s, 5m.", "budget", "DURATION"),
         VIEWS,
         Flag("--attempts", NUMBER, "Rounds of reader and TRM of the planner.", "max_attempts"),
         Flag("--trace", bool, "Show the planner's attempts: text, score, feedback."),
         Flag("--check", bool, "Say at the end whether the answers are right, if known."),
         Flag("--keep-going", bool, "In a folder, report a bad task and go on.", "keep_going"),
-        OUT._replace(help="Folder to write submission.json to."),
-        SEED,
     ),
     "Adapt to a task on its own demonstrations and answer it with two grids, within a budget.",
-    "arctrm solve my_task.json --budget 60s",
     "arctrm solve arc1:00d62c1b --check",
 )

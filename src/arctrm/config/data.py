@@ -12,9 +12,8 @@ KNOWN_LEAKS = ("40853293", "8719f442")
 evaluation task that is also in ARC-AGI-2 training) the test input of evaluation task 6ea4a07e."""
 
 Factor = Annotated[int, Field(ge=1, le=6)]
-"""Rows or columns that one of a small grid becomes."""
-
 Block = Annotated[tuple[Factor, Factor], LISTED]
+"""Rows and columns that a cell of a small grid becomes."""
 ShapeName = Literal["pad", "lines", "tile", "stretch"]
 
 
@@ -26,9 +25,8 @@ class ScalingConfig(StrictModel):
     factors: Annotated[tuple[Block, ...], LISTED, Field(min_length=1)] = ((1, 2), (2, 1), (2, 2))
     """Blocks [rows, columns] that a cell may become, each equally likely."""
     shapes: Annotated[tuple[ShapeName, ...], LISTED] = ()
-    """Other ways, each as likely as a block. pad: up to two rows and columns of one colour on each
-    side; lines: one colour between all rows and columns; tile: twice, as it is or mirrored;
-    stretch: a quarter of the rows and columns twice (pad, stretch: input and output of one size).
+    """Other ways, each as likely as a block. pad: a border of one colour; lines: one colour between
+    all rows and columns; tile: twice, as it is or mirrored; stretch: some rows and columns twice.
     """
     sides: int = Field(24, ge=1, le=30)
     """Bound on the sides of a grid that is shown larger; what would exceed it stays as it is."""
@@ -60,8 +58,8 @@ class DataConfig(StrictModel):
     max_tasks: Count | None = None
     """Use only the first tasks (by id) of each subset: for smoke runs."""
     held_out: Number = 0
-    """Tasks of each subset but the test set, chosen by a hash of their ids, whose test pairs are
-    not trained on: a validation set for choosing settings (`evaluation.held_out`)."""
+    """Tasks of each subset but the test set, by a hash of their ids, whose test pairs are not
+    trained on: a validation set (`evaluation.held_out`)."""
     weights: dict[str, Weight] = Field(default_factory=dict)
     """Relative weight of one pair of a subset (bundled name or file's stem); 1 unless named."""
     test_pair_weight: Weight = 1.0
@@ -77,7 +75,6 @@ class DataConfig(StrictModel):
         if self.test_set is not None and self.test_set not in self.subsets:
             raise ValueError(
                 f"data.test_set = {self.test_set!r} is not among data.subsets = "
-                f"{list(self.subsets)}; add it there, or set data.test_set to one of them "
-                "or to '' for none"
+                f"{list(self.subsets)}; add it there, or set data.test_set to '' for none"
             )
         return self

@@ -10,10 +10,6 @@ TINY = "tiny"
 """`llama_model` of a reader on the trunk of this package."""
 PAIR_TOKENS = 2 * 30 * 31 + 3
 """Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
-HUB_TOKENS = 4096
-"""Default bound on the tokens of a hub reader's training sequence."""
-POSITIONS = 32
-"""Bound on the vectors of a soft prefix."""
 
 
 class TrunkConfig(StrictModel):
@@ -40,10 +36,9 @@ class TrunkConfig(StrictModel):
     def _heads_divide_width(self) -> "TrunkConfig":
         step = 8 * self.num_heads
         if self.hidden_size % step:
-            low, high = self.hidden_size // step * step, -(-self.hidden_size // step) * step
             raise ValueError(
                 f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x trunk.num_heads "
-                f"= {step}; use {f'{low} or ' if low else ''}{high}"
+                f"= {step}; use {-(-self.hidden_size // step) * step}"
             )
         return self
 
@@ -64,8 +59,7 @@ class ReaderConfig(StrictModel):
     output_noise: Part = 0.0
     """Share of the output cells shown in a random colour, in every other training sequence."""
     inverse_share: Part = 0.0
-    """Share of the sequences that ask for the input of a pair, given its output: the reader then
-    judges candidates by how well they explain the input, too (`judge.inverse_weight`)."""
+    """Share of the sequences that ask for a pair's input, given its output (`judge.inverse_*`)."""
 
 
 class TRMConfig(StrictModel):
@@ -133,27 +127,26 @@ class HubConfig(StrictModel):
 
     @model_validator(mode="after")
     def _can_be_loaded(self) -> "HubConfig":
-        if self.device is not None and self.device_map is not None:
-            raise ValueError(
-                f"hub.device = {self.device!r} contradicts hub.device_map = {self.device_map!r}; "
-                "leave one of them out"
-            )
-        if self.mode == "full" and self.dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"hub.dtype = {self.dtype!r} with hub.mode = 'full': trained weights are float32; "
-                "set hub.dtype = 'float32' or hub.mode = 'lora'"
-            )
-        if self.mode != "frozen" and self.device_map is not None:
-            raise ValueError(
-                f"hub.device_map = {self.device_map!r} with hub.mode = {self.mode!r}: a trained "
-                "model must be on one device; leave hub.device_map out or set llama_frozen = true"
-            )
+        of_map, of_mode = f"hub.device_map = {self.device_map!r}", f"hub.mode = {self.mode!r}"
+        for is_wrong, said in (
+            (self.device and self.device_map, f"hub.device = {self.device!r} contradicts {of_map}"),
+            (
+                self.mode == "full" and self.dtype not in ("auto", "float32"),
+                f"hub.dtype = {self.dtype!r} with {of_mode}: trained weights are float32",
+            ),
+            (
+                self.mode != "frozen" and self.device_map,
+                f"{of_map} with {of_mode}: a trained model must be on one device",
+            ),
+        ):
+            if is_wrong:
+                raise ValueError(f"{said}; leave one of the two out")
         return self
 
     @property
     def training_tokens(self) -> int:
         """Bound on the tokens of a training sequence."""
-        return self.max_tokens or HUB_TOKENS
+        return self.max_tokens or 4096
 
 
 class CouplingConfig(StrictModel):
@@ -167,7 +160,7 @@ class CouplingConfig(StrictModel):
     """TRM's latents -> soft prefix of the reader for the next attempt."""
     num_context_slots: int = Field(16, ge=1, le=1024)
     """Vectors of the context; TRM adds their mean to every token of the question."""
-    num_back_vectors: int = Field(4, ge=1, le=POSITIONS)
+    num_back_vectors: int = Field(4, ge=1, le=32)
     """Vectors of the soft prefix."""
     adapter_heads: int = Field(8, ge=1, le=1024)
     """Heads of the adapters' cross-attention; divides trunk.hidden_size."""

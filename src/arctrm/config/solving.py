@@ -11,10 +11,10 @@ Ablation = Literal["no-reader", "no-trm", "no-coupling"]
 
 
 def _names(value: object) -> object:
-    """Items that hold several names with commas between are split, and every name comes once."""
-    if not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
-        return value
-    return tuple(dict.fromkeys(name.strip() for item in value for name in item.split(",")))
+    """Names with commas between them are split, and every name comes once."""
+    if isinstance(value, list | tuple):
+        value = tuple(dict.fromkeys(n.strip() for item in value for n in str(item).split(",")))
+    return value
 
 
 Views = Annotated[int, Field(ge=1, le=10**6)]
@@ -49,8 +49,7 @@ class JudgeConfig(StrictModel):
     scoring_views: Views = 8
     """Views under which a candidate is scored."""
     inverse_weight: Weight = 0.2
-    """Weight of the log-probability of the input, given a candidate, where the reader learned
-    inverse tasks (`reader.inverse_share`)."""
+    """Weight of log p(input | candidate), after training with `reader.inverse_share`."""
     inverse_candidates: Views = 5
     """Grids of each test input, the best by the reader, whose input is asked for."""
 
