@@ -334,7 +334,7 @@ def test_a_table_of_another_command_is_refused_with_that_command(toml):
 def test_an_override_without_a_value_is_refused():
     for override in ("seed", "=3", "trunk..x=1"):
         assert sentence(overrides=[override]).startswith(
-            f"--set: got {override!r}, allowed is KEY=VALUE;"
+            f"--set: got {override!r}, allowed is KEY=VALUE "
         )
 
 

@@ -33,10 +33,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class _Group(TyperGroup):
-    """Lists `data` first, helps at once, keeps the message of an interrupt (Typer drops it)."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=lambda name: name != "data")
+    """Helps at once, and keeps the message of an interrupt (Typer drops it)."""
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)
@@ -51,12 +48,6 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error)) from error
-        except _UsageError as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: help
-                raise
-            # Typer leaves out where it was when the value of an option is missing.
-            command = f"{ctx.command_path} {ctx.invoked_subcommand}"
-            raise CommandLineError(_usage_sentence(error, command)) from error
 
 
 def run_app(words: Sequence[str]) -> int:
@@ -64,9 +55,11 @@ def run_app(words: Sequence[str]) -> int:
     try:
         code = app(list(words), prog_name="arctrm", standalone_mode=False) or 0
     except _UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: help
             return CommandLineError.exit_code
-        raise CommandLineError(_usage_sentence(error, "arctrm")) from error
+        # Typer leaves out where it was when the value of an option is missing.
+        command = " ".join(["arctrm", *words[: 1 + (words[:1] == ["data"])]])
+        raise CommandLineError(_usage_sentence(error, command)) from error
     if code == Interrupted.exit_code:
         raise Interrupted
     return int(code)

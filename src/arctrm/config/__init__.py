@@ -29,9 +29,4 @@ from arctrm.config.solving import (
     JudgeConfig,
     TaskChoiceConfig,
 )
-from arctrm.config.training import (
-    OptimiserConfig,
-    ScheduleConfig,
-    TrackingConfig,
-    TrainingConfig,
-)
+from arctrm.config.training import OptimiserConfig, ScheduleConfig, TrackingConfig, TrainingConfig

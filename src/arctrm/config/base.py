@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsConfigDict
 
@@ -25,6 +25,16 @@ class StrictModel(BaseModel):
         env_ignore_empty=True,
         enable_decoding=False,  # lists and tables in a variable are TOML, not JSON
     )
+
+    def _problems(self) -> Iterator[str]:
+        """Sentences about keys that contradict each other."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _has_no_problem(self) -> Self:
+        for sentence in self._problems():
+            raise ValueError(sentence)
+        return self
 
 
 FREE: dict[str, Any] = {"resume": "free"}
@@ -47,8 +57,8 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_duration(value: object) -> object:
-    """Turn "90s", "10m", "1.5h" or a number of seconds into seconds (float)."""
-    if isinstance(value, bool) or not isinstance(value, str):
+    """Turn "90s", "10m", "1.5h" into seconds (float); what is no text stays as it is."""
+    if not isinstance(value, str):
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value, re.ASCII)
     if match is None:

@@ -1,30 +1,14 @@
 """The whole configuration of each command."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from arctrm.config import model, solving
 from arctrm.config.base import FREE, Count, Seconds, Seed, StrictModel
 from arctrm.config.data import DataConfig
-from arctrm.config.model import (
-    PAIR_TOKENS,
-    TINY,
-    CouplingConfig,
-    HubConfig,
-    ReaderConfig,
-    TRMConfig,
-    TrunkConfig,
-)
-from arctrm.config.solving import (
-    AdaptationConfig,
-    EvaluationConfig,
-    InferenceConfig,
-    JudgeConfig,
-    TaskChoiceConfig,
-    Views,
-)
 from arctrm.config.training import TrackingConfig, TrainingConfig
 
 
@@ -60,20 +44,20 @@ class _RunConfig(_Command):
     """What both training commands have."""
 
     data: DataConfig = DataConfig()
-    trunk: TrunkConfig = TrunkConfig()
-    reader: ReaderConfig = ReaderConfig()
-    trm: TRMConfig = TRMConfig()
+    trunk: model.TrunkConfig = model.TrunkConfig()
+    reader: model.ReaderConfig = model.ReaderConfig()
+    trm: model.TRMConfig = model.TRMConfig()
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=FREE)
 
-    def _both_voices_fit(self) -> None:
+    @property
+    def _batch_problem(self) -> str:
+        """Says that one of two voices has no room for the largest pair; empty where it has."""
         tokens, share = self.training.tokens_per_batch, self.trm.share
-        least = int(PAIR_TOKENS / min(share, 1 - share)) + 1
-        if tokens < least:
-            raise ValueError(
-                f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice "
-                f"no room for the largest pair, {PAIR_TOKENS} tokens; use {least} or more"
-            )
+        least = int(model.PAIR_TOKENS / min(share, 1 - share)) + 1
+        said = f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice no "
+        said += f"room for the largest pair, {model.PAIR_TOKENS} tokens; use {least} or more"
+        return said if tokens < least else ""
 
 
 class PretrainConfig(_RunConfig):
@@ -84,16 +68,12 @@ class PretrainConfig(_RunConfig):
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint, run or bundle folder that the trunk starts from; untrained when absent."""
 
-    @model_validator(mode="after")
-    def _voices_fit(self) -> "PretrainConfig":
-        if self.voice == "both":
-            self._both_voices_fit()
-        elif self.trm.draft_share:
-            raise ValueError(
-                f"trm.draft_share = {self.trm.draft_share} with voice = {self.voice!r}: drafts are "
-                "the reader's; set voice = 'both' or trm.draft_share = 0"
-            )
-        return self
+    def _problems(self) -> Iterator[str]:
+        if self.voice == "both" and self._batch_problem:
+            yield self._batch_problem
+        if self.voice != "both" and self.trm.draft_share:
+            drafts = f"trm.draft_share = {self.trm.draft_share} with voice = {self.voice!r}"
+            yield f"{drafts}: drafts are the reader's; set voice = 'both' or trm.draft_share = 0"
 
 
 JOINT_TRACKING = TrackingConfig(project="arc-hybrid-joint")
@@ -122,7 +102,7 @@ class JointConfig(_RunConfig):
     data_path: str | None = Field(None, json_schema_extra=FREE)
     """Instead of data.subsets: a bundled name, a file, a folder of tasks or a built data set; none
     of its tasks is evaluated unless data.test_set is the same."""
-    llama_model: str = Field(TINY, min_length=1)
+    llama_model: str = Field(model.TINY, min_length=1)
     """"tiny": the reader's voice of the trunk; or a hub id or folder of a causal language model."""
     llama_frozen: bool = False
     """Train adapters and TRM only; else hub.mode = "lora" or "full" says what of a hub model is."""
@@ -143,14 +123,14 @@ class JointConfig(_RunConfig):
 
     reader_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Of a hub model: checkpoint folder whose LoRA or whole weights the reader starts from."""
-    hub: HubConfig = HubConfig()
-    coupling: CouplingConfig = CouplingConfig()
+    hub: model.HubConfig = model.HubConfig()
+    coupling: model.CouplingConfig = model.CouplingConfig()
     tracking: TrackingConfig = Field(JOINT_TRACKING, json_schema_extra=FREE)
     evaluate: bool = Field(False, json_schema_extra=FREE)
     """Score the last checkpoint at the end, by the three tables below (those of `arctrm eval`)."""
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), json_schema_extra=FREE)
-    inference: InferenceConfig = Field(InferenceConfig(), json_schema_extra=FREE)
-    judge: JudgeConfig = Field(JudgeConfig(), json_schema_extra=FREE)
+    evaluation: solving.EvaluationConfig = Field(solving.EvaluationConfig(), json_schema_extra=FREE)
+    inference: solving.InferenceConfig = Field(solving.InferenceConfig(), json_schema_extra=FREE)
+    judge: solving.JudgeConfig = Field(solving.JudgeConfig(), json_schema_extra=FREE)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -160,7 +140,7 @@ class JointConfig(_RunConfig):
     @property
     def is_tiny(self) -> bool:
         """Whether the reader is a voice of the trunk."""
-        return self.llama_model == TINY
+        return self.llama_model == model.TINY
 
     def eval_config(self, checkpoint: Path, out: Path | None) -> "EvalConfig":
         """The configuration that scores the run's checkpoint."""
@@ -174,7 +154,7 @@ class JointConfig(_RunConfig):
         if not isinstance(given, Mapping):
             return given
         config = _copied(given)
-        is_hub = config.get("llama_model", TINY) != TINY
+        is_hub = config.get("llama_model", model.TINY) != model.TINY
         for name, path in KNOWN_KEYS.items():
             if config.get(name) is not None and (is_hub or name != "llama_model"):
                 _spread(config, path, config[name], name)
@@ -187,34 +167,26 @@ class JointConfig(_RunConfig):
                 raise ValueError(f"{said}; leave one of them out")
         return config
 
-    @model_validator(mode="after")
-    def _reader_is_one_kind(self) -> "JointConfig":
-        kind, given = "the tiny reader", {"the table reader": self.reader != ReaderConfig()}
+    def _problems(self) -> Iterator[str]:
+        kind, given = "the tiny reader", {"the table reader": self.reader != model.ReaderConfig()}
         if self.is_tiny:
             kind, given = "a hub model", {"llama_frozen = true": self.llama_frozen}
             given[f"reader_checkpoint = '{self.reader_checkpoint}'"] = bool(self.reader_checkpoint)
-            given["the table hub"] = self.hub != HubConfig()
+            given["the table hub"] = self.hub != model.HubConfig()
         for key in (key for key, is_given in given.items() if is_given):
-            raise ValueError(
-                f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}; leave "
-                "one of them out"
-            )
+            said = f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}"
+            yield f"{said}; leave one of them out"
         if self.is_tiny:
-            self._both_voices_fit()
-            return self
+            yield from filter(None, [self._batch_problem])
+            return
         width, coupling = self.trunk.hidden_size, self.coupling
         if width % coupling.adapter_heads:
-            raise ValueError(
-                f"coupling.adapter_heads = {coupling.adapter_heads} does not divide "
-                f"trunk.hidden_size = {width}; use 8, or another divisor"
-            )
+            heads = f"coupling.adapter_heads = {coupling.adapter_heads}"
+            yield f"{heads} does not divide trunk.hidden_size = {width}; use 8, or another divisor"
         one = self.hub.training_tokens + coupling.num_back_vectors * coupling.back
         if coupling.reader_tokens_per_batch < one:
-            raise ValueError(
-                f"coupling.reader_tokens_per_batch = {coupling.reader_tokens_per_batch} holds no "
-                f"sequence of hub.max_tokens; use {one} or more, or lower hub.max_tokens"
-            )
-        return self
+            said = f"coupling.reader_tokens_per_batch = {coupling.reader_tokens_per_batch}"
+            yield f"{said} holds no sequence of hub.max_tokens; use {one} or more, or lower that"
 
 
 def _copied(value: Any) -> Any:
@@ -250,22 +222,17 @@ class EvalConfig(_Command):
     """Use the bundled weights; excludes checkpoint."""
     submission: Path | None = None
     """Score this submission.json (or the one in this folder); no weights are loaded."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    inference: InferenceConfig = InferenceConfig()
-    judge: JudgeConfig = JudgeConfig()
+    evaluation: solving.EvaluationConfig = solving.EvaluationConfig()
+    inference: solving.InferenceConfig = solving.InferenceConfig()
+    judge: solving.JudgeConfig = solving.JudgeConfig()
 
-    @model_validator(mode="after")
-    def _one_source_of_answers(self) -> "EvalConfig":
+    def _problems(self) -> Iterator[str]:
         keys = [f"submission = {str(self.submission)!r}"] if self.submission else []
         keys += [f"checkpoint = {str(self.checkpoint)!r}"] if self.checkpoint else []
         keys += ["bundled = true"] if self.bundled else []
         keys += ["evaluation.ablate"] if self.submission and self.evaluation.ablate else []
         if len(keys) > 1:
-            raise ValueError(
-                f"{keys[0]} contradicts {keys[1]}: answers come from one set of weights, or from a "
-                "submission as it is; leave one of the two out"
-            )
-        return self
+            yield f"{keys[0]} contradicts {keys[1]}: one of them answers; leave the other out"
 
 
 class SolveConfig(_Command):
@@ -279,12 +246,12 @@ class SolveConfig(_Command):
     """In a folder, report a bad task and go on."""
     max_attempts: int = Field(2, ge=1, le=16)
     """Rounds of reader and TRM of the planner; more than one where TRM's latents go back."""
-    inference: InferenceConfig = InferenceConfig(views=32)
-    judge: JudgeConfig = JudgeConfig()
-    adaptation: AdaptationConfig = AdaptationConfig()
+    inference: solving.InferenceConfig = solving.InferenceConfig(views=32)
+    judge: solving.JudgeConfig = solving.JudgeConfig()
+    adaptation: solving.AdaptationConfig = solving.AdaptationConfig()
 
 
-class BaselineHubConfig(HubConfig):
+class BaselineHubConfig(model.HubConfig):
     """`[hub]` of baseline: the same keys, and no model unless one is named."""
 
     name: str | None = None  # type: ignore[assignment]
@@ -296,27 +263,23 @@ class BaselineConfig(_Command):
 
     checkpoint: Path | None = None
     """Checkpoint folder of a tiny reader; the bundled weights when absent."""
-    views: Views = 8
+    views: solving.Views = 8
     """Views of each test input that are answered and voted on."""
-    attempts: Views = 2
+    attempts: solving.Views = 2
     """Grids kept of each test input, the best by votes; the first two are submitted."""
     max_new_tokens: Count = 2048
     """Bound on the tokens of an answer in plain language (hub.prompt = "chat")."""
     batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
     """Prompts answered side by side, at most; by default as many as `judge.batch_size` of eval."""
     hub: BaselineHubConfig = BaselineHubConfig()
-    evaluation: TaskChoiceConfig = TaskChoiceConfig()
+    evaluation: solving.TaskChoiceConfig = solving.TaskChoiceConfig()
 
-    @model_validator(mode="after")
-    def _one_model(self) -> "BaselineConfig":
+    def _problems(self) -> Iterator[str]:
         if self.checkpoint is not None and self.hub.name:
-            raise ValueError(
-                f"checkpoint = '{self.checkpoint}' contradicts hub.name = {self.hub.name!r}: one "
-                "model answers; leave one of them out"
-            )
+            said = f"checkpoint = '{self.checkpoint}' contradicts hub.name = {self.hub.name!r}"
+            yield f"{said}: one model answers; leave one of them out"
         if self.hub.prompt == "chat" and not self.hub.name:
-            raise ValueError("hub.prompt = 'chat' needs a chat model; set hub.name")
-        return self
+            yield "hub.prompt = 'chat' needs a chat model; set hub.name"
 
 
 COMMANDS: dict[str, type[StrictModel]] = {
@@ -333,4 +296,4 @@ COMMANDS: dict[str, type[StrictModel]] = {
 
 def commands_with(key: str) -> list[str]:
     """The commands that know this top-level key."""
-    return [name for name, model in COMMANDS.items() if key in model.model_fields]
+    return [name for name, table in COMMANDS.items() if key in table.model_fields]

@@ -1,9 +1,10 @@
 """`[data]`: which tasks are trained on, which are evaluated, and how views are drawn."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from arctrm.config.base import FREE, LISTED, Count, Names, Number, Part, Share, StrictModel, Weight
 
@@ -70,11 +71,7 @@ class DataConfig(StrictModel):
     """Probability that a view keeps its colours (the model is told so by a flag)."""
     scaling: ScalingConfig = ScalingConfig()
 
-    @model_validator(mode="after")
-    def _test_set_is_loaded(self) -> "DataConfig":
+    def _problems(self) -> Iterator[str]:
         if self.test_set is not None and self.test_set not in self.subsets:
-            raise ValueError(
-                f"data.test_set = {self.test_set!r} is not among data.subsets = "
-                f"{list(self.subsets)}; add it there, or set data.test_set to '' for none"
-            )
-        return self
+            said = f"data.test_set = {self.test_set!r} is not among data.subsets ="
+            yield f"{said} {list(self.subsets)}; add it there, or set data.test_set to '' for none"

@@ -2,11 +2,9 @@
 
 Precedence, lowest first: the model's defaults, the record of the resumed run (`config.json`), TOML
 files from left to right (tables are merged, everything else is replaced), environment variables
-(`ARCTRM_TRUNK__HIDDEN_SIZE=64`), `--set a.b=c`, the command's own flags.  Every value is kept as a
-`Setting` with its origin, so that an error names the file, flag or variable to mend.  Validation is
-strict: "5" is not 5.  `null` in an override or variable, and "" in a file, unset a key that may be
-absent (TOML has no null).  A key displaces those that it excludes in the layers below
-(`ALTERNATIVES`): `--set training.schedule.max_steps=100` drops the budget of a file.
+(`ARCTRM_TRUNK__HIDDEN_SIZE=64`), `--set a.b=c`, the command's own flags.  Validation is strict: "5"
+is not 5.  `null` in an override or variable, and "" in a file, unset a key that may be absent (TOML
+has no null).  A key displaces its `ALTERNATIVES` in the layers below.
 """
 
 import json
@@ -87,9 +85,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _default_layer(fields: Fields) -> Settings:
-    """What a default table sets beside its own defaults: [inference] of solve has other views, and
-    a file that sets another key of the table keeps them.
-    """
+    """What a command's table sets beside its own defaults: a file may set another key of it."""
     found: Settings = {}
     for path, field in fields.items():
         if isinstance(field.default, BaseModel):
@@ -152,11 +148,10 @@ def _override_layer(fields: Fields, overrides: Sequence[str]) -> Settings:
         path = tuple(part.strip() for part in key.split("."))
         if not equals or not all(path):
             raise ConfigError(
-                f"--set: got {override!r}, allowed is KEY=VALUE; "
-                "write for example --set trunk.hidden_size=256"
+                f"--set: got {override!r}, allowed is KEY=VALUE such as trm.share=0.3"
             )
-        parts = _parts(path, _parse_text(text.strip(), fields.get(path)), "--set")
-        for leaf, setting in parts.items():
+        value = _parse_text(text.strip(), fields.get(path))
+        for leaf, setting in _parts(path, value, "--set").items():
             _put(layer, leaf, setting)
     return layer
 

@@ -1,8 +1,9 @@
 """The models: `[trunk]` with its two voices `[reader]` and `[trm]`, `[hub]`, `[coupling]`."""
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from arctrm.config.base import FREE, Count, Names, Part, Share, StrictModel, Weight
 
@@ -32,15 +33,11 @@ class TrunkConfig(StrictModel):
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
     """Keep only the input of each layer in training: less memory, a third more time."""
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "TrunkConfig":
+    def _problems(self) -> Iterator[str]:
         step = 8 * self.num_heads
         if self.hidden_size % step:
-            raise ValueError(
-                f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x trunk.num_heads "
-                f"= {step}; use {-(-self.hidden_size // step) * step}"
-            )
-        return self
+            said = f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x"
+            yield f"{said} trunk.num_heads = {step}; use {-(-self.hidden_size // step) * step}"
 
     @property
     def depth(self) -> int:
@@ -125,23 +122,14 @@ class HubConfig(StrictModel):
     max_tokens: int | None = Field(None, ge=1, le=10**7)
     """Bound on the tokens of a sequence; by default 4096 in training, else what the model holds."""
 
-    @model_validator(mode="after")
-    def _can_be_loaded(self) -> "HubConfig":
+    def _problems(self) -> Iterator[str]:
         of_map, of_mode = f"hub.device_map = {self.device_map!r}", f"hub.mode = {self.mode!r}"
-        for is_wrong, said in (
-            (self.device and self.device_map, f"hub.device = {self.device!r} contradicts {of_map}"),
-            (
-                self.mode == "full" and self.dtype not in ("auto", "float32"),
-                f"hub.dtype = {self.dtype!r} with {of_mode}: trained weights are float32",
-            ),
-            (
-                self.mode != "frozen" and self.device_map,
-                f"{of_map} with {of_mode}: a trained model must be on one device",
-            ),
-        ):
-            if is_wrong:
-                raise ValueError(f"{said}; leave one of the two out")
-        return self
+        if self.device and self.device_map:
+            yield f"hub.device = {self.device!r} contradicts {of_map}; leave one of them out"
+        if self.mode == "full" and self.dtype not in ("auto", "float32"):
+            yield f"hub.dtype = {self.dtype!r} with {of_mode}: trained weights must be float32"
+        if self.mode != "frozen" and self.device_map:
+            yield f"{of_map} with {of_mode}: a model that is trained must be on one device"
 
     @property
     def training_tokens(self) -> int:

@@ -1,8 +1,9 @@
 """`[training]` and `[tracking]`: batch, optimisers, schedule, checkpoints, logging."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from arctrm.config.base import FREE, LISTED, Count, Number, Part, Rate, Seconds, Share, StrictModel
 from arctrm.config.model import PAIR_TOKENS
@@ -39,14 +40,10 @@ class ScheduleConfig(StrictModel):
     constant_fraction: Share = 0.4
     """Fraction of the run at which the decay begins."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "ScheduleConfig":
+    def _problems(self) -> Iterator[str]:
         if (self.budget is None) == (self.max_steps is None):
-            raise ValueError(
-                f"training.schedule.budget = {self.budget} and training.schedule.max_steps = "
-                f"{self.max_steps} contradict each other; give exactly one of the two"
-            )
-        return self
+            said = f"training.schedule.budget = {self.budget} and training.schedule.max_steps ="
+            yield f"{said} {self.max_steps} contradict each other; give exactly one of the two"
 
 
 class TrainingConfig(StrictModel):
