@@ -45,7 +45,7 @@ H100, forward four times torch's default."""
 
 
 class Pieces(NamedTuple):
-    """Piece p: queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1] (int32)."""
+    """Piece p: queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1], int32."""
 
     begin_q: Tensor
     begin_k: Tensor
@@ -85,8 +85,8 @@ def attend(seen: Seen, layer: int, query: Tensor, key: Tensor, value: Tensor) ->
     if not isinstance(seen, Spans):
         return seen(layer, query, key, value)
     if seen.blocks is not None:
-        flat = (x.transpose(0, 1)[None] for x in (query, key, value))
-        return _span_attention(*flat, seen.blocks)[0].transpose(0, 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return _span_attention(q, k, v, seen.blocks)[0].transpose(0, 1)
     if seen.lengths is not None:
         return _one_by_one(query, key, value, seen.lengths)
     q, k, v = query.contiguous(), key.contiguous(), value.contiguous()

@@ -110,14 +110,15 @@ def pair_tokens(pair: Pair, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and positions of pair number `index`; without an output, up to the separator."""
     first = index * PARTS_PER_PAIR
     cells, places = grid_tokens(pair.input, first + INPUT_PART)
-    tokens = [[START], cells, [SEPARATOR]]
-    positions = [[pack_position(first)], places, [pack_position(first + SEPARATOR_PART)]]
+    tokens = [np.array([START]), cells, np.array([SEPARATOR])]
+    marks = (pack_position(first + part) for part in (START_PART, SEPARATOR_PART))
+    positions = [np.array([next(marks)]), places, np.array([next(marks)])]
     if pair.output is not None:
         part = first + OUTPUT_PART
         cells, places = grid_tokens(pair.output, part)
-        tokens += [cells, [END]]
-        positions += [places, [pack_position(part, pair.output.shape[0])]]
-    return np.concatenate(tokens).astype(np.int64), np.concatenate(positions).astype(np.int64)
+        tokens += [cells, np.array([END])]
+        positions += [places, np.array([pack_position(part, pair.output.shape[0])])]
+    return np.concatenate(tokens), np.concatenate(positions)
 
 
 def prompt(query: Grid, condition: Condition = PLAIN, pairs: Sequence[Pair] = ()) -> Prompt:

@@ -149,8 +149,8 @@ class Trunk(nn.Module):
                 x = x + linear(source, self.injections.layers[number])
             block = self.layers[number % num_blocks]
             if keeps_inputs_only:  # nothing in a block is random
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                x = checkpoint(block, x, turn, seen, number, **options)
+                given = (x, turn, seen, number)
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             elif isinstance(seen, tuple):  # one graph serves all loops of a compiled block
                 x = block(x, turn, seen)
             else:
@@ -204,6 +204,8 @@ class Trunk(nn.Module):
         }
         other.load_state_dict(state, assign=True)
         other.dtype = dtype
+        for module in other.modules():  # a decoded token is so little work that look-ups count
+            module.__dict__.update(module._parameters | module._modules)
         return other.requires_grad_(False).eval()
 
 
