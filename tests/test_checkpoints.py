@@ -143,6 +143,7 @@ def killed_at_event(run, step, count):
     return not os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
     write(tmp_path, 1, keep_last=1)
     step, count, survived = 1, 0, False
