@@ -40,7 +40,5 @@ def printable(text: object, limit: int | None = None) -> str:
 
 
 def plain(text: object, limit: int | None = None) -> str:
-    """`text` from outside (names, paths, a model's words) for a rich console: `printable`, and its
-    square brackets are no markup.
-    """
+    """`text` from outside for a rich console: `printable`, and its brackets are no markup."""
     return escape(printable(text, limit))

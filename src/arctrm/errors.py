@@ -37,10 +37,6 @@ class ResourceError(UserError):
     """The machine ran out of something the user can ask less of (memory, disk)."""
 
 
-class CommandLineError(UserError):
-    """An option, argument or command that does not exist, is missing, or is of the wrong type."""
-
-
 class Interrupted(ArctrmError):
     """Ctrl-C; the message is one that the interrupted command gave, or empty."""
 

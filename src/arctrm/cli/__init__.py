@@ -1,9 +1,7 @@
 """The `arctrm` command: runs the app and turns every error into one sentence and an exit code.
 
-Exit codes: 0 done, 1 failure, 2 the user has to change something, 130 interrupted.  A traceback
-appears only with `--debug` or `ARCTRM_DEBUG=1`.  Nothing here or in the option parsing imports
-torch, numpy or pydantic, so that `--help` is instant; Typer itself is imported where Ctrl-C is
-already handled.
+A traceback appears only with `--debug` or `ARCTRM_DEBUG=1`.  Nothing here or in the option parsing
+imports torch, numpy or pydantic, so that `--help` is instant.
 """
 
 import errno
@@ -18,7 +16,6 @@ from arctrm.errors import ArctrmError, Interrupted
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "ARCTRM_DEBUG"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -31,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Taken out before Typer parses, so that the flag works before and after the command's name.
     debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     try:
-        from arctrm.cli.app import run_app
+        from arctrm.cli.app import run_app  # here, where Ctrl-C is handled
 
         code = run_app([word for word in words if word != DEBUG_FLAG])
     except (Exception, KeyboardInterrupt) as error:
@@ -52,11 +49,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, ArctrmError):
         return f"error: {text}", error.exit_code
     name = printable(error.filename) if isinstance(error, OSError) and error.filename else ""
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {name}" if name else ""
         return f"error: no space left on the disk{where}; free some or give another --out", 2
     if isinstance(error, OSError) and name and error.strerror:
-        reason = error.strerror.lower()
-        return f"error: {name}: {reason}; check the path and its permissions", 2
-    kind = type(error).__name__
-    return f"internal error: {kind}{f': {text}' if text else ''}; run again with --debug", 1
+        return f"error: {name}: {error.strerror.lower()}; check the path and its permissions", 2
+    text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return f"internal error: {text}; run again with --debug", 1

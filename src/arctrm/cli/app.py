@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -19,7 +20,7 @@ from typer.core import TyperGroup
 from arctrm import __version__
 from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE
 from arctrm.cli.threads import wait_politely
-from arctrm.errors import CommandLineError, ConfigError, Interrupted
+from arctrm.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
     from arctrm.config import DataBuildConfig, DataShowConfig
@@ -51,15 +52,15 @@ class _Group(TyperGroup):
 
 
 def run_app(words: Sequence[str]) -> int:
-    """Run the command line `words` and give its exit code; raises CommandLineError, Interrupted."""
+    """Run the command line `words` and give its exit code; raises UserError, Interrupted."""
     try:
         code = app(list(words), prog_name="arctrm", standalone_mode=False) or 0
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: help
-            return CommandLineError.exit_code
+            return UserError.exit_code
         # Typer leaves out where it was when the value of an option is missing.
         command = " ".join(["arctrm", *words[: 1 + (words[:1] == ["data"])]])
-        raise CommandLineError(_usage_sentence(error, command)) from error
+        raise UserError(_usage_sentence(error, command)) from error
     if code == Interrupted.exit_code:
         raise Interrupted
     return int(code)
@@ -71,14 +72,11 @@ def _usage_sentence(error: Any, command: str) -> str:
     if hasattr(error.__cause__, "errors"):
         # pydantic checked the value, and its message lacks it: add what was got.
         problem = error.__cause__.errors()[0]
-        allowed = problem["msg"].partition(",")[0]
-        got = f"got {problem['input']!r}, {allowed[:1].lower()}{allowed[1:]}"
-        text = text.replace(problem["msg"], got)
+        allowed = problem["msg"].partition(",")[0].removeprefix("Input ")
+        text = text.replace(problem["msg"], f"{problem['input']!r} {allowed}")
     # Typer and a recent click may both suggest a command: one suggestion is enough.
-    text = text.partition("? Did you mean")[0].replace(". Did you mean", ", did you mean")
-    text = text.rstrip(".?")
-    if error.ctx is not None:
-        command = error.ctx.command_path
+    text = text.partition("? Did you mean")[0].replace(". Did you", ", did you").rstrip(".?")
+    command = error.ctx.command_path if error.ctx else command
     return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
@@ -109,8 +107,7 @@ def root(
     debug: Annotated[bool, typer.Option(DEBUG_FLAG, help=_DEBUG)] = False,
     version: Annotated[bool, _VERSION] = False,
 ) -> None:
-    """Solve ARC-AGI tasks with a reader and a Tiny Recursive Model (TRM): build data, train,
-    evaluate, solve.
+    """Solve ARC-AGI tasks with a reader and a Tiny Recursive Model (TRM).
 
     Exit codes: 0 done, 1 failure, 2 something to change on your side, 130 interrupted.
     """
@@ -138,10 +135,8 @@ class Flag(NamedTuple):
         else:
             info = typer.Argument(help=self.help, metavar=self.metavar)
         default = {bool: False, str: inspect.Parameter.empty}.get(self.kind)
-        name, annotation = self.name.strip("-").replace("-", "_"), Annotated[self.kind, info]
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-        )
+        name, kind = self.name.strip("-").replace("-", "_"), inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(name, kind, default=default, annotation=Annotated[self.kind, info])
 
 
 TEXT, NUMBER, PATH, LIST = str | None, int | None, Path | None, list[str] | None
@@ -174,11 +169,9 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
         # A switch or list that is not given is false or empty.
         keys = {k: (key, None if v is False or v == [] else v) for k, (key, v) in keys.items()}
         files, overrides, out = given.pop("config") or (), given.pop("set") or (), keys["--out"][1]
-        record = None
-        if given.get("resume") and out is not None and not files:
-            # The run says so where its folder holds no configuration.
-            found = [out] if out.is_file() else [out / "config.json", out / "results.json"]
-            record = next((path for path in found if path.is_file()), None)
+        # Where the folder holds no record, the run says so.
+        found = [out, out / "config.json", out / "results.json"] if out and not files else []
+        record = next((path for path in found if given.get("resume") and path.is_file()), None)
         settings = load_config(COMMANDS[name], files, overrides, keys, record)
         if given.get("resume") and settings.out is None:
             raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
@@ -186,10 +179,7 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
             folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             settings = settings.model_copy(update={"out": folder})
         if given.get("resume") and (submission := getattr(settings, "submission", None)):
-            raise ConfigError(
-                f"--resume contradicts submission = '{submission}', which is scored at once; leave "
-                "one of the two out"
-            )
+            raise ConfigError(f"--resume contradicts submission = '{submission}'; leave one out")
         wait_politely()
         module, _, function = call.rpartition(".")
         getattr(import_module(f"arctrm.{module}"), function)(settings, **given)
@@ -220,8 +210,6 @@ def show(
     settings: "DataShowConfig", source: str, task_ids: list[str] | None, dry_run: bool
 ) -> None:
     """`arctrm data show`."""
-    from random import Random
-
     from rich.text import Text
 
     from arctrm.console import console, plain
@@ -239,7 +227,7 @@ def show(
         return
     with nullcontext() if settings.out is None else console().capture() as captured:
         render.show(source, ids, settings.statistics, settings.limit)
-    if settings.out is not None and captured is not None:
+    if settings.out and captured:
         settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
 

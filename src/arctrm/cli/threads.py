@@ -1,9 +1,7 @@
 """How the threads of torch wait for each other on a CPU; settled before torch is imported.
 
-A thread that waits for the others spins for some milliseconds by default. On a busy machine the
-awaited thread has lost its core meanwhile, perhaps to the spinning one, and small layers take ten
-times as long. Sleeping at once costs a quiet machine a sixth. A short spin costs neither
-(`benchmarks/waiting.py`). Under a CPU quota, threads beyond the quota do the same harm.
+On a busy machine a long spin makes small layers ten times slower; sleeping at once costs a quiet
+one a sixth; a short spin costs neither (`benchmarks/waiting.py`).
 """
 
 import os
@@ -14,7 +12,6 @@ SPINS = 1000
 """Rounds of libgomp's waiting loop, some 20 microseconds; its own default is 300,000."""
 BLOCKTIME = 1
 """Milliseconds, the shortest spin of the OpenMP of LLVM and Intel; their default is 200."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def wait_politely() -> None:
@@ -27,7 +24,7 @@ def wait_politely() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(quota))
 
 
-def cpu_quota(cgroup: Path = _CGROUP) -> int | None:
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Cores that the container may use, rounded up; None without a limit."""
     try:
         if (cgroup / "cpu.max").is_file():

@@ -101,10 +101,9 @@ def all_fields(model: type[BaseModel], prefix: Key = ()) -> Fields:
 
 
 def differences(old: Mapping[str, Any], new: StrictModel) -> list[str]:
-    """What keeps a run with the configuration `old` from being resumed with `new`.
+    """What keeps a run from being resumed with `new`: `KEY = OLD then, NEW now`; `FREE` keys may.
 
-    `old` is the stored `model_dump(mode="json")`; a key that it lacks had the default. Each item is
-    `KEY = OLD then, NEW now`. Keys marked `FREE` are not compared.
+    `old` is the stored `model_dump(mode="json")`; a key that it lacks had the default.
     """
     free = {path for path, field in all_fields(type(new)).items() if field.json_schema_extra}
     now = dict(leaves(new.model_dump(mode="json")))

@@ -1,6 +1,7 @@
 """The whole configuration of each command."""
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +32,7 @@ class DataShowConfig(StrictModel):
     """`arctrm data show`."""
 
     seed: Seed | None = None
-    """Draw the shown tasks at random with this seed; by default the first by id are shown."""
+    """Draw the shown tasks at random; by default the first by id are shown."""
     out: Path | None = None
     """Text file to write instead of the terminal."""
     limit: Count = 5
@@ -50,14 +51,13 @@ class _RunConfig(_Command):
     training: TrainingConfig = TrainingConfig()
     tracking: TrackingConfig = Field(TrackingConfig(), json_schema_extra=FREE)
 
-    @property
-    def _batch_problem(self) -> str:
-        """Says that one of two voices has no room for the largest pair; empty where it has."""
+    def _batch_problem(self) -> Iterator[str]:
         tokens, share = self.training.tokens_per_batch, self.trm.share
         least = int(model.PAIR_TOKENS / min(share, 1 - share)) + 1
-        said = f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice no "
-        said += f"room for the largest pair, {model.PAIR_TOKENS} tokens; use {least} or more"
-        return said if tokens < least else ""
+        if tokens < least:
+            said = f"training.tokens_per_batch = {tokens} with trm.share = {share} leaves one voice"
+            room = f"no room for the largest pair, {model.PAIR_TOKENS} tokens"
+            yield f"{said} {room}; use {least} or more"
 
 
 class PretrainConfig(_RunConfig):
@@ -69,9 +69,9 @@ class PretrainConfig(_RunConfig):
     """Checkpoint, run or bundle folder that the trunk starts from; untrained when absent."""
 
     def _problems(self) -> Iterator[str]:
-        if self.voice == "both" and self._batch_problem:
-            yield self._batch_problem
-        if self.voice != "both" and self.trm.draft_share:
+        if self.voice == "both":
+            yield from self._batch_problem()
+        elif self.trm.draft_share:
             drafts = f"trm.draft_share = {self.trm.draft_share} with voice = {self.voice!r}"
             yield f"{drafts}: drafts are the reader's; set voice = 'both' or trm.draft_share = 0"
 
@@ -100,8 +100,7 @@ class JointConfig(_RunConfig):
     voice: ClassVar[Literal["both"]] = "both"
 
     data_path: str | None = Field(None, json_schema_extra=FREE)
-    """Instead of data.subsets: a bundled name, a file, a folder of tasks or a built data set; none
-    of its tasks is evaluated unless data.test_set is the same."""
+    """Instead of data.subsets: a bundled name, a file, a folder of tasks or a built data set."""
     llama_model: str = Field(model.TINY, min_length=1)
     """"tiny": the reader's voice of the trunk; or a hub id or folder of a causal language model."""
     llama_frozen: bool = False
@@ -153,7 +152,11 @@ class JointConfig(_RunConfig):
         """Write the older pipeline's keys into the tables that mean the same."""
         if not isinstance(given, Mapping):
             return given
-        config = _copied(given)
+        # Tables that may be changed here; a model as the keys that it was given.
+        config = {
+            key: v.model_dump(exclude_unset=True) if isinstance(v, BaseModel) else deepcopy(v)
+            for key, v in given.items()
+        }
         is_hub = config.get("llama_model", model.TINY) != model.TINY
         for name, path in KNOWN_KEYS.items():
             if config.get(name) is not None and (is_hub or name != "llama_model"):
@@ -177,7 +180,7 @@ class JointConfig(_RunConfig):
             said = f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}"
             yield f"{said}; leave one of them out"
         if self.is_tiny:
-            yield from filter(None, [self._batch_problem])
+            yield from self._batch_problem()
             return
         width, coupling = self.trunk.hidden_size, self.coupling
         if width % coupling.adapter_heads:
@@ -187,14 +190,6 @@ class JointConfig(_RunConfig):
         if coupling.reader_tokens_per_batch < one:
             said = f"coupling.reader_tokens_per_batch = {coupling.reader_tokens_per_batch}"
             yield f"{said} holds no sequence of hub.max_tokens; use {one} or more, or lower that"
-
-
-def _copied(value: Any) -> Any:
-    """Tables as dictionaries that may be changed; a model as the keys that it was given."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(exclude_unset=True)
-    is_table = isinstance(value, Mapping)
-    return {key: _copied(part) for key, part in value.items()} if is_table else value
 
 
 def _spread(config: dict[str, Any], path: tuple[str, ...], value: Any, name: str) -> None:
@@ -209,8 +204,7 @@ def _spread(config: dict[str, Any], path: tuple[str, ...], value: Any, name: str
         raise ValueError(f"{said}; leave one of them out")
 
 
-JointModelConfig = JointConfig
-"""The name in the older pipeline."""
+JointModelConfig = JointConfig  # the name in the older pipeline
 
 
 class EvalConfig(_Command):

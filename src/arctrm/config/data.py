@@ -9,9 +9,7 @@ from pydantic import Field
 from arctrm.config.base import FREE, LISTED, Count, Names, Number, Part, Share, StrictModel, Weight
 
 KNOWN_LEAKS = ("40853293", "8719f442")
-"""Training task 40853293 holds the test pair of ARC-AGI-1 evaluation task 070dd51e; 8719f442 (an
-evaluation task that is also in ARC-AGI-2 training) the test input of evaluation task 6ea4a07e."""
-
+"""Tasks that hold the test pair of evaluation task 070dd51e, the test input of 6ea4a07e."""
 Factor = Annotated[int, Field(ge=1, le=6)]
 Block = Annotated[tuple[Factor, Factor], LISTED]
 """Rows and columns that a cell of a small grid becomes."""
@@ -59,8 +57,7 @@ class DataConfig(StrictModel):
     max_tasks: Count | None = None
     """Use only the first tasks (by id) of each subset: for smoke runs."""
     held_out: Number = 0
-    """Tasks of each subset but the test set, by a hash of their ids, whose test pairs are not
-    trained on: a validation set (`evaluation.held_out`)."""
+    """Tasks of each subset, by a hash of their ids, whose test pairs are kept for validation."""
     weights: dict[str, Weight] = Field(default_factory=dict)
     """Relative weight of one pair of a subset (bundled name or file's stem); 1 unless named."""
     test_pair_weight: Weight = 1.0

@@ -99,10 +99,8 @@ def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
     try:
         config = model_class.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: not the record of such a run ({str(error).splitlines()[0]}); "
-            "give the run's configuration with --config"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: not such a run's record ({reason}); give --config") from None
     return _parts((), config.model_dump(mode="json", exclude_defaults=True), str(path))
 
 

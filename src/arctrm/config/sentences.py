@@ -1,7 +1,5 @@
-"""Turns a pydantic error into one sentence: origin, dotted key, what was got, what is allowed.
-
-The models' own validators write their sentence themselves (with dotted keys); this module only
-puts the origin before it.
+"""Turns a pydantic error into one sentence: origin, dotted key, what was got, what is allowed; the
+sentences of the models' own validators only get their origin.
 """
 
 import json
@@ -25,8 +23,7 @@ class Setting(NamedTuple):
 
 Settings = dict[Key, Setting]
 """Path of a key -> its setting."""
-_ALLOWED = {"dict_type": "should be a table", "model_type": "should be a table"}
-_ALLOWED |= {"missing": "should have one more item"}
+_ALLOWED = {"model_type": "should be a table", "missing": "should have one more item"}
 """What is allowed, where pydantic does not say it in the words of TOML."""
 
 
@@ -34,13 +31,10 @@ def config_error(
     error: ValidationError, settings: Settings, model_class: type[BaseModel]
 ) -> ConfigError:
     """The first problem as a sentence, and how many more there are."""
-
-    def place(problem: ErrorDetails) -> tuple[bool, bool]:
-        # Unknown keys first: a misspelt key is the usual cause of another that is missing. Keys
-        # that were given before those that an older key fills in.
-        return problem["type"] != "extra_forbidden", problem["loc"] not in settings
-
-    problems = sorted(error.errors(), key=place)
+    # Unknown keys first: a misspelt key is the usual cause of another that is missing. Keys that
+    # were given before those that an older key fills in.
+    problems = error.errors()
+    problems.sort(key=lambda p: (p["type"] != "extra_forbidden", p["loc"] not in settings))
     more = f" ({len(problems) - 1} more error{'s'[: len(problems) - 2]})" if problems[1:] else ""
     return ConfigError(_sentence(problems[0], settings, model_class) + more)
 

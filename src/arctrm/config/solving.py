@@ -10,14 +10,14 @@ Ablation = Literal["no-reader", "no-trm", "no-coupling"]
 """What `eval` can leave out."""
 
 
+Views = Annotated[int, Field(ge=1, le=10**6)]
+
+
 def _names(value: object) -> object:
     """Names with commas between them are split, and every name comes once."""
     if isinstance(value, list | tuple):
         value = tuple(dict.fromkeys(n.strip() for item in value for n in str(item).split(",")))
     return value
-
-
-Views = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class InferenceConfig(StrictModel):
