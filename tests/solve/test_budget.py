@@ -23,18 +23,12 @@ def session(solver, trained):
     return Session(solver, trained.others[0].without_answers(), config, Clock(10.0))
 
 
-# -- the clock
-
-
-def test_nothing_is_known_at_first():
+def test_each_kind_of_work_has_a_cost_of_its_own_and_none_at_first():
     clock = Clock(10.0)
     assert clock.seconds("read") == 0.0
     assert 9.0 < clock.left() <= 10.0
     assert clock.elapsed() < 1.0
-
-
-def test_each_kind_of_work_has_a_cost_of_its_own():
-    clock = Clock(10.0)
+    assert Clock(-1.0).left() == 0.0
     clock.record("read", 100, 5.0)
     clock.record("refine", 10, 1.0)
     assert clock.seconds("read", 200) == pytest.approx(10.0)
@@ -43,6 +37,7 @@ def test_each_kind_of_work_has_a_cost_of_its_own():
 
 def test_later_batches_count_more():
     clock = Clock(10.0)
+    clock.record("read", 1, 100.0, guess=True)  # is forgotten
     for seconds in (8.0, 4.0, 2.0):
         clock.record("read", 1, seconds)
     assert clock.seconds("read", 1) == pytest.approx(4.0)
@@ -59,20 +54,6 @@ def test_warming_up_is_taken_off_the_first_batch_which_is_then_forgotten(seconds
     assert clock.seconds("read", 1) == pytest.approx(3.0)
 
 
-def test_a_guess_is_forgotten_too():
-    clock = Clock(10.0)
-    clock.record("read", 1, 9.0, guess=True)
-    clock.record("read", 1, 1.0)
-    assert clock.seconds("read", 1) == pytest.approx(1.0)
-
-
-def test_time_that_is_over_is_not_negative():
-    assert Clock(-1.0).left() == 0.0
-
-
-# -- what work costs
-
-
 def test_more_views_cost_more_than_one_and_less_than_each_alone(session):
     one, all_views = session.questions(1), session.questions()
     for work in (reading_work, lambda asked: refining_work(asked, 4)):
@@ -87,9 +68,8 @@ def test_judging_counts_grids_and_inverse_questions_count_each_as_a_prompt(sessi
     assert judging_work(asked, some) < judging_work(asked, more) < 3 * judging_work(asked, some)
     inverse = inverse_questions(session.solver, trained.known[:1], 2)
     grids = {one.key: [one.query] * 2 for one in inverse}
-    assert judging_work(inverse, grids) > judging_work(
-        inverse, {k: g[:1] for k, g in grids.items()}
-    )
+    fewer = {key: own[:1] for key, own in grids.items()}
+    assert judging_work(inverse, grids) > judging_work(inverse, fewer)
 
 
 def test_a_trunks_judgement_is_foretold_by_trm_until_it_has_judged(session):
@@ -116,9 +96,6 @@ def test_a_model_without_a_reader_answers_by_trm_and_judges_nothing(session):
     assert alone.judging_seconds() == 0.0
 
 
-# -- what fits
-
-
 def chosen(num, step, size, seconds, each=1.0):
     rest = [np.zeros(1)] * num
     return len(next_views(rest, step, size, seconds, lambda part: each * len(part)))
@@ -129,9 +106,7 @@ def test_views_come_whole_and_many_take_a_part_of_the_time():
     assert chosen(12, step=2, size=6, seconds=1000.0) == 6
     assert chosen(64, step=2, size=64, seconds=40.0) == 16
     assert chosen(12, step=2, size=1, seconds=1000.0) == 2
-
-
-def test_one_view_may_take_all_the_time_and_none_comes_without():
+    # One may take all the time, and none comes without.
     assert chosen(12, step=2, size=12, seconds=2.0) == 2
     assert chosen(12, step=2, size=12, seconds=1.9) == 0
     assert chosen(0, step=2, size=12, seconds=9.0) == 0
