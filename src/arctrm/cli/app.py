@@ -172,7 +172,7 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
         # Where the folder holds no record, the run says so.
         found = [out, out / "config.json", out / "results.json"] if out and not files else []
         record = next((path for path in found if given.get("resume") and path.is_file()), None)
-        settings = load_config(COMMANDS[name], files, overrides, keys, record)
+        settings: Any = load_config(COMMANDS[name], files, overrides, keys, record)
         if given.get("resume") and settings.out is None:
             raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
         if "resume" in given and settings.out is None:
