@@ -9,31 +9,12 @@ import pytest
 from rich.console import Console
 
 import arctrm
-from arctrm.cli import describe_error, main
+from arctrm.cli import describe_error
 from arctrm.cli.threads import cpu_quota
 from arctrm.config import PretrainConfig
 from arctrm.console import plain, printable
 from arctrm.data.base_set import open_base_set
 from arctrm.errors import ArctrmError, TaskError
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def run(capfd):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        printed = capfd.readouterr()
-        return stop.value.code, printed.out, printed.err
-
-    return call
-
 
 # -- errors
 
@@ -119,30 +100,23 @@ def test_a_traceback_appears_only_when_debugging(run, monkeypatch, place):
 
 
 def test_every_kind_of_failure_has_its_line_and_exit_code():
-    def full(name=None):
-        return OSError(errno.ENOSPC, "No space left on device", name)
-
-    assert describe_error(TaskError("a.json: not\nJSON")) == ("error: a.json: not JSON", 2)
-    assert describe_error(ArctrmError("diverged")) == ("error: diverged", 1)
-    assert describe_error(KeyboardInterrupt()) == ("interrupted", 130)
-    assert describe_error(KeyboardInterrupt("saved in runs/a")) == ("saved in runs/a", 130)
-    assert describe_error(full()) == (
-        "error: no space left on the disk; free some or give another --out",
-        2,
-    )
-    assert "on the disk for runs/a;" in describe_error(full("runs/a"))[0]
-    assert describe_error(PermissionError(errno.EACCES, "Permission denied", "a.json")) == (
-        "error: a.json: permission denied; check the path and its permissions",
-        2,
-    )
-    assert describe_error(KeyError("x")) == (
-        "internal error: KeyError: 'x'; run again with --debug",
-        1,
-    )
-    assert describe_error(RuntimeError()) == (
-        "internal error: RuntimeError; run again with --debug",
-        1,
-    )
+    full = [errno.ENOSPC, "No space left on device"]
+    for error, line, code in (
+        (TaskError("a.json: not\nJSON"), "error: a.json: not JSON", 2),
+        (ArctrmError("diverged"), "error: diverged", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (KeyboardInterrupt("saved in runs/a"), "saved in runs/a", 130),
+        (OSError(*full), "error: no space left on the disk; free some or give another --out", 2),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a.json"),
+            "error: a.json: permission denied; check the path and its permissions",
+            2,
+        ),
+        (KeyError("x"), "internal error: KeyError: 'x'; run again with --debug", 1),
+        (RuntimeError(), "internal error: RuntimeError; run again with --debug", 1),
+    ):
+        assert describe_error(error) == (line, code)
+    assert "on the disk for runs/a;" in describe_error(OSError(*full, "runs/a"))[0]
 
 
 HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
@@ -200,27 +174,14 @@ def test_a_dry_run_of_data_build_counts_and_writes_nothing(run):
     assert list(Path().iterdir()) == []
 
 
-def test_data_show_prints_the_named_tasks(run):
-    code, out, _ = run("data", "show", "training", "00d62c1b")
-    assert code == 0
-    assert "00d62c1b" in out
-    assert "007bbfb7" not in out
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    ],
-)
-def test_data_show_escapes_what_an_ascii_terminal_cannot_print(variables):
+def test_data_show_escapes_what_an_ascii_terminal_cannot_print():
     done = subprocess.run(
         [sys.executable, "-m", "arctrm", "data", "show", "training", "00d62c1b"],
         capture_output=True,
-        env=os.environ | variables,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     )
     assert (done.returncode, done.stderr) == (0, b"")
+    assert b"00d62c1b" in done.stdout
     assert b"\\u2192" in done.stdout
     assert done.stdout.isascii()
 
@@ -239,13 +200,6 @@ def test_data_show_draws_tasks_by_seed(run):
         for seed in (1, 1, 2)
     }
     assert len(shown) == 2
-
-
-def test_data_show_reports_an_unknown_source(run):
-    code, out, err = run("data", "show", "nowhere")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: nowhere: no such file or folder")
-    assert err.count("\n") == 1
 
 
 # -- from flags to the configuration of the one function that a command calls
