@@ -181,7 +181,6 @@ def test_data_show_escapes_what_an_ascii_terminal_cannot_print():
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert b"00d62c1b" in done.stdout
     assert b"\\u2192" in done.stdout
     assert done.stdout.isascii()
 
