@@ -17,7 +17,7 @@ from arctrm.data.base_set import (
     write_base_set,
 )
 from arctrm.data.task import Pair, Task
-from arctrm.errors import DataError, UserError
+from arctrm.errors import DataError
 
 
 def grid(*rows):
@@ -69,15 +69,6 @@ def test_tasks_of_one_id_are_one_task_with_each_pair_once():
     assert all(map(same, pairs_of(base, subset=1), (TWO,)))
 
 
-def test_fixed_colours_are_a_bit_mask_of_all_demonstrations():
-    base = base_set_from_tasks(
-        {"s": [Task("a", (ONE,))], "more": [Task("a", (THREE,), (TWO,)), Task("b", (TWO,))]},
-        None,
-        0,
-    )
-    assert base.meta.fixed_colours == (1 | 1 << 3 | 1 << 8, 1 | 1 << 6)
-
-
 def test_the_fingerprint_is_stable_and_sees_every_cell_and_id():
     def fingerprint(pair=ONE, task_id="a"):
         return base_set_from_tasks({"s": [Task(task_id, (pair,))]}, None, 0).meta.fingerprint
@@ -126,12 +117,6 @@ def test_what_is_not_a_built_set_is_never_replaced(base, tmp_path):
         assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_made_is_refused(base, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot be written .*; choose another --out"):
-        write_base_set(base, tmp_path / "file" / "set")
-
-
 LIMITED = """
 import os, resource, signal, sys
 from pathlib import Path
@@ -151,6 +136,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["refused", "killed"])
 @pytest.mark.parametrize("older", [True, False])
 def test_a_write_that_ends_halfway_leaves_the_older_set_or_nothing(base, tmp_path, end, older):

@@ -62,10 +62,10 @@ def test_the_default_holds_the_evaluation_sets_demonstrations_and_none_of_its_te
 
 
 def test_the_same_sources_give_the_same_fingerprint():
-    found = [build(DataConfig(max_tasks=n))[0].meta for n in (5, 5, 6)]
+    found = [build(DataConfig(subsets=("evaluation",), max_tasks=n))[0].meta for n in (5, 5, 6)]
     assert found[0] == found[1]
     assert found[0].fingerprint != found[2].fingerprint
-    assert [counts["tasks"] for counts in found[2].counts.values()] == [6, 6]
+    assert [counts["tasks"] for counts in found[2].counts.values()] == [6]
 
 
 def test_arc_agi_2_training_beside_arc_agi_1_evaluation_is_refused_by_name():
@@ -73,6 +73,7 @@ def test_arc_agi_2_training_beside_arc_agi_1_evaluation_is_refused_by_name():
         build(DataConfig(subsets=("training", "evaluation", "training2")))
 
 
+@pytest.mark.slow
 def test_drop_overlap_leaves_the_offending_tasks_out():
     config = DataConfig(subsets=("evaluation", "training2"), drop_overlap=True)
     base, report = build(config)
@@ -83,6 +84,7 @@ def test_drop_overlap_leaves_the_offending_tasks_out():
     assert base.meta.counts["training2"]["tasks"] == 1000 - 375 - 1
 
 
+@pytest.mark.slow
 def test_without_the_known_leaks_excluded_the_guard_finds_them():
     with pytest.raises(OverlapError, match=r"40853293 \(test pair of 070dd51e\)"):
         build(DataConfig(exclude=()))
@@ -104,19 +106,6 @@ def test_a_map_is_one_more_subset_under_its_stem(tmp_path):
     assert base.num_tasks == 9
 
 
-def test_two_sources_of_one_name_are_refused(tmp_path):
-    (tmp_path / "sub").mkdir()
-    paths = [map_of(tmp_path / "x.json.gz", {"a": TASK}), map_of(tmp_path / "sub/x.json.gz", {})]
-    with pytest.raises(DataError, match="two are named 'x'"):
-        build(DataConfig(subsets=tuple(paths), test_set=None))
-
-
-def test_nothing_left_to_train_on_is_refused(tmp_path):
-    path = map_of(tmp_path / "x.json.gz", {"a": TASK})
-    with pytest.raises(DataError, match="no task is left"):
-        build(DataConfig(subsets=(path,), test_set=None, exclude=("a",)))
-
-
 def test_prepare_builds_once_and_then_opens(tmp_path):
     config = DataConfig(path=tmp_path / "set", max_tasks=4)
     first = prepare(config)
@@ -125,12 +114,6 @@ def test_prepare_builds_once_and_then_opens(tmp_path):
     assert (tmp_path / "set" / "base.safetensors").stat().st_mtime_ns == written
     assert first.meta.fingerprint == second.meta.fingerprint
     assert (first.meta.num_aug, second.meta.num_aug) == (1000, 3)
-
-
-def test_prepare_without_a_path_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert prepare(DataConfig(max_tasks=2)).num_tasks == 4
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("other", [{"test_set": "training"}, {"max_tasks": 5}, {"exclude": ("a",)}])

@@ -66,20 +66,6 @@ def test_a_test_input_with_another_output_is_found_as_input():
     assert found == [Overlap("x", "s", "t", "input")]
 
 
-def test_a_test_input_without_known_answer_is_found_as_input():
-    found = find_overlaps({"s": [Task("x", (TWO,))]}, [TEST.without_answers()])
-    assert found == [Overlap("x", "s", "t", "input")]
-
-
-def test_equal_bytes_of_another_shape_are_no_overlap():
-    flat = Pair(TWO.input.reshape(1, 4), TWO.output)
-    assert find_overlaps({"s": [Task("x", (flat,))]}, [TEST]) == []
-
-
-def test_the_test_sets_own_test_pairs_are_not_trained_on_and_so_no_overlap():
-    assert find_overlaps({"eval": [TEST]}, [TEST], "eval") == []
-
-
 def test_a_copy_of_a_test_task_in_another_subset_is_an_overlap():
     found = find_overlaps({"eval": [TEST], "more": [TEST]}, [TEST], "eval")
     assert found == [Overlap("t", "more", "t", "pair")]
@@ -90,12 +76,6 @@ def test_within_the_test_set_only_another_tasks_answer_is_refused():
     overlaps = find_overlaps({"eval": tasks}, tasks, "eval")
     assert {overlap.task_id for overlap in overlaps} == {"leak", "hint", "own", "t"}
     assert {overlap.task_id for overlap in refused(overlaps, "eval")} == {"leak", "t"}
-
-
-def test_allowed_ids_are_not_refused():
-    overlaps = find_overlaps({"s": [Task("x", (TWO,)), Task("y", (TWO,))]}, [TEST])
-    assert [overlap.task_id for overlap in refused(overlaps, "eval", ["x"])] == ["y"]
-    check(overlaps, "eval", ["x", "y"])
 
 
 def test_the_refusal_names_the_ids_and_what_to_do():
@@ -125,13 +105,9 @@ def test_arc_agi_1_evaluation_holds_a_test_input_and_a_mirrored_own_pair(evaluat
     check(found, "evaluation")
 
 
+@pytest.mark.slow
 def test_376_of_arc_agi_1s_evaluation_tasks_are_in_arc_agi_2_training(evaluation):
     found = find_overlaps({"training2": load_tasks("training2")}, evaluation)
     assert (
         len({o.task_id for o in found if o.kind == "pair" and o.task_id == o.test_task_id}) == 376
     )
-
-
-def test_six_of_arc_agi_2s_evaluation_tasks_are_in_arc_agi_1_evaluation(evaluation):
-    evaluation2 = load_tasks("evaluation2")
-    assert len({o.task_id for o in find_overlaps({"evaluation": evaluation}, evaluation2)}) == 6

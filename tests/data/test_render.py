@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from arctrm.console import ARC_PALETTE, console
-from arctrm.data.render import grid_panel, grid_text, show, side_by_side, task_picture
+from arctrm.data.render import grid_text, show, task_picture
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.errors import DataError
@@ -52,13 +52,6 @@ def test_on_a_narrow_terminal_the_output_is_below_and_not_cropped(width):
     assert text.count("5" * 30) == 90
     assert "↓" in text
     assert "→" not in text
-
-
-def test_side_by_side_goes_on_below_where_there_is_no_room():
-    panels = [grid_panel(np.full((2, 10), 1, np.uint8), f"grid {n}") for n in range(6)]
-    text = plain(side_by_side(panels))
-    assert all(f"grid {n} 2x10" in text for n in range(6))
-    assert "grid 5" not in text.splitlines()[0]
 
 
 def test_answers_are_shown_where_there_are_any():

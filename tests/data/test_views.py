@@ -5,9 +5,7 @@ import pytest
 
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import (
-    DIHEDRALS,
     IDENTITY,
-    NUM_DIHEDRALS,
     SAME_COLOURS,
     View,
     distinct_views,
@@ -48,24 +46,6 @@ def test_inverse_undoes_every_dihedral_with_random_permutations(dihedral):
 def test_transforms_are_the_ones_numpy_names(dihedral):
     grid = np.arange(15, dtype=np.uint8).reshape(3, 5)
     assert np.array_equal(transform(grid, dihedral), NUMPY[dihedral](grid))
-
-
-@pytest.mark.parametrize("dihedral", range(8))
-def test_dihedral_table_means_what_it_says_cell_by_cell(dihedral):
-    grid = np.arange(15, dtype=np.uint8).reshape(3, 5)
-    transpose, flip_rows, flip_columns = DIHEDRALS[dihedral]
-    out = transform(grid, dihedral)
-    for r in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            a, b = (c, r) if transpose else (r, c)
-            a = 2 - a if flip_rows else a
-            b = 4 - b if flip_columns else b
-            assert out[r, c] == grid[a, b]
-
-
-def test_the_eight_dihedrals_differ_from_each_other():
-    grid = np.arange(9, dtype=np.uint8).reshape(3, 3)
-    assert len({transform(grid, dihedral).tobytes() for dihedral in range(NUM_DIHEDRALS)}) == 8
 
 
 def test_colours_replace_each_colour_by_its_entry():
@@ -119,14 +99,3 @@ def test_all_views_are_given_where_fewer_exist_than_asked_for(num_free, existing
     assert len(set(views)) == len(views) == existing
     assert views[0] == IDENTITY
     assert all(view.colours[num_free:] == SAME_COLOURS[num_free:] for view in views)
-
-
-def test_without_colour_permutations_only_the_dihedrals_are_left():
-    views = distinct_views(np.arange(10) == 0, 100, np.random.default_rng(1), identity_colours=1.0)
-    assert sorted(view.dihedral for view in views) == list(range(8))
-
-
-def test_the_same_seed_draws_the_same_views():
-    fixed = np.arange(10) == 0
-    first, second = (distinct_views(fixed, 20, np.random.default_rng(3)) for _ in range(2))
-    assert first == second

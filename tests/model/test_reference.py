@@ -110,6 +110,7 @@ def test_where_the_canvas_holds_no_grid_the_asked_size_is_read():
     assert log_p == pytest.approx(6 * np.log(3 / (8 + 10 / 6)), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_refiner_answers_as_the_model_in_any_batches(fixture, model):
     rng = np.random.default_rng(1)
     asked = []

@@ -1,7 +1,5 @@
 """The reader writes, TRM refines; what one tells the other, and what not."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,8 @@ import torch
 from arctrm.errors import ResourceError
 from arctrm.model.trm import Refined
 from arctrm.reader.decoding import decode
-from arctrm.solve.propose import as_logit, by_key, refine, to_refine, write, written
-from arctrm.solve.questions import Key, all_questions
+from arctrm.solve.propose import as_logit, refine, to_refine, write, written
+from arctrm.solve.questions import all_questions
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +65,6 @@ def test_the_first_view_is_followed_by_the_others(solver, asked, monkeypatch):
     for one, draft in zip(rest, others, strict=True):
         if one.key in firsts:
             np.testing.assert_array_equal(draft, one.shown(firsts[one.key]))
-
-
-def test_at_a_deadline_nothing_more_is_written(solver, asked):
-    found = write(solver.reader, asked[:2], follow=False, deadline=time.monotonic())
-    assert all(one.num_tokens <= 2 for one in found)
 
 
 def test_written_candidates_are_turned_back_and_know_their_view(solver, asked):
@@ -153,11 +146,3 @@ def test_running_out_of_memory_names_the_key_to_lower(asked):
 
     with pytest.raises(ResourceError, match=r"--set inference\.tokens_per_batch=32"):
         refine(Large(), asked, None, tokens_per_batch=64)
-
-
-def test_candidates_are_grouped_by_test_input(solver, asked, drafts):
-    found = refine(solver.refiner, asked, None, num_steps=1)
-    grouped = by_key(found)
-    assert set(grouped) == {one.key for one in asked}
-    assert sum(map(len, grouped.values())) == len(found)
-    assert all(isinstance(key, Key) for key in grouped)

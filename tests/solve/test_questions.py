@@ -8,7 +8,7 @@ import pytest
 from arctrm.config import TaskChoiceConfig
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import DIHEDRALS, IDENTITY, View, fixed_colours
-from arctrm.errors import DataError, TaskError, UserError
+from arctrm.errors import DataError, TaskError
 from arctrm.model import layout
 from arctrm.model.layout import Condition, grid_length
 from arctrm.solve.questions import (
@@ -120,12 +120,6 @@ def test_tasks_can_be_chosen_and_bounded(trained):
     assert len(choose(held_out=3)) == 3
     with pytest.raises(DataError, match=r"evaluation\.tasks names 'ffffffff'"):
         choose(tasks=["ffffffff"])
-
-
-def test_a_solutions_file_that_is_not_there_is_refused(trained):
-    chosen = TaskChoiceConfig(test_set=str(trained.folder), solutions="nowhere.json")
-    with pytest.raises(UserError, match=r"nowhere\.json"):
-        load_test_set(chosen)
 
 
 def test_a_task_without_a_test_input_is_refused(task):

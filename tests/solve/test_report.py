@@ -90,12 +90,6 @@ def test_the_report_never_shows_a_test_output():
     assert text == shown(task.without_answers(), solutions, [(True, False), (False, False)])
 
 
-def test_every_test_input_has_its_own_attempts():
-    text = shown(*solved(3, 3, num_test=3))
-    assert text.count("attempt_1") == text.count("attempt_2") == 3
-    assert "test 3" in text
-
-
 def test_without_a_candidate_the_input_is_submitted_and_said_to_have_no_evidence():
     task, (one,) = solved(3, 3)
     alone = replace(one, ranked=())
@@ -139,11 +133,6 @@ def test_every_attempt_is_shown_and_the_kept_one_marked():
     assert "2 *" not in text
     assert "attempt 1 of 2, not every held-out demonstration right" in text
     assert "attempt 1 of 1, every held-out" in attempts(("a", 1, True, 1.0, ""))
-
-
-def test_long_text_is_shortened_and_lines_are_joined():
-    assert "one two three" in attempts(("one\n\n two\tthree", 9, False, 0.0, ""))
-    assert "x" * 41 not in attempts(("x" * 500, 9, False, 0.0, ""), width=300, max_text=40)
 
 
 def test_markup_and_escape_sequences_of_a_model_are_only_text():

@@ -1,9 +1,7 @@
 """The base set: every pair that is trained on, once. `arctrm data build` makes it.
 
-Sources are loaded, exclusions and the overlap guard applied, and what is left becomes two flat
-arrays. Views are drawn on the fly, so nothing is multiplied: ARC-AGI-1 is about 1 MB whatever
-`num_aug` says. On disk a set is a folder with one file, `base.safetensors`, replaced in one step,
-whose metadata holds the ids and counts as JSON.
+Two flat arrays; views are drawn on the fly, so ARC-AGI-1 is about 1 MB whatever `num_aug` says. On
+disk a set is a folder with one file, replaced in one step, with ids and counts in its metadata.
 """
 
 import hashlib
@@ -73,8 +71,8 @@ class BaseSet:
 
     def pair(self, index: int) -> Pair:
         """The pair in row `index` of `pairs`."""
-        row = self.pairs[index]
-        return Pair(self._grid(*row[3:6]), self._grid(*row[6:9]))
+        places = self.pairs[index, 3:].reshape(2, 3).tolist()
+        return Pair(*(self.cells[i : i + h * w].reshape(h, w) for i, h, w in places))
 
     def labelled_pairs(self) -> Iterator[tuple[str, str, Pair]]:
         """(task id, subset label, pair) of every pair."""
@@ -82,9 +80,7 @@ class BaseSet:
             yield self.meta.task_ids[task], self.meta.subsets[subset], self.pair(index)
 
     def task_fingerprints(self) -> list[str]:
-        """Per task: `Task.fingerprint` of its demonstrations in the first subset that holds it
-        (a later subset may bring more pairs, which the task's file does not show).
-        """
+        """Per task: that of its demonstrations in the first subset that holds it."""
         demonstrations: list[dict[int, list[Pair]]] = [{} for _ in range(self.num_tasks)]
         for index, (task, subset, is_test) in enumerate(self.pairs[:, :3].tolist()):
             if not is_test:
@@ -92,34 +88,22 @@ class BaseSet:
         firsts = [found[min(found)] if found else [] for found in demonstrations]
         return [Task("", tuple(pairs)).fingerprint() for pairs in firsts]
 
-    def _grid(self, offset: int, height: int, width: int) -> Grid:
-        return self.cells[offset : offset + height * width].reshape(height, width)
-
-
-# --- From a configuration to a base set
-
 
 def prepare(config: DataConfig) -> BaseSet:
-    """The base set of `config`: opened where `config.path` holds one, else built (there). Raises
-    DataError where that one was built from something else.
-    """
+    """The base set of `config`: opened where `config.path` holds one, else built (there)."""
     path = config.path
     if path is None or not (path / FILE).is_file():
         return build(config, path)[0]
     base = open_base_set(path)
     for key, wanted in _built_from(config).items():
         if (got := base.meta.built_from.get(key)) != wanted:
-            raise DataError(
-                f"{path} was built with data.{key} = {got!r}, but the configuration says "
-                f"{wanted!r}; build it again or choose another data.path"
-            )
+            both = f"data.{key} = {got!r}, but the configuration says {wanted!r}"
+            raise DataError(f"{path} was built with {both}; build it again, or elsewhere")
     return replace(base, meta=base.meta.model_copy(update={"num_aug": config.num_aug}))
 
 
 def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
-    """Build the base set of `config` (and write it to the folder `out`), with a report of what was
-    taken in and left out. Raises OverlapError where a subset holds test content of the test set.
-    """
+    """Build the base set of `config` (in the folder `out`); a report of what went in."""
     # 1. The tasks of every source, under its label.
     tasks: dict[str, list[Task]] = {}
     for source in config.subsets:
@@ -162,8 +146,6 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
         *("subset", "tasks", "demonstrations", "test pairs"),
         title=escape(f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs{where}"),
         caption=escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v)),
-        title_justify="left",
-        caption_justify="left",
     )
     for label, counts in base.meta.counts.items():
         report.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
@@ -212,9 +194,8 @@ def base_set_from_tasks(
     counts = {}
     for subset, label in enumerate(tasks_by_subset):
         own = pairs[pairs[:, 1] == subset]
-        tests = int(own[:, 2].sum())
-        numbers = (len(np.unique(own[:, 0])), len(own) - tests, tests)
-        counts[label] = dict(zip(("tasks", "demonstrations", "test_pairs"), numbers, strict=True))
+        count, tests = len(np.unique(own[:, 0])), int(own[:, 2].sum())
+        counts[label] = dict(tasks=count, demonstrations=len(own) - tests, test_pairs=tests)
     meta = BaseSetMeta(
         task_ids=tuple(ids),
         in_test_set=tuple(task_id in test_ids for task_id in ids),
@@ -233,9 +214,6 @@ def _fingerprint(cells: np.ndarray, pairs: np.ndarray, ids: Iterable[str]) -> st
     return hashlib.sha256(cells.tobytes() + pairs.tobytes() + "\n".join(ids).encode()).hexdigest()
 
 
-# --- The file
-
-
 def write_base_set(base: BaseSet, path: Path) -> None:
     """Write the set to the folder `path`, in place of an older one; nothing else is replaced."""
     names = [file.name for file in path.iterdir()] if path.is_dir() else ["a file"]
@@ -244,10 +222,8 @@ def write_base_set(base: BaseSet, path: Path) -> None:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         clear_abandoned(path)
-    content = save(
-        {"cells": base.cells, "pairs": base.pairs}, {"meta": base.meta.model_dump_json()}
-    )
-    write_bytes_atomically(path / FILE, content)
+    arrays, meta = {"cells": base.cells, "pairs": base.pairs}, base.meta.model_dump_json()
+    write_bytes_atomically(path / FILE, save(arrays, {"meta": meta}))
 
 
 def open_base_set(path: Path) -> BaseSet:

@@ -6,14 +6,13 @@ refused, as solving a task shows it anyway: a demonstration of a test-set task t
 task's own test pair (992798f6, mirrored) or has another's test input (8719f442 and 6ea4a07e).
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from arctrm.data.task import Pair, Task, grid_key, pair_key, training_pairs
-from arctrm.data.views import NUM_DIHEDRALS, transform
+from arctrm.data.views import NUM_DIHEDRALS, View
 from arctrm.errors import OverlapError
 
 if TYPE_CHECKING:  # this module guards the building of the base set
@@ -25,10 +24,8 @@ _TaskIds = dict[Hashable, set[str]]
 
 @dataclass(frozen=True)
 class Overlap:
-    """`task_id` of `subset` holds test content of `test_task_id`.
-
-    kind "pair": the same input and output, possibly turned or mirrored; kind "input": the same
-    test input with another output, or with any output where the answer is not known.
+    """`task_id` of `subset` holds test content of `test_task_id`: a "pair" (possibly turned or
+    mirrored), or a test "input" with another output, or with any where the answer is not known.
     """
 
     task_id: str
@@ -40,9 +37,7 @@ class Overlap:
 def find_overlaps(
     tasks_by_subset: dict[str, list[Task]], test_tasks: Iterable[Task], test_set: str | None = None
 ) -> list[Overlap]:
-    """Compare all that would be trained on (label -> tasks, of `test_set` the demonstrations only)
-    with the test pairs of the evaluated `test_tasks`.
-    """
+    """Compare all that would be trained on (of `test_set`: demonstrations) with the test pairs."""
     pairs, inputs = _index(test_tasks)
     found: dict[Overlap, None] = {}
     for subset, tasks in tasks_by_subset.items():
@@ -106,15 +101,10 @@ def describe(overlaps: Iterable[Overlap]) -> str:
 
 def _index(test_tasks: Iterable[Task]) -> tuple[_TaskIds, _TaskIds]:
     """Test task ids by the key of each test pair in every orientation, and of each test input."""
-    pairs: _TaskIds = {}
-    inputs: _TaskIds = {}
-    for task in test_tasks:
-        for pair in task.test:
-            inputs.setdefault(grid_key(pair.input), set()).add(task.id)
-            if pair.output is None:
-                continue
-            for dihedral in range(NUM_DIHEDRALS):
-                turned = (transform(grid, dihedral) for grid in (pair.input, pair.output))
-                key = pair_key(Pair(*map(np.ascontiguousarray, turned)))
-                pairs.setdefault(key, set()).add(task.id)
+    pairs: _TaskIds = defaultdict(set)
+    inputs: _TaskIds = defaultdict(set)
+    for name, pair in ((task.id, pair) for task in test_tasks for pair in task.test):
+        inputs[grid_key(pair.input)].add(name)
+        for view in map(View, range(NUM_DIHEDRALS) if pair.output is not None else ()):
+            pairs[pair_key(view.apply_pair(pair))].add(name)
     return pairs, inputs

@@ -15,8 +15,7 @@ import numpy as np
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Pair, Task
 from arctrm.errors import TaskError
 
-MAX_BYTES = 256 * 2**20
-"""Of JSON in one file, decompressed: about five times all of RE-ARC at 40 pairs a task."""
+MAX_BYTES = 256 * 2**20  # in one file, decompressed: five times RE-ARC at 40 pairs a task
 
 
 def load_json(path: Path) -> Any:
@@ -41,14 +40,10 @@ def load_json(path: Path) -> Any:
 
 
 def parse_task(obj: Any, task_id: str, where: str) -> Task:
-    """Check `{"train": [pair, ...], "test": [pair, ...]}`; test outputs may be absent or null.
-    `where` begins the sentence of the TaskError that says what is wrong.
-    """
+    """Check `{"train": [pair, ...], "test": [pair, ...]}`; test outputs may be absent or null."""
     if not isinstance(obj, dict) or "train" not in obj:
-        raise TaskError(
-            f'{where}: is not an ARC task: expected an object with "train" and "test", '
-            f"got {_shown(obj)}"
-        )
+        wanted = 'expected an object with "train" and "test"'
+        raise TaskError(f"{where}: is not an ARC task: {wanted}, got {_shown(obj)}")
     demonstrations = parse_pairs(obj["train"], where, "train", outputs_required=True)
     test = parse_pairs(obj.get("test", []), where, "test", outputs_required=False)
     return Task(task_id, demonstrations, test)
@@ -89,10 +84,8 @@ def parse_grid(obj: Any, where: str) -> Grid:
         # type() and not isinstance(): a boolean is an int, and a float may equal a colour.
         if set(map(type, row)) != {int} or min(row) < 0 or max(row) >= NUM_COLOURS:
             bad = [type(c) is not int or not 0 <= c < NUM_COLOURS for c in row].index(True)
-            raise TaskError(
-                f"{where} row {index} column {bad}: a colour must be a whole number 0..9, got "
-                f"{_shown(row[bad])}"
-            )
+            what = f"a colour must be a whole number 0..9, got {_shown(row[bad])}"
+            raise TaskError(f"{where} row {index} column {bad}: {what}")
         cells += bytes(row)
     return np.frombuffer(cells, dtype=np.uint8).reshape(height, width)
 

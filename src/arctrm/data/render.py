@@ -20,9 +20,7 @@ from arctrm.data.overlap import describe, find_overlaps
 from arctrm.data.sources import load_tasks, nearest
 from arctrm.data.task import Grid, Pair, Task
 
-MAX_WIDE = 16
-"""Grids up to this width get wide cells: two of them side by side fit on 80 columns."""
-
+MAX_WIDE = 16  # up to this width cells are wide: two grids side by side fit on 80 columns
 _CELLS = [
     Style(color="white" if colour in {0, 1, 2, 6, 9} else "black", bgcolor=shade)
     for colour, shade in enumerate(ARC_PALETTE)
@@ -31,14 +29,9 @@ _CELLS = [
 
 def grid_text(grid: Grid, wide: bool | None = None) -> Text:
     """The grid as digits on ARC_PALETTE; `wide` (default: by its width) = two characters a cell."""
-    wide = grid.shape[1] <= MAX_WIDE if wide is None else wide
-    text = Text(no_wrap=True, overflow="crop")
-    for number, row in enumerate(grid.tolist()):
-        if number:
-            text.append("\n")
-        for colour in row:
-            text.append(f"{colour} " if wide else str(colour), _CELLS[colour])
-    return text
+    end = " " if wide or (wide is None and grid.shape[1] <= MAX_WIDE) else ""
+    rows = (Text().join(Text(f"{c}{end}", _CELLS[c]) for c in row) for row in grid.tolist())
+    return Text("\n", no_wrap=True, overflow="crop").join(rows)
 
 
 def grid_panel(grid: Grid, title: str, wide: bool | None = None) -> RenderableType:
@@ -56,9 +49,8 @@ def side_by_side(renderables: Iterable[RenderableType]) -> RenderableType:
 
 
 def pair_row(pair: Pair, title: str, wide: bool | None = None) -> RenderableType:
-    """Input -> output of one pair; the input alone where the output is not known.
-
-    The output goes below where both do not fit side by side: a cropped grid would look whole.
+    """Input -> output of one pair (if known); below it where both do not fit side by side, since a
+    cropped grid would look whole.
     """
     shown = grid_panel(pair.input, title, wide)
     if pair.output is None:

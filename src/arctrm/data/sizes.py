@@ -1,9 +1,8 @@
 """How large the unknown output is: size rules read off the demonstrations alone.
 
-Where TRM answers without a reader's draft, somebody has to say how many cells the answer has. Each
-axis is guessed by itself, by the first rule that fits every demonstration and gives 1 to 30 cells:
-rules of the input's sides first, then rules of what the input shows (the box around a colour, the
-sections between lines, numbers of colours and cells).
+Each axis is guessed by itself, by the first rule that fits every demonstration and gives 1 to 30
+cells: rules of the input's sides first, then rules of what the input shows (the box around a
+colour, the sections between lines, numbers of colours and cells).
 """
 
 import itertools
@@ -22,9 +21,8 @@ def output_size(task: Task, test_input: Grid) -> tuple[int, int]:
 def plausible_sides(task: Task, test_input: Grid, axis: int) -> list[int]:
     """Lengths that the output's side along `axis` (0: height) may have, the likeliest first.
 
-    Rules, in this order: as large as the input, constant, a fixed ratio, a fixed difference; the
-    same with the input's other axis; the same with something that the input shows. Where none fits:
-    the largest side seen, that and the largest gap between those seen, the most grown.
+    Rules: as large as the input, constant, a fixed ratio or difference; the same of the other axis;
+    of something that the input shows; the largest side seen, also with a gap; the most grown.
     """
     shown = [pair for pair in task.demonstrations if pair.output is not None]
     pairs = [(pair.input.shape, pair.output.shape) for pair in shown if pair.output is not None]

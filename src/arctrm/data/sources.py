@@ -18,8 +18,7 @@ from arctrm.data.task import Grid, Pair, Task, pair_key
 from arctrm.errors import DataError, TaskError, UserError
 
 OnError = Callable[[UserError], None]
-Solutions = dict[str, list[Grid]]
-"""Task id -> one output grid per test input."""
+Solutions = dict[str, list[Grid]]  # task id -> one output grid per test input
 
 _SETS = {"arc1": "arcagi_aa922be", "arc2": "arcagi2_f3283f7"}
 BUNDLED = {
@@ -27,8 +26,7 @@ BUNDLED = {
     "evaluation": ("arc1", "eval"),
     "training2": ("arc2", "train"),
     "evaluation2": ("arc2", "eval"),
-}
-"""Bundled source name -> (set, split)."""
+}  # bundled source name -> (set, split)
 _NAMES = f"{', '.join(BUNDLED)}, arc1:<id>, arc2:<id>"
 
 
@@ -39,15 +37,12 @@ def load_tasks(
     on_error: OnError | None = None,
     solutions: Path | None = None,
 ) -> list[Task]:
-    """Load the tasks of one source, sorted by id; answers are included where they are known.
+    """Load the first tasks by id of a bundled name, `arc1:<id>`, `arc2:<id>` or a path
+    (`./training` is a file); answers are included where they are known.
 
-    Args:
-        source: a bundled name, `arc1:<id>` or `arc2:<id>`, or a path (`./training` is a file).
-        max_tasks: keep only the first tasks by id.
-        on_error: called with the error of each bad task of a folder or map, which is then left
-            out; without it the first bad task ends the loading.
-        solutions: the Kaggle solutions file of a path; by default the one beside a
-            `*challenges*` file. One that was given must answer at least one of the tasks.
+    `on_error` is told of each bad task of a folder or map, which is then left out; without it the
+    first one ends the loading. `solutions`: a Kaggle file that answers at least one of the tasks;
+    by default the one beside a `*challenges*` file.
     """
     if not source:
         raise DataError(f"no source was given; name one of {_NAMES}, a file or a folder")
@@ -75,10 +70,8 @@ def nearest(task_id: str, known: dict[str, Any], source: str) -> str:
     if task_id in known:
         return task_id
     near = get_close_matches(task_id, known, n=3, cutoff=0.5) or list(known)[:3]
-    raise DataError(
-        f"{source} has no task {task_id!r} among its {len(known)}; its ids are like "
-        f"{', '.join(near)}"
-    )
+    like = f"{len(known)}; its ids are like {', '.join(near)}"
+    raise DataError(f"{source} has no task {task_id!r} among its {like}")
 
 
 def subset_label(source: str) -> str:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-Grid = np.ndarray
-"""A 2-D uint8 array, 1..30 x 1..30, colours 0..9."""
-
+Grid = np.ndarray  # 2-D, uint8, 1..30 x 1..30, colours 0..9
 MAX_SIDE = 30
 NUM_COLOURS = 10
 

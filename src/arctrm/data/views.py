@@ -75,10 +75,7 @@ IDENTITY = View(0)
 
 
 def fixed_colours(task: Task) -> np.ndarray:
-    """bool[10]: the colours that no view of this task may move.
-
-    Colour 0, and those of a demonstration's output that its input lacks, and so could not say.
-    """
+    """bool[10]: colours that no view may move: 0, and those of an output that its input lacks."""
     fixed = np.zeros(NUM_COLOURS, dtype=bool)
     fixed[0] = True
     for pair in task.demonstrations:

@@ -1,9 +1,8 @@
 """Published TRM checkpoints: the reference layout, its recursion, a loader.
 
 The Tiny Recursive Model of arXiv 2510.04871 as its authors wrote it: grids on a 30x30 canvas, a
-learned vector for every view of every task in the first of 16 prefix slots, rotary positions along
-the flattened canvas. In the paper's letters x is the embedded question, y = z_H the answer, z = z_L
-the reasoning. Nothing else is built on this; `eval --checkpoint FILE` answers with it.
+learned vector for every view of every task in the first of 16 prefix slots. In the paper's letters
+x is the embedded question, y = z_H the answer, z = z_L the reasoning.
 
 Legend: B rows, S = prefix slots + 900 cells, D width, A heads, K = D / A, V cell codes.
 """
@@ -27,14 +26,11 @@ from arctrm.data.views import SAME_COLOURS, View
 from arctrm.errors import CheckpointError
 from arctrm.model.trm import Asked, Refined
 
-PAD, EOS, COLOUR = 0, 1, 2
-"""Cell codes: outside of the grid, its border, colour 0."""
+PAD, EOS, COLOUR = 0, 1, 2  # cell codes: outside of the grid, its border, colour 0
 VOCABULARY = COLOUR + NUM_COLOURS
 NUM_CELLS = MAX_SIDE**2
-Turn = tuple[Tensor, Tensor]
-"""Cosines and sines [S, K] of the rotary positions."""
-State = tuple[Tensor, Tensor]
-"""z_H and z_L, both [B, S, D]."""
+Turn = tuple[Tensor, Tensor]  # cosines and sines [S, K] of the rotary positions
+State = tuple[Tensor, Tensor]  # z_H and z_L, both [B, S, D]
 
 
 def encode(grid: Grid) -> np.ndarray:
@@ -46,9 +42,7 @@ def encode(grid: Grid) -> np.ndarray:
 
 
 def decode(codes: np.ndarray) -> Grid | None:
-    """The grid on a canvas, as long as the colours of its first row and column; None if there is a
-    hole in it.
-    """
+    """The grid on a canvas, as far as its first row and column go; None if it has a hole."""
     is_colour = np.pad(codes >= COLOUR, (0, 1))
     height, width = int(is_colour[:, 0].argmin()), int(is_colour[0].argmin())
     whole = height > 0 and is_colour[:height, :width].all()
@@ -122,9 +116,7 @@ class ReferenceTRM(nn.Module):
     def forward(
         self, batch: dict[str, Tensor], state: State | None = None
     ) -> tuple[State, dict[str, Tensor]]:
-        """One supervision step (TRM, figure 3) from a state, by default the learned one: the next
-        state, logits [B, 900, V] and q_halt_logits [B].
-        """
+        """One supervision step (figure 3): next state, logits [B, 900, V], q_halt_logits [B]."""
         x = self.embed(batch["inputs"], batch["puzzle_identifiers"])
         y, z = state or (self.H_init.expand_as(x), self.L_init.expand_as(x))
         turn = self.turn(x)
@@ -137,9 +129,7 @@ class ReferenceTRM(nn.Module):
         return (y.detach(), z.detach()), {"logits": logits, "q_halt_logits": q_halt}
 
     def cycle(self, x: Tensor, y: Tensor, z: Tensor, turn: Turn) -> State:
-        """Reason about question and answer `L_cycles` times, then better the answer: one network
-        updates both.
-        """
+        """Reason about question and answer `L_cycles` times, then better the answer."""
         for _ in range(self.config.L_cycles):
             z = z + (y + x)
             for layer in self.L_level["layers"].children():
@@ -165,15 +155,8 @@ class ReferenceTRM(nn.Module):
         return angles.cos(), angles.sin()
 
 
-# --- Answering: the `Refiner` of `model.trm`
-
-
 class ReferenceRefiner:
-    """Answers with a published checkpoint; the condition's `task` is the row of a view's vector.
-
-    The model says the size of its answer itself. Where its canvas holds no grid, the likeliest
-    colours of the size that was asked for are the answer. Drafts are not looked at.
-    """
+    """Answers with a published checkpoint; the condition's `task` is the row of a view's vector."""
 
     def __init__(self, model: ReferenceTRM):
         self.model, self.halt_max_steps = model.eval(), model.config.halt_max_steps
@@ -215,7 +198,7 @@ class ReferenceRefiner:
 def read_off(logits: Tensor, shape: tuple[int, int]) -> tuple[Grid, float]:
     """The grid that logits [30, 30, V] say, and its log-probability (nats, stablemax)."""
     grid = decode(logits.argmax(-1).numpy())
-    if grid is None:
+    if grid is None:  # the likeliest colours of the size that was asked for
         grid = logits[: shape[0], : shape[1], COLOUR:].argmax(-1).numpy().astype(np.uint8)
     weight = torch.where(logits < 0, 1 / (1 - logits), logits + 1)  # arXiv 2501.04697
     log_p = (weight / weight.sum(-1, keepdim=True)).log()[: grid.shape[0], : grid.shape[1], COLOUR:]
@@ -225,14 +208,12 @@ def read_off(logits: Tensor, shape: tuple[int, int]) -> tuple[Grid, float]:
 
 # --- Reading files
 
+# What leaves no trace in the weights.
 _COUNTS = {"num_heads", "H_cycles", "L_cycles", "puzzle_emb_len", "rope_theta", "halt_max_steps"}
-"""What leaves no trace in the weights."""
 
 
 def read_reference_file(path: Path) -> ReferenceTRM:
-    """The model of a published checkpoint: safetensors, or a PyTorch state dict of tensors alone
-    (nothing else is unpickled). Raises CheckpointError, in one sentence.
-    """
+    """A published checkpoint: safetensors, or a PyTorch state dict (only tensors are unpickled)."""
     config: Mapping[str, Any] = {}
     try:
         if path.suffix == ".safetensors":

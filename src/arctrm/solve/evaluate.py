@@ -31,8 +31,7 @@ from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, write_run_record
 
-PROMPTS_AT_ONCE = 64
-"""Prompts of a part of the tasks: some batches of a CPU, or of a hub model."""
+PROMPTS_AT_ONCE = 64  # of a part of the tasks: some batches of a CPU, or of a hub model
 SCORES, ABLATIONS = "scores.json", "ablations.json"
 
 
@@ -48,9 +47,9 @@ def evaluate(
     # 1. Tasks, weights, and what is answered already. Every process reads before any writes.
     if (out := config.out) is None:
         raise ConfigError("out: names no folder for scores.json and submission.json; give --out")
-    tasks, known = load_test_set(config.evaluation)
     if config.submission is not None:
-        return _score_submission(config, config.submission, out, tasks, known, dry_run)
+        return _score_submission(config, config.submission, out, dry_run)
+    tasks, known = load_test_set(config.evaluation)
     accelerator = new_accelerator()
     store = results.open_store(out / results.UNFINISHED, config, tasks, resume)
     solver = load_solver(config.checkpoint, config.inference, accelerator.device)
@@ -104,14 +103,11 @@ class _Run:
     store: Store
     rows: Sequence[str]
     out: Path
-    many: bool = False
-    """Whether there are many parts: finished bars would fill the screen, and go."""
+    many: bool = False  # are there parts: finished bars would fill the screen, and go
 
     def parts(self) -> list[list[Task]]:
-        """What is left to answer, in tasks that are answered together.
-
-        All at once where that is quick, on a GPU with a model of our own. Else some prompts at a
-        time, the largest test inputs first: what does not fit into memory should say so at once.
+        """What is left, in tasks that are answered together: all at once by a trunk on a GPU, else
+        some prompts at a time, the largest first (what does not fit should say so at once).
         """
         tasks = self.store.left(self.tasks, self.rows)
         quick = self.solver.device.type == "cuda" and not self.solver.reads_pairs
@@ -200,15 +196,10 @@ class _Run:
         if not scoring.num_known(self.known):
             note(f"no answers are known: nothing is scored, the submission is in {plain(out)}")
             return None
-        # Scored are the two grids that are submitted, and those that come after them.
-        grids = lambda own, key, pair: [one.grid for one in own[key]] or [pair.input]
-        scores = {}
-        for row, own in ranked.items():
-            told = {
-                task.id: [grids(own, *one) for one in zip(keys_of([task]), task.test, strict=True)]
-                for task in tasks
-            }
-            scores[row] = scoring.score(told, self.known)
+        scores = {
+            row: scoring.score(results.predictions(tasks, own), self.known)
+            for row, own in ranked.items()
+        }
         everything, done = scores[EVERYTHING], records[EVERYTHING]
         per_task = sum(record["seconds"] for record in done) / len(tasks)
         steps, answers = (sum(record["trm_steps"][i] for record in done) for i in (0, 1))
@@ -256,29 +247,19 @@ def _record(
 
 
 def _score_submission(
-    config: EvalConfig,
-    given: Path,
-    out: Path,
-    tasks: list[Task],
-    known: scoring.Answers,
-    dry_run: bool,
+    config: EvalConfig, given: Path, out: Path, dry_run: bool
 ) -> scoring.Scores | None:
-    """Score a submission, as in a competition: answered without solutions, scored when these are
-    there. Tasks that it does not answer are not solved.
-    """
+    """Score a submission, as in a competition; tasks that it does not answer are not solved."""
+    tasks, known = load_test_set(config.evaluation)
     path = given / results.SUBMISSION if given.is_dir() else given
     content, test_set = results.read_submission(path), config.evaluation.test_set
     found = {task.id: content[task.id] for task in tasks if task.id in content}
     wrong = [t.id for t in tasks if len(found.get(t.id, t.test)) != len(t.test)]
     if not found or wrong:
-        raise DataError(
-            f"{path}: does not fit the tasks of {test_set}: "
-            + (f"other test inputs of {wrong[0]}" if wrong else "answers none of them")
-            + "; give its own evaluation.test_set"
-        )
+        what = f"has other test inputs of {wrong[0]}" if wrong else "answers none of the tasks"
+        raise DataError(f"{path}: {what}; give its own evaluation.test_set, not {test_set}")
     if dry_run:
-        answered = f"{len(tasks)}, {len(found)}"
-        rows = {"submission": given, "tasks, answered there": answered}
+        rows = {"submission": given, "tasks, answered there": f"{len(tasks)}, {len(found)}"}
         console().print(dry_run_table("eval", rows | {"answers known": scoring.num_known(known)}))
         return None
     scores = scoring.score(found, known)

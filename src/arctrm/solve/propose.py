@@ -21,8 +21,8 @@ from arctrm.reader.decoding import Decoded, decode
 from arctrm.reader.protocol import Reader
 from arctrm.solve.questions import Key, Question
 
+# Sources of candidates: written by the reader, refined from hidden cells, refined from a draft.
 READER, TRM, JOINT = "reader", "trm", "joint"
-"""Sources of candidates: written by the reader, refined from hidden cells, refined from a draft."""
 
 Advance = Callable[[int], None]  # is told how many questions are done
 Drafts = Sequence[Grid | None]  # the reader's, of each question, as its view shows it
@@ -49,9 +49,6 @@ def by_key(candidates: Iterable[Candidate]) -> dict[Key, list[Candidate]]:
     for candidate in candidates:
         grouped.setdefault(candidate.key, []).append(candidate)
     return grouped
-
-
-# ---- the reader writes ----
 
 
 def write(
@@ -121,9 +118,6 @@ def prompt_of(question: Question) -> Prompt:
     """Of a question that is no inverse one."""
     assert question.prompt is not None
     return question.prompt
-
-
-# ---- TRM refines ----
 
 
 def refine(

@@ -60,11 +60,7 @@ class Question:
 
 
 def questions(solver: Solver, task: Task, num_views: int, seed: int) -> list[Question]:
-    """Questions about every test input of a task, view by view (the identity first).
-
-    A task that the weights do not know is asked about with the mean task embedding; a model with an
-    embedding for every view has no view to offer then, and gets no question.
-    """
+    """Questions about every test input of a task, view by view (the identity first)."""
     order = np.random.default_rng([seed, *task.id.encode(), CONTEXT_STREAM])
     likely = [output_size(task, pair.input) for pair in task.test]
     largest = [_largest_size(task, pair.input) for pair in task.test]
@@ -112,22 +108,20 @@ def views_of(solver: Solver, task: Task, num_views: int, seed: int) -> list[tupl
 
 
 def inverse_questions(solver: Solver, tasks: Iterable[Task], num_views: int) -> list[Question]:
-    """Questions the other way round, view by view: how likely is the input, given a candidate?
-
-    Under dihedral views that keep the colours, and only of tasks that the weights know: the vectors
-    of the inverse tasks are learned in training.
+    """Questions the other way round, dihedral by dihedral: how likely is the input, given a
+    candidate? Only of tasks that the weights know, as the inverse vectors are learned in training.
     """
     rows = [(task, solver.row_of(task)) for task in tasks]
+    known = [
+        (Key(t.id, i), row, p) for t, row in rows if row is not None for i, p in enumerate(t.test)
+    ]
     found = []
-    for dihedral in range(min(num_views, NUM_DIHEDRALS)):
-        view = View(dihedral)
-        for task, row in ((task, row) for task, row in rows if row is not None):
-            condition = Condition(row, dihedral, keeps_colours=1, inverse=1)
-            for index, pair in enumerate(task.test):
-                query = view.apply(pair.input)
-                more = (None, query.shape, grid_length(*query.shape) + 1)
-                key = Key(task.id, index)
-                found.append(Question(key, dihedral, view, query, condition, *more))
+    for view in map(View, range(min(num_views, NUM_DIHEDRALS))):
+        for key, row, pair in known:
+            query = view.apply(pair.input)
+            condition = Condition(row, view.dihedral, keeps_colours=1, inverse=1)
+            more = (None, query.shape, grid_length(*query.shape) + 1)
+            found.append(Question(key, view.dihedral, view, query, condition, *more))
     return found
 
 

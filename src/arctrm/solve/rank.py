@@ -30,13 +30,11 @@ PLACE_NATS = 2.1
 """The grid in place n (from 0) is (n + 1) to this power times less likely to be right than the
 first (fitted on held-out training tasks)."""
 GAP_SHARE = 0.1
-"""So much of the reader's gap in log-probability to the first grid counts, where that is more than
-the place says: what the reader finds e**40 times less likely is not saved by an invariant."""
+"""So much of the reader's gap to the first grid counts, where that is more than the place says."""
 LOOKED_AT = 10  # grids of a test input that are checked for invariants; others stay behind
 
 Grids = Mapping[Key, Sequence[Grid]]
-Scores = list[tuple[Key, list[float]]]
-"""For each question: its test input, and the log-probability (nats) of each of its grids."""
+Scores = list[tuple[Key, list[float]]]  # for each question: test input, nats of each of its grids
 Judge = Callable[[Sequence[Question], Grids], Scores]
 """Scores grids under questions: those of the grids, or (inverse questions) of the input, given each
 of the grids. It may leave out the last questions and, of every test input, the last grids."""
@@ -77,9 +75,7 @@ def rank(
     config: EvalConfig | SolveConfig,
     judge: Judge | None = None,
 ) -> dict[Key, list[Ranked]]:
-    """The distinct grids of each test input of `tasks`, best first; without a judge, the reader
-    has no say. Copies of the input are last where every demonstration changes something.
-    """
+    """The distinct grids of each test input, best first; without a judge the reader has no say."""
     ranked: dict[Key, list[Ranked]] = {}
     copies: dict[Key, list[Ranked]] = {}
     inputs = {
@@ -88,7 +84,7 @@ def rank(
         for index, pair in enumerate(task.test)
     }
     for key, (task, given) in inputs.items():
-        ranked[key], copies[key] = [], []
+        ranked[key], copies[key] = [], []  # copies are last where every demonstration changes
         for one in vote(found.get(key, ()), config.seed):
             if changes(task) and np.array_equal(one.grid, given):
                 copies[key].append(replace(one, broken=(COPY,)))
@@ -150,14 +146,8 @@ def judged(
     return scores
 
 
-# ---- the stages, each a function of the order before it ----
-
-
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
-    """Rank the distinct grids among `candidates`, best first; malformed ones are left out.
-
-    Order: votes, probe score, mean q, a hash of seed and grid: only the set of candidates counts.
-    """
+    """The distinct grids, best first by votes, probe score, mean q, a hash of seed and grid."""
     groups: dict[tuple[tuple[int, ...], bytes], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         if is_well_formed(candidate.grid):
@@ -194,8 +184,8 @@ def counted(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> list[Ranked]:
-    """The first of `ranked` reordered by the reader: `scores` has one list per view, one
-    log-probability per grid. What was not scored keeps its order behind them.
+    """The first of `ranked` reordered by the reader: `scores` has a list of grids' scores per view.
+    What was not scored keeps its order behind them.
     """
     both = zip(ranked, zip(*scores, strict=True), strict=False)
     scored = [replace(entry, reader_scores=own) for entry, own in both]
@@ -207,9 +197,7 @@ def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> l
 def by_explanation(
     ranked: Sequence[Ranked], scores: Sequence[Sequence[float]], weight: float
 ) -> list[Ranked]:
-    """The same by the reader's mean log-probability of each and `weight` x that of the input, given
-    it.
-    """
+    """The same by the reader's mean score of each and `weight` x that of the input, given it."""
     both = zip(ranked, zip(*scores, strict=True), strict=False)
     asked = [replace(entry, inverse_scores=own) for entry, own in both]
     value = lambda one: (one.reader_score or 0.0) + weight * (one.inverse_score or 0.0)
@@ -234,9 +222,7 @@ def by_invariants(
 
 
 def place_nats(ranked: Sequence[Ranked], gap_share: float = GAP_SHARE) -> list[float]:
-    """How much less likely than the first each of the ranked grids is to be right: by its place,
-    or by the reader's gap between the two where that says more.
-    """
+    """How much less likely than the first each is to be right: by place, or the reader's gap."""
     first = ranked[0].reader_score if ranked else None
 
     def gap(entry: Ranked) -> float:

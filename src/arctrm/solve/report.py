@@ -18,8 +18,7 @@ from arctrm.planner import PlannerResult
 from arctrm.solve.rank import Ranked, attempts
 
 VERDICT = {True: [Text("right", "bold green")], False: [Text("wrong", "bold red")], None: []}
-MOST_NAMED, MAX_TEXT = 3, 160
-"""Broken invariants that are named, the heaviest first; characters of a text that are shown."""
+MOST_NAMED, MAX_TEXT = 3, 160  # broken invariants, characters of a text: shown at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +52,7 @@ def solution_report(
     solutions: Sequence[Solution],
     correct: Sequence[Sequence[bool | None]] | None = None,
 ) -> RenderableType:
-    """The demonstrations, then each test input with attempt_1 and attempt_2 side by side; `correct`
-    says of each test input whether they are right (`scoring.verdicts`).
-    """
+    """Demonstrations, then each test input with both attempts; `correct`: `scoring.verdicts`."""
     grids = [grid for pair in task.demonstrations for grid in (pair.input, pair.output)]
     grids += [grid for one in solutions for grid in (one.test_input, *one.attempts)]
     wide = max(grid.shape[1] for grid in grids if grid is not None) <= MAX_WIDE

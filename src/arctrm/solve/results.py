@@ -26,15 +26,10 @@ from arctrm.solve.rank import Ranked, attempts, counted
 from arctrm.system import disk_errors, write_bytes_atomically
 
 UNFINISHED, CANDIDATES, SUBMISSION = "unfinished.jsonl", "candidates.json.gz", "submission.json"
-EVERYTHING = "everything"
-"""The row without an ablation."""
+EVERYTHING = "everything"  # the row without an ablation
 ATTEMPT_NAMES = ("attempt_1", "attempt_2")
 SCORES = ("reader_scores", "inverse_scores")
-
 Rankings = Mapping[Key, Sequence[Ranked]]
-
-
-# ---- answers so far
 
 
 class Store:
@@ -43,10 +38,8 @@ class Store:
     def __init__(self, path: Path, lines: Sequence[str] = ()):
         self.path, self.writes = path, False
         head, *records = [json.loads(line) for line in lines] or [{}]
-        self.head: dict[str, Any] = head
-        """`config`, `checkpoint` (name of the weights) and `weights` (their fingerprint)."""
-        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
-        """Row -> task id -> record: `content` of the task, `seconds`, and what was answered."""
+        self.head: dict[str, Any] = head  # `config`, name and fingerprint of the weights
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}  # row -> task id -> record
         for record in records:
             self.rows.setdefault(record["row"], {})[record["task"]] = record
 
@@ -62,9 +55,7 @@ class Store:
         """Check that the weights are those that began; who `writes` keeps all from now on."""
         began = self.head.get("checkpoint", name), self.head.get("weights", weights)
         if began[1] != weights:
-            raise DataError(
-                f"{self.path}: begun with other weights ({', '.join(began)}) than these"
-            )
+            raise DataError(f"{self.path}: begun with other weights ({', '.join(began)})")
         self.writes = writes
         saved = config.model_dump(mode="json")
         self.head = {"config": saved, "weights": weights, "checkpoint": name}
@@ -93,9 +84,7 @@ class Store:
 
 
 def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: bool) -> Store:
-    """What was answered before; nothing is written yet. Refused: nothing to resume, answers that
-    would be lost, other tasks, another configuration.
-    """
+    """What was answered before, under the same configuration; nothing is written yet."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         store = Store(path, [line for line in lines if line.endswith("\n")])
@@ -129,9 +118,6 @@ def _line(content: Mapping[str, Any]) -> str:
     return json.dumps(content, separators=(",", ":")) + "\n"
 
 
-# ---- ranked candidates
-
-
 def as_record(task: Task, ranked: Rankings) -> dict[str, Any]:
     """The ranked grids of a task's test inputs as JSON can hold them."""
     return {"test": [[_entry(one) for one in ranked[key]] for key in keys_of([task])]}
@@ -152,8 +138,8 @@ def write_candidates(path: Path, tasks: Iterable[Task], ranked: Rankings) -> Non
     {task id: [for each test input: [{"grid": [[int]], "q": float, "views": {source: [int]},
                "reader_scores": [float], "inverse_scores": [float], "broken": [str]}, ...]]}
 
-    `views` are the numbers of the views under which each source proposed the grid; scores are nats,
-    one for each view of the judge (null: minus infinity), none where it was not judged.
+    `views`: those under which each source proposed the grid; scores: nats, one for each view of the
+    judge (null: minus infinity), none where it was not judged.
     """
     content = {task.id: as_record(task, ranked)["test"] for task in tasks}
     text = json.dumps(content, separators=(",", ":"))
@@ -191,9 +177,6 @@ def _ranked(entries: Sequence[Mapping[str, Any]]) -> list[Ranked]:
     return counted(found)
 
 
-# ---- the submission
-
-
 def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None:
     """Write submission.json, two grids for every test input of `tasks`, in one step, in the ARC
     Prize (Kaggle) format:
@@ -211,6 +194,15 @@ def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None
     write_bytes_atomically(out / SUBMISSION, json.dumps(content).encode())
 
 
+def predictions(tasks: Iterable[Task], ranked: Rankings) -> dict[str, list[list[Grid]]]:
+    """What is scored: the two grids that are submitted, and those that come after them."""
+    found = {}
+    for task in tasks:
+        both = zip(keys_of([task]), task.test, strict=True)
+        found[task.id] = [[one.grid for one in ranked[key]] or [pair.input] for key, pair in both]
+    return found
+
+
 def read_submission(path: Path) -> dict[str, list[tuple[Grid, Grid]]]:
     """Task id -> (attempt_1, attempt_2) for each test input."""
     content, name = load_json(path), ""
@@ -223,7 +215,5 @@ def read_submission(path: Path) -> dict[str, list[tuple[Grid, Grid]]]:
                 found[name].append((next(two), next(two)))
         return found
     except (AttributeError, TypeError, LookupError) as error:
-        raise DataError(
-            f"{path}: {name} is no part of a submission; expected task id -> one object with "
-            "attempt_1 and attempt_2 for each test input"
-        ) from error
+        what = f"{name} is no part of a submission; expected a list of attempt_1 and attempt_2"
+        raise DataError(f"{path}: {what} of each test input") from error

@@ -14,44 +14,38 @@ from rich.table import Table
 from arctrm.data.task import Grid, Task
 from arctrm.errors import DataError
 
-PASSES, ATTEMPTS = (1, 2, 10), 2
-"""Grids per test input among which the answer may be, and that may be submitted."""
+PASSES, ATTEMPTS = (1, 2, 10), 2  # grids per test input: scored, and submitted
 NAMED_SCORES = {
     "task_fraction": "mean over tasks of the share of test pairs solved",
     "pair_fraction": "share of all test pairs solved",
     "whole_task": "share of tasks with every test pair solved",
 }
+# Task id -> test outputs in the order of the test inputs; None where not known.
 Answers = Mapping[str, Sequence[Grid | None]]
-"""Task id -> test outputs in the order of the test inputs; None where not known."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task: test pairs solved in two attempts, scored ones, and of attempt_1 the share of right
-    sizes and the mean share of right cells (0 where the size is wrong).
-    """
+    """One task."""
 
-    solved: int
-    total: int
-    shape: float
-    cells: float
+    solved: int  # test pairs, in two attempts
+    total: int  # scored test pairs
+    shape: float  # share of right sizes of attempt_1
+    cells: float  # mean share of right cells of attempt_1; 0 where the size is wrong
 
 
 @dataclass(frozen=True)
 class Scores:
     """The scores of one set of predictions, all between 0 and 1."""
 
-    task_fraction: dict[int, float]
-    """Number of grids allowed -> score; so are the next two."""
+    task_fraction: dict[int, float]  # number of grids allowed -> score; so are the next two
     pair_fraction: dict[int, float]
     whole_task: dict[int, float]
-    shape_accuracy: float
-    """Mean over test pairs, attempt_1; so is the next one."""
+    shape_accuracy: float  # mean over test pairs, attempt_1; so is the next one
     cell_accuracy: float
     num_tasks: int
     num_pairs: int
-    num_unscored: int
-    """Test pairs left out because their answer is not known."""
+    num_unscored: int  # test pairs left out because their answer is not known
     tasks: dict[str, TaskScore]
 
 
@@ -76,17 +70,12 @@ def verdicts(
     attempts: Sequence[Sequence[Grid]], known: Sequence[Grid | None]
 ) -> list[tuple[bool | None, ...]]:
     """For each test input, whether each of its grids is right (None: answer not known)."""
-    return [
-        tuple(is_right(grid, answer) for grid in grids)
-        for grids, answer in zip(attempts, known, strict=True)
-    ]
+    both = zip(attempts, known, strict=True)
+    return [tuple(is_right(grid, answer) for grid in grids) for grids, answer in both]
 
 
 def score(predictions: Mapping[str, Sequence[Sequence[Grid]]], known: Answers) -> Scores:
-    """Score ranked grids (task id -> test input -> grids, best first) against the answers.
-
-    Every test pair with a known answer counts: one without a prediction is wrong.
-    """
+    """Score ranked grids (task id -> test input -> grids, best first) against the answers."""
     scored: dict[str, list[tuple[float, float, float]]] = {}
     for name, own in sorted(known.items()):
         ranked = [*predictions.get(name, ()), *([()] * len(own))]

@@ -1,8 +1,6 @@
 """From weights on disk to who answers: a reader, a refiner, or both, and the tasks they know.
 
-Bundled weights, run and checkpoint folders hold a trunk (with one voice or two) or a hub reader
-with TRM and adapters; a published TRM checkpoint is a file. What kind of model answers is decided
-here and nowhere else; all others ask for attributes.
+What kind of model answers is decided here and nowhere else; all others ask for attributes.
 """
 
 import hashlib
@@ -39,16 +37,12 @@ BUNDLED = Path(__file__).parents[1] / "bundled"
 class Voices(NamedTuple):
     """Who answers with a model."""
 
-    reader: Reader | None
-    """Writes and scores grids."""
-    refiner: Refiner | None
-    """Answers as a TRM; hears the reader where a question has a draft."""
-    alone: Refiner | None
-    """The refiner without any path from the reader."""
+    reader: Reader | None  # writes and scores grids
+    refiner: Refiner | None  # answers as a TRM; hears the reader where a question has a draft
+    alone: Refiner | None  # the refiner without any path from the reader
 
 
-Speak = Callable[[Any], Voices]
-"""Makes the voices of a model; all models that it gets are of one kind."""
+Speak = Callable[[Any], Voices]  # makes the voices of models of one kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +53,13 @@ class Solver:
     model: nn.Module  # the weights behind them, in float32: what adaptation copies and trains
     speak: Speak
     rows: Mapping[str, int]
-    """Task key -> embedding row; a key is a content fingerprint, also with the id before it, or (of
-    a published checkpoint) an id."""
+    """Task key -> embedding row. Keys are fingerprints of demonstrations (also with the id before
+    it): a renamed task is known, another one of the same name is not; or, not `by_content`, ids."""
     by_content: bool
-    """Whether the keys of `rows` are fingerprints of demonstrations: a renamed task is still known,
-    another one of the same name is not."""
     mean_row: int  # of the mean embedding over the trained tasks: where an unseen task starts
     name: str  # of the weights, for people
     views: Mapping[str, list[tuple[View, int]]] = field(default_factory=dict)
-    """Task id -> the views that have an embedding of their own, with its row (published
-    checkpoints)."""
+    """Of a published checkpoint: task id -> views that have an embedding, with its row."""
     reads_pairs: bool = False  # the reader is told the task by demonstrations in its prompt
     seed: int = 0
     identity_colours: float = 0.2
@@ -140,9 +131,6 @@ def load_solver(
     return _tiny(folder, inference, device)
 
 
-# ---- a trunk ----
-
-
 def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Solver:
     trunk, meta = read_trunk(folder)
     dtype = compute_dtype(inference.dtype, device, trains=False)
@@ -172,8 +160,7 @@ def with_mean(trunk: Trunk) -> Trunk:
 
 def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) -> Solver:
     """What every checkpoint of arctrm says of itself."""
-    data = meta.trained.data
-    keys = meta.task_fingerprints
+    data, keys = meta.trained.data, meta.task_fingerprints
     rows = {key: row for row, key in enumerate(keys)}
     # Of two tasks with the same demonstrations the one of that name comes first.
     named = enumerate(zip(meta.task_ids, keys, strict=True))
@@ -192,9 +179,6 @@ def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) 
         held_out=data.held_out,
         voices=meta.voices,
     )
-
-
-# ---- a hub reader with TRM ----
 
 
 def _hub(
@@ -223,29 +207,18 @@ def _hub(
         return Voices(model.reader, *both)
 
     model = hybrid.to(device).eval().requires_grad_(False)
-    solver = _solver(folder, meta, model, speak)
-    return replace(solver, reads_pairs=True, voices=("reader", "trm"))
+    return replace(_solver(folder, meta, model, speak), reads_pairs=True, voices=("reader", "trm"))
 
 
 def here_and_now(hub: HubConfig, inference: InferenceConfig, device: torch.device) -> HubConfig:
-    """The hub reader as it was trained, but where it is now, and for this device. Whether code of
-    the model's makers may be run is not the checkpoint's to say.
-    """
+    """The hub reader as it was trained, but where it is now, and for this device."""
     dtype = hub.dtype if inference.dtype == "auto" else inference.dtype
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16"
-    return hub.model_copy(
-        update={
-            "name": inference.llama_model or hub.name,
-            "revision": None if inference.llama_model else hub.revision,
-            "device": None,
-            "dtype": dtype,
-            "trust_remote_code": inference.trust_remote_code,
-        }
-    )
-
-
-# ---- a published TRM checkpoint ----
+    moved = {"name": inference.llama_model, "revision": None} if inference.llama_model else {}
+    # Whether code of the model's makers may be run is not the checkpoint's to say.
+    own = {"device": None, "dtype": dtype, "trust_remote_code": inference.trust_remote_code}
+    return hub.model_copy(update={**moved, **own})
 
 
 def _published(path: Path, device: torch.device) -> Solver:
@@ -264,9 +237,7 @@ def _published(path: Path, device: torch.device) -> Solver:
 
 
 def weights_fingerprint(module: nn.Module) -> str:
-    """12 hex digits over names, shapes and the first values of all weights, in any dtype: a
-    narrower copy of a model is the same model.
-    """
+    """12 hex digits over names, shapes and first values of all weights, the same in any dtype."""
     digest = hashlib.blake2b(digest_size=6)
     for name, tensor in sorted(module.state_dict().items()):
         if not tensor.is_meta:  # of a model that does not fit into memory
