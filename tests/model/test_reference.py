@@ -60,10 +60,11 @@ def total_loss(outputs, labels):
     return (own.sum(1) / valid.sum(1)).sum() + 0.5 * halt
 
 
-def test_four_supervision_steps_match_the_reference(fixture, model):
+@pytest.mark.parametrize("num_steps", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_supervision_steps_match_the_reference(fixture, model, num_steps):
     _, _, batch, tensors = fixture
     state = None
-    for step in range(1, 5):
+    for step in range(1, num_steps + 1):
         with torch.no_grad():
             state, outputs = model(batch, state)
         for name in ("logits", "q_halt_logits"):
@@ -73,6 +74,7 @@ def test_four_supervision_steps_match_the_reference(fixture, model):
         assert loss.item() == pytest.approx(tensors[f"step{step}.loss_sum"].item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_step_has_the_references_loss_and_gradient_norms(fixture):
     config, weights, batch, tensors = fixture
     model = load_reference(weights, config).train()

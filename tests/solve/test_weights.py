@@ -59,14 +59,6 @@ def test_a_task_is_known_by_its_demonstrations_and_not_by_its_id(solver, trained
     assert solver.row_of(replace(known, demonstrations=changed)) is None
 
 
-def test_of_two_tasks_with_the_same_demonstrations_the_one_of_that_name_is_meant(solver, trained):
-    task = trained.known[0]
-    key = task.fingerprint()
-    rows = {key: 1, f"a {key}": 0, f"b {key}": 1}
-    twins = replace(solver, rows=rows)
-    assert [twins.row_of(replace(task, id=name)) for name in ("a", "b", "c")] == [0, 1, 1]
-
-
 def test_what_the_weights_may_know_too_well_or_not_at_all_is_said(solver, trained):
     tasks = [*trained.known, *trained.others]
     own = TaskChoiceConfig(test_set=str(trained.folder))
