@@ -69,7 +69,8 @@ def trained(tmp_path_factory, small_tasks, write_tasks):
     known, others = small_tasks[:NUM_KNOWN], small_tasks[NUM_KNOWN:]
     folder = write_tasks(tmp_path_factory.mktemp("known"), known)
     out = tmp_path_factory.mktemp("run")
-    schedule = {"max_steps": 80, "warmup_steps": 5}
+    schedule = {"max_steps": 30, "warmup_steps": 5}
+    fast = {"muon_lr": 0.018, "adamw_lr": 0.006}
     pretrain(
         PretrainConfig.model_validate(
             {
@@ -78,7 +79,12 @@ def trained(tmp_path_factory, small_tasks, write_tasks):
                 "trunk": {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "loops": 2},
                 "reader": {"inverse_share": 0.25},
                 "trm": {"halt_max_steps": 3},
-                "training": {"tokens_per_batch": 4096, "ema_decay": 0.9, "schedule": schedule},
+                "training": {
+                    "tokens_per_batch": 4096,
+                    "ema_decay": 0.9,
+                    "optimiser": fast,
+                    "schedule": schedule,
+                },
             }
         )
     )

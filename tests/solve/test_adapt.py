@@ -104,7 +104,7 @@ def test_answers_are_computed_in_the_readers_own_arithmetic(solver, trained):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_demonstrations_become_likelier(solver, trained, kind):
     task = trained.others[0]
-    config = AdaptationConfig(tokens_per_batch=256, kind=kind, adamw_lr=5e-3, muon_lr=1e-2)
+    config = AdaptationConfig(tokens_per_batch=256, kind=kind, adamw_lr=1e-2, muon_lr=2e-2)
     adapter = adapted(solver, task, 15, config=config)
     before = demonstration_score(solver, task)
     assert demonstration_score(adapter.answering(), task) > 0.8 * before

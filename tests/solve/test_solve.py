@@ -76,11 +76,11 @@ def shown(solutions):
 def test_every_kind_of_weights_gives_two_grids_with_evidence(solvers, trained, kind):
     for task in (trained.known[0], trained.others[1]):
         unknown = task is not trained.known[0]
-        solutions = room.solve_task(solvers(kind), task.without_answers(), config())
+        solutions = room.solve_task(solvers(kind), task.without_answers(), config(steps=1))
         assert len(solutions) == len(task.test)
         for solution in solutions:
             assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
-            assert solution.adaptation_steps == (4 if unknown else 0)
+            assert solution.adaptation_steps == (2 if unknown else 0)
             assert (solution.leave_one_out is not None) == unknown
             assert solution.known == (not unknown)
             for entry in filter(None, solution.evidence):
@@ -100,7 +100,7 @@ def test_strange_but_valid_tasks_get_two_grids(solver, trained):
         Task("large", (Pair(large, large), Pair(large.T, large.T)), (Pair(large),)),
         Task("copies", (Pair(cell, cell),) * 3, (Pair(cell),)),
     ):
-        solutions = room.solve_task(solver, strange, config(budget=0.5, steps=1))
+        solutions = room.solve_task(solver, strange, config(budget=0.2, steps=1))
         assert len(solutions) == len(strange.test)
         assert all(is_well_formed(grid) for one in solutions for grid in one.attempts)
 
@@ -114,11 +114,11 @@ def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, k
 
 def test_a_budget_is_used_and_kept(solver, trained):
     """By adaptation, then by answers; of a known task by answers."""
-    settings = config(budget=2.0, steps=100_000, inference={"views": 500, "dtype": "float32"})
+    settings = config(budget=1.5, steps=100_000, inference={"views": 500, "dtype": "float32"})
     for task in (trained.others[1], trained.known[0]):
         begin = time.monotonic()
         [solution] = room.solve_task(solver, task.without_answers(), settings)
-        assert 1.0 < time.monotonic() - begin < 2.9
+        assert 0.8 < time.monotonic() - begin < 2.4
         assert (solution.adaptation_steps > 2) == (task is trained.others[1])
         assert 3 < solution.num_answers < 1000
 
@@ -134,18 +134,17 @@ def test_solving_leaves_the_model_bit_identical(solver, trained):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_test_outputs_change_no_answer_and_the_seed_gives_the_same_again(solvers, trained, kind):
+def test_test_outputs_change_no_answer_and_the_seed_gives_the_same_again(solver, trained):
     task = trained.others[1]
     wrong = replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
     # (the budget may not decide how far anything goes)
     settings = config(budget=60.0, steps=1)
-    first, other = (shown(room.solve_task(solvers(kind), own, settings)) for own in (task, wrong))
+    first, other = (shown(room.solve_task(solver, own, settings)) for own in (task, wrong))
     assert other == first
 
 
 def test_trm_gives_the_first_answer_where_there_is_one_else_the_reader(solvers, trained):
-    task = trained.known[1]
+    task = trained.known[0]
     for kind, source in (("both", TRM), ("trm", TRM), ("reader", READER)):
         first = first_answers(solvers(kind), task)
         assert first.complete
@@ -173,7 +172,7 @@ def test_adapted_weights_replace_the_first_answer(solver, trained):
 
 
 def test_every_view_has_one_vote_of_each_source(solver, trained):
-    answers = first_answers(solver, trained.known[1])
+    answers = first_answers(solver, trained.known[0])
     room.answer_later(answers)
     sources = [source for _, source, _ in answers.candidates]
     written = sum(draft is not None for draft in answers.drafts)
@@ -190,7 +189,7 @@ def test_the_reader_follows_what_trm_answered(solver, trained, monkeypatch):
         return write(*arguments, **options)
 
     monkeypatch.setattr(room, "write", spied)
-    answers = first_answers(solver, trained.known[1])
+    answers = first_answers(solver, trained.known[0])
     best = answers.expected()
     read_views(answers, answers.session.questions(), 0.0)
     assert [key for key in given[0]] == list(keys_of([answers.session.task]))
@@ -198,7 +197,7 @@ def test_the_reader_follows_what_trm_answered(solver, trained, monkeypatch):
 
 
 def test_where_reading_takes_too_long_one_view_is_tried_and_trm_answers_the_rest(solver, trained):
-    answers = first_answers(solver, trained.known[1])
+    answers = first_answers(solver, trained.known[0])
     asked = answers.session.questions()
     read_views(answers, asked[:1], 0.0)
     answers.session.clock.record("read", 1, 1e6)
@@ -209,7 +208,7 @@ def test_where_reading_takes_too_long_one_view_is_tried_and_trm_answers_the_rest
 
 
 def test_where_all_steps_of_one_view_take_too_long_fewer_are_taken(solver, trained):
-    answers = Answers(session_of(solver, trained.known[1], config(budget=30.0)))
+    answers = Answers(session_of(solver, trained.known[0], config(budget=30.0)))
     asked = answers.session.questions()
     answers.session.clock.record("refine", room.refining_work(asked[:1], 1, 2), 12.0)
     refine_views(answers, asked, 0.0)
@@ -218,7 +217,7 @@ def test_where_all_steps_of_one_view_take_too_long_fewer_are_taken(solver, train
 
 def test_time_is_kept_for_the_judgement(solver, trained):
     """Where refining would take it, it is left out."""
-    answers = Answers(session_of(solver, trained.known[1]))
+    answers = Answers(session_of(solver, trained.known[0]))
     answers.session.clock.record("read", 1, 1e-6)
     answers.session.clock.record("refine", 1, 1000.0)
     asked = answers.session.questions()
@@ -228,7 +227,7 @@ def test_time_is_kept_for_the_judgement(solver, trained):
 
 
 def test_reading_that_takes_longer_than_foretold_is_given_up_at_the_end(solver, trained):
-    answers = Answers(session_of(solver, trained.known[1], config(budget=1e-3)))
+    answers = Answers(session_of(solver, trained.known[0], config(budget=1e-3)))
     answers.session.clock.record("read", 1, 1e-9)
     asked = answers.session.questions()
     read_views(answers, asked, 0.0)
@@ -237,7 +236,7 @@ def test_reading_that_takes_longer_than_foretold_is_given_up_at_the_end(solver, 
 
 
 def test_what_comes_too_late_replaces_no_answer(solvers, trained):
-    answers = first_answers(solvers("reader"), trained.known[1])
+    answers = first_answers(solvers("reader"), trained.known[0])
     before = dict(answers.candidates)
     answers.add([replace(one, grid=None) for one in before.values()])
     assert answers.candidates == before
@@ -287,7 +286,7 @@ def test_an_interrupt_before_any_answer_is_one(solver, trained, monkeypatch):
 
 
 def quick(trained, out=None, **top):
-    return config(budget=0.3, steps=1, checkpoint=trained.run, out=out, **top)
+    return config(budget=0.2, steps=1, checkpoint=trained.run, out=out, **top)
 
 
 def watched(monkeypatch, failing=None, error=None):
