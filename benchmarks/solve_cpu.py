@@ -5,7 +5,7 @@
 
 Each task is a command of its own, with the bundled weights unless --checkpoint is given. The budget
 counts from when the model is loaded; its use is taken from the command's own "first answer after"
-and the wall-clock time from that line to the end. Prints one table.
+and the wall-clock time from that line to the last. Prints one table.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def solve(task: str, args: argparse.Namespace) -> tuple[float, float, float, str
         sys.exit("".join(line for _, line in lines))
     at, first = next((at, float(m[1])) for at, line in lines if (m := FIRST.search(line)))
     solved = next((m[1] for _, line in lines if (m := SOLVED.search(line))), "not known")
-    return first, first + seconds - at, seconds, solved
+    return first, first + lines[-1][0] - at, seconds, solved
 
 
 if __name__ == "__main__":
