@@ -261,12 +261,15 @@ def _table(num_rows: int, width: int) -> nn.Parameter:
 def linear(x: Tensor, matrix: nn.Module) -> Tensor:
     """The product in the dtype of `x`."""
     assert isinstance(matrix, nn.Linear)
-    bias = None if matrix.bias is None else matrix.bias.to(x.dtype)
-    return F.linear(x, matrix.weight.to(x.dtype), bias)
+    weight, bias = matrix.weight, matrix.bias
+    if weight.dtype == x.dtype:  # also casts that do nothing take time
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPS)
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, EPS)
 
 
 def _half_turn(x: Tensor) -> Tensor:

@@ -191,6 +191,8 @@ class _Row:
 
     def keep(self, read: np.ndarray, best: np.ndarray, log_p: np.ndarray) -> int:
         """Take those of the tokens `read` of the draft that are the `best`; how many."""
+        if not len(read):
+            return 0
         wrong = (best[: len(read)] != read).nonzero()[0]
         kept = int(wrong[0]) if len(wrong) else len(read)
         for choice, own in zip(read[:kept].tolist(), log_p[:kept].tolist(), strict=True):
@@ -199,7 +201,7 @@ class _Row:
             self.window = max(LEAST_WINDOW, min(2 * kept, MOST_WINDOW))
             self.failures = self.failures + 1 if kept < 2 else 0
             self.path = None if self.failures == MOST_FAILURES else self.path
-        elif kept:
+        else:
             self.window, self.failures = min(2 * self.window, MOST_WINDOW), 0
         return kept
 
@@ -211,9 +213,12 @@ def _host_loop(
     def choose(logits: Tensor, states: np.ndarray, noise: list) -> tuple[np.ndarray, np.ndarray]:
         """The choice in each of `states` [3, T], and its log-probability."""
         log_p = grammar.log_probabilities(logits.cpu(), _state(states), max_side)
-        scores = log_p if power is None else log_p / power + torch.from_numpy(np.vstack(noise))
-        choice = scores.argmax(-1)
-        return choice.numpy(), log_p.gather(1, choice[:, None])[:, 0].double().numpy()
+        if power is None:
+            own, choice = log_p.max(-1)
+        else:
+            choice = (log_p / power + torch.from_numpy(np.vstack(noise))).argmax(-1)
+            own = log_p.gather(1, choice[:, None])[:, 0]
+        return choice.numpy(), own.double().numpy()
 
     logits, active = store.read(), list(rows)
     states = np.zeros((3, len(rows)), dtype=np.int64)
