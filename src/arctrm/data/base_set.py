@@ -36,8 +36,7 @@ class BaseSetMeta(StrictModel):
     """What the two arrays of a base set mean."""
 
     version: Literal[2] = 2
-    task_ids: tuple[str, ...]
-    """Task id of each value of the pairs' column `task`."""
+    task_ids: tuple[str, ...]  # Task id of each value of the pairs' column `task`
     in_test_set: tuple[bool, ...]  # per task: evaluated, so that only its demonstrations are here
     fixed_colours: tuple[int, ...]  # per task: bit c set = no view may move colour c
     subsets: tuple[str, ...]

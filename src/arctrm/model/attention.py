@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-BLOCK = 128
-"""Tokens of a block of queries or keys."""
+BLOCK = 128  # Tokens of a block of queries or keys
 
 FLEX_OPTIONS: dict[str, Any] = {
     "BLOCKS_ARE_CONTIGUOUS": True,
@@ -40,8 +39,7 @@ FLEX_OPTIONS: dict[str, Any] = {
     "bwd_num_warps": 4,
     "bwd_num_stages": 3,
 }
-"""Small tiles, since a query block meets three or four blocks of keys: the fastest of twenty on an
-H100, forward four times torch's default."""
+"""Small tiles, as a query block meets few blocks of keys: the fastest of twenty on an H100."""
 
 
 class Pieces(NamedTuple):
@@ -64,10 +62,8 @@ class Prompts(NamedTuple):
 class Spans(NamedTuple):
     """Where the sequences of a packed batch lie and what their tokens see."""
 
-    offsets: Tensor
-    """int32 [N + 1]: sequence n is tokens offsets[n] : offsets[n + 1]."""
-    max_len: int
-    """Upper bound of a sequence's length in tokens."""
+    offsets: Tensor  # int32 [N + 1]: sequence n is tokens offsets[n] : offsets[n + 1]
+    max_len: int  # Upper bound of a sequence's length in tokens
     lengths: tuple[tuple[int, int], ...] | None = None
     """Lengths of the sequences that exist and of their prompts, without the packed kernel."""
     prompts: Prompts | None = None
@@ -76,8 +72,8 @@ class Spans(NamedTuple):
     """Blocks that meet, for compiled code on a GPU; says all that the other fields do."""
 
 
+# What new tokens see: spans of their batch, or a store: (layer, q, k, v), [T, A, K] each.
 Seen = Spans | Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""What new tokens see: spans of their batch, or a store: (layer, q, k, v), [T, A, K] each."""
 
 
 def attend(seen: Seen, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

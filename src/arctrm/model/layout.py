@@ -21,16 +21,13 @@ from arctrm.data.task import NUM_COLOURS, Grid, Pair
 
 ROW_END = NUM_COLOURS
 START, SEPARATOR, END, PAD, PREFIX = range(NUM_COLOURS + 1, NUM_COLOURS + 6)
-HIDDEN = PAD
-"""Shown in the TRM voice where the colour of an answer cell is hidden."""
+HIDDEN = PAD  # Shown in the TRM voice where the colour of an answer cell is hidden
 VOCABULARY = 16
-CHOICES = (*range(NUM_COLOURS), ROW_END, END)
-"""Token of each of the 12 choices that spell a grid."""
+CHOICES = (*range(NUM_COLOURS), ROW_END, END)  # Token of each of the 12 choices that spell a grid
 
 START_PART, INPUT_PART, SEPARATOR_PART, OUTPUT_PART = range(4)
 PARTS_PER_PAIR = 4
-SIDE = 32
-"""Room for rows and columns 0..30 in a packed position."""
+SIDE = 32  # Room for rows and columns 0..30 in a packed position
 
 PAIR_TOKENS = 2 * 30 * 31 + 3
 """Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
@@ -39,16 +36,11 @@ PAIR_TOKENS = 2 * 30 * 31 + 3
 class Condition(NamedTuple):
     """What a sequence is told beside its tokens; the columns of the trunk's condition rows."""
 
-    task: int = 0
-    """Row of the task embedding."""
-    dihedral: int = 0
-    """Row of `data.views.DIHEDRALS`."""
-    keeps_colours: int = 0
-    """1 where the view keeps every colour."""
-    inverse: int = 0
-    """1 where an output is given and its input is asked for."""
-    scale: int = 0
-    """Way in which the grids are shown larger, from 1; 0: as they are."""
+    task: int = 0  # Row of the task embedding
+    dihedral: int = 0  # Row of `data.views.DIHEDRALS`
+    keeps_colours: int = 0  # 1 where the view keeps every colour
+    inverse: int = 0  # 1 where an output is given and its input is asked for
+    scale: int = 0  # Way in which the grids are shown larger, from 1; 0: as they are
 
 
 PLAIN = Condition()
@@ -60,12 +52,9 @@ TASK, DIHEDRAL, KEEPS_COLOURS, INVERSE, SCALE = range(NUM_CONDITIONS)
 class Prompt:
     """The tokens that come before an output grid."""
 
-    tokens: np.ndarray
-    """int64 [n]; ids of the reader."""
-    positions: np.ndarray
-    """int64 [n]: position numbers as the reader counts them."""
-    output_start: int
-    """Position number of the first output token."""
+    tokens: np.ndarray  # int64 [n]; ids of the reader
+    positions: np.ndarray  # int64 [n]: position numbers as the reader counts them
+    output_start: int  # Position number of the first output token
     condition: Condition = PLAIN
 
 

@@ -6,9 +6,8 @@ states of the trunk. A supervision step is
 
     y, z <- net(x, y, z)        every token of question and answer sees every other
 
-and only values pass from one step to the next, no gradient. The size of the answer is known before:
-from the reader's draft, or from rules of the demonstrations (`data.sizes`). The first answer is a
-draft or hidden cells, the first z the reader's states of the draft or nothing.
+and only values pass from one step to the next, no gradient. The size is known before, from a draft
+or by rules (`data.sizes`); the first answer is a draft or hidden cells, the first z its states.
 
 Legend: T tokens of a packed batch, R rows (questions), D width, V vocabulary, C colours.
 """
@@ -27,8 +26,7 @@ from arctrm.model.attention import Spans, block_spans, spans
 from arctrm.model.layout import OUTPUT_PART, SIDE, VOCABULARY, Prompt, output_tokens, part_of
 from arctrm.model.trunk import EPS, Trunk, linear
 
-GPU_TOKENS, CPU_TOKENS = 2**17, 2**12
-"""Tokens of one packed batch where nobody says how many."""
+GPU_TOKENS, CPU_TOKENS = 2**17, 2**12  # Tokens of one packed batch where nobody says how many
 
 
 class Rows(NamedTuple):
@@ -36,36 +34,26 @@ class Rows(NamedTuple):
 
     tokens: Tensor
     """int64 [T]: with the first answer in its cells; HIDDEN where a cell shows nothing."""
-    positions: Tensor
-    """int64 [T]: packed positions."""
-    row: Tensor
-    """int64 [T]: row of the token; R or more: none."""
-    cells: Tensor
-    """bool [T]: answer cells, whose colour is asked for."""
-    condition: Tensor
-    """int64 [R, 5]: see `layout.Condition`."""
-    seen: Spans
-    """Every token sees its whole sequence."""
+    positions: Tensor  # int64 [T]: packed positions
+    row: Tensor  # int64 [T]: row of the token; R or more: none
+    cells: Tensor  # bool [T]: answer cells, whose colour is asked for
+    condition: Tensor  # int64 [R, 5]: see `layout.Condition`
+    seen: Spans  # Every token sees its whole sequence
 
 
 class State(NamedTuple):
     """What passes from one supervision step to the next."""
 
-    y: Tensor
-    """[T, V] in the trunk's dtype: what each token shows."""
-    z: Tensor
-    """[T, D] in the trunk's dtype."""
+    y: Tensor  # [T, V] in the trunk's dtype: what each token shows
+    z: Tensor  # [T, D] in the trunk's dtype
 
 
 class Prediction(NamedTuple):
     """What a supervision step says."""
 
-    logits: Tensor
-    """float32 [T, C]: the colour of each token's cell (meaningful on answer cells)."""
-    q_halt: Tensor
-    """float32 [R]: logit that the answer is right."""
-    state: State
-    """For the next step, without gradient."""
+    logits: Tensor  # float32 [T, C]: the colour of each token's cell (meaningful on answer cells)
+    q_halt: Tensor  # float32 [R]: logit that the answer is right
+    state: State  # For the next step, without gradient
 
 
 def first_state(trunk: Trunk, rows: Rows, z: Tensor | None = None) -> State:
@@ -124,16 +112,11 @@ def reader_states(trunk: Trunk, rows: Rows, prompt_N: Tensor) -> Tensor:
 class Asked:
     """A question put to a refiner: one test input under one view."""
 
-    query: Grid
-    """The input as the view shows it."""
-    prompt: Prompt
-    """The same as tokens, up to the separator, with its condition."""
-    shape: tuple[int, int]
-    """Height and width of the answer; a draft has this shape."""
-    draft: Grid | None = None
-    """First answer; None: hidden cells."""
-    pairs: tuple[Pair, ...] = ()
-    """Demonstrations as the view shows them, for a hub model to read."""
+    query: Grid  # The input as the view shows it
+    prompt: Prompt  # The same as tokens, up to the separator, with its condition
+    shape: tuple[int, int]  # Height and width of the answer; a draft has this shape
+    draft: Grid | None = None  # First answer; None: hidden cells
+    pairs: tuple[Pair, ...] = ()  # Demonstrations as the view shows them, for a hub model to read
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,21 +124,16 @@ class Refined:
     """A refiner's answer."""
 
     grid: Grid
-    q: float
-    """Halting logit of the step that it comes from."""
-    log_p: float
-    """Sum over the cells of the log-probability (nats) of the answered colour."""
-    steps: int
-    """Supervision steps behind it."""
-    history: tuple[Grid, ...] = ()
-    """The answer after each step, where it was asked for."""
+    q: float  # Halting logit of the step that it comes from
+    log_p: float  # Sum over the cells of the log-probability (nats) of the answered colour
+    steps: int  # Supervision steps behind it
+    history: tuple[Grid, ...] = ()  # The answer after each step, where it was asked for
 
 
 class Refiner(Protocol):
     """Who answers as a TRM: the trunk, a hybrid, or a published checkpoint."""
 
-    halt_max_steps: int
-    """Supervision steps of an answer, unless it halts before."""
+    halt_max_steps: int  # Supervision steps of an answer, unless it halts before
 
     def refine(
         self,

@@ -7,9 +7,8 @@ so in every cycle). Rotary positions turn with column, row and part of the pair.
 task, one for the view and one for the scale are added to every token (mdlARC's economy: one vector
 a task instead of its demonstrations).
 
-One forward serves training, decoding and refining: `Trunk.hidden`. What a token sees is a parameter
-(`model.attention`). The reader voice is `head` (the next token); the TRM voice is `own_head` (the
-colour of the cell itself), `halt_head`, `feedback` and `voice_emb` (`model.trm`).
+One forward serves training, decoding and refining; what a token sees is a parameter. The reader
+voice is `head`, the TRM voice `own_head`, `halt_head`, `feedback` and `voice_emb`.
 
 Legend: T tokens, R rows (sequences), D width, A heads, K head width, I inner width, V vocabulary.
 """
@@ -38,15 +37,11 @@ from arctrm.model.layout import (
 
 INIT_STD = 0.02
 EPS = 1e-6
-HALT_BIAS = -5.0
-"""First halting logit: no row is done before the halting head has learned (as in TRM)."""
-END_OF_CHOICES = len(CHOICES) - 1
-"""All choices but the last (the end of a grid) are the first tokens."""
-TASK_TABLES = ("task_emb", "inverse_emb")
-"""Tensors with one row a task."""
+HALT_BIAS = -5.0  # first halting logit, as in TRM: no row is done before the head has learned
+END_OF_CHOICES = len(CHOICES) - 1  # all choices but the last are the first tokens
+TASK_TABLES = ("task_emb", "inverse_emb")  # one row a task
 
-Turn = tuple[Tensor, Tensor]
-"""Cosines and sines, [T, 1, K] each, of the rotary positions."""
+Turn = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, K] each, of the rotary positions
 
 
 class Block(nn.Module):

@@ -40,8 +40,7 @@ FIRST_WINDOW, LEAST_WINDOW, MOST_WINDOW = 32, 8, 256
 """Tokens of a draft that are read at once: at first; after a wrong one; after right ones."""
 MOST_FAILURES = 6
 """Readings of a draft in a row of which less than two tokens were kept: it is dropped."""
-FEWEST_ROWS = 64
-"""Rows of the smallest captured step."""
+FEWEST_ROWS = 64  # Rows of the smallest captured step
 UNWRITTEN = -1
 
 
@@ -49,13 +48,11 @@ UNWRITTEN = -1
 class Decoded:
     """One continuation of a prompt."""
 
-    grid: Grid | None
-    """None if the bound on output tokens or the deadline came before the end."""
+    grid: Grid | None  # None if the bound on output tokens or the deadline came before the end
     log_probability: float
     """Sum over its tokens (nats) of the model's log-probabilities as `reader.grammar` counts them;
     the sampling temperature does not enter."""
-    choices: tuple[int, ...]
-    """Its tokens, as `reader.grammar` numbers them, the end included."""
+    choices: tuple[int, ...]  # Its tokens, as `reader.grammar` numbers them, the end included
 
     @property
     def num_tokens(self) -> int:

@@ -34,14 +34,10 @@ MAX_OUTPUT_TOKENS = MAX_SIDE * (MAX_SIDE + 1) + 1
 class GridState:
     """What is known before the next token of each grid."""
 
-    y: Tensor
-    """int64 [...]: row of the next token; the height at the end token."""
-    x: Tensor
-    """int64 [...]: column of the next token; the width at a row end, 0 at the end token."""
-    width: Tensor
-    """int64 [...]: cells of a row, 0 while the first row is open."""
-    finished: Tensor
-    """bool [...]: the end token was seen; the state no longer changes."""
+    y: Tensor  # int64 [...]: row of the next token; the height at the end token
+    x: Tensor  # int64 [...]: column of the next token; the width at a row end, 0 at the end token
+    width: Tensor  # int64 [...]: cells of a row, 0 while the first row is open
+    finished: Tensor  # bool [...]: the end token was seen; the state no longer changes
 
     def index_select(self, index: Tensor) -> "GridState":
         """The states [len(index)] of some grids or tokens."""
@@ -52,14 +48,10 @@ class GridState:
 class Spelled(NamedTuple):
     """The tokens of grids, one grid after another."""
 
-    choices: Tensor
-    """int64 [N]."""
-    states: GridState
-    """[N]: before each of them."""
-    grid: Tensor
-    """int64 [N]: number of the grid that the token is of."""
-    first: Tensor
-    """int64 [G]: number of each grid's first token."""
+    choices: Tensor  # int64 [N]
+    states: GridState  # [N]: before each of them
+    grid: Tensor  # int64 [N]: number of the grid that the token is of
+    first: Tensor  # int64 [G]: number of each grid's first token
 
 
 def start(num_grids: int, device: torch.device | str = "cpu") -> GridState:

@@ -43,8 +43,7 @@ class Store(Protocol):
 class Reader(Protocol):
     """A language model that writes and scores grids."""
 
-    name: str
-    """For messages."""
+    name: str  # For messages
 
     @property
     def device(self) -> torch.device:

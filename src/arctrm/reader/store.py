@@ -29,8 +29,7 @@ from arctrm.reader import grammar
 from arctrm.reader.grammar import END, NUM_CHOICES, GridState
 from arctrm.reader.last_token import last_token_attention
 
-TOKENS_AT_ONCE = 2**17
-"""Tokens of one pass through the layers, unless a single row has more."""
+TOKENS_AT_ONCE = 2**17  # Tokens of one pass through the layers, unless a single row has more
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries, keys, values), each [T, A, K] -> [T, A, K]."""
