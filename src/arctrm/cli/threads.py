@@ -8,8 +8,7 @@ import os
 from math import ceil
 from pathlib import Path
 
-SPINS = 1000
-"""Rounds of libgomp's waiting loop, some 20 microseconds; its own default is 300,000."""
+SPINS = 1000  # rounds of libgomp's waiting loop, some 20 microseconds; its default is 300,000
 BLOCKTIME = 1
 """Milliseconds, the shortest spin of the OpenMP of LLVM and Intel; their default is 200."""
 
