@@ -6,8 +6,9 @@ import torch
 from plain_reader import CONFIGS, INJECTED, grid, new_prompts, new_trunk, plain_logits
 
 from arctrm.model.attention import Pieces, ragged_attention
+from arctrm.model.layout import groups
 from arctrm.reader import grammar, store
-from arctrm.reader.store import PackedStore, Places, RowStore, distinct, groups, ranges
+from arctrm.reader.store import PackedStore, Places, RowStore, distinct, ranges
 
 ROOM = 60
 

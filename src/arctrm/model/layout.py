@@ -9,7 +9,7 @@ and 4i + 3 (output). The trunk itself knows sequences of one pair; hub models ma
 Legend: T tokens, n tokens of one grid or prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,3 +116,21 @@ def prompt(query: Grid, condition: Condition = PLAIN, pairs: Sequence[Pair] = ()
     tokens, positions = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     start = pack_position(len(pairs) * PARTS_PER_PAIR + OUTPUT_PART)
     return Prompt(tokens, positions, start, condition)
+
+
+def groups(
+    rows: Sequence[int] | np.ndarray,
+    places: Sequence[int] | np.ndarray,
+    most_rows: int,
+    most_places: int,
+) -> Iterator[slice]:
+    """Consecutive items within two bounds on the sum of their rows and places; one at least."""
+    begin, num_rows, num_places = 0, 0, 0
+    for index, (more, further) in enumerate(zip(rows, places, strict=True)):
+        too_many = num_rows + more > most_rows or num_places + further > most_places
+        if index > begin and too_many:
+            yield slice(begin, index)
+            begin, num_rows, num_places = index, 0, 0
+        num_rows, num_places = num_rows + int(more), num_places + int(further)
+    if begin < len(rows):
+        yield slice(begin, len(rows))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
 from arctrm.data.views import SAME_COLOURS, View
 from arctrm.errors import CheckpointError
-from arctrm.model.trm import Asked, Refined
+from arctrm.model.trm import Asked, Refined, usual_tokens
 
 PAD, EOS, COLOUR = 0, 1, 2  # cell codes: outside of the grid, its border, colour 0
 VOCABULARY = COLOUR + NUM_COLOURS
@@ -173,8 +173,7 @@ class ReferenceRefiner:
     ) -> list[Refined]:
         """See `Refiner.refine`; all steps are taken, as the reference implementation evaluates."""
         device, found = self.model.H_init.device, []
-        usual = 2**17 if device.type == "cuda" else 2**12
-        per_batch = max(1, (tokens_per_batch or usual) // NUM_CELLS)
+        per_batch = max(1, (tokens_per_batch or usual_tokens(device)) // NUM_CELLS)
         for first in range(0, len(asked), per_batch):
             chosen = asked[first : first + per_batch]
             codes = np.stack([encode(one.query).ravel() for one in chosen])

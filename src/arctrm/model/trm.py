@@ -13,7 +13,7 @@ Legend: T tokens of a packed batch, R rows (questions), D width, V vocabulary, C
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,7 +23,15 @@ from torch import Tensor
 
 from arctrm.data.task import NUM_COLOURS, Grid, Pair
 from arctrm.model.attention import Spans, block_spans, spans
-from arctrm.model.layout import OUTPUT_PART, SIDE, VOCABULARY, Prompt, output_tokens, part_of
+from arctrm.model.layout import (
+    OUTPUT_PART,
+    SIDE,
+    VOCABULARY,
+    Prompt,
+    groups,
+    output_tokens,
+    part_of,
+)
 from arctrm.model.trunk import EPS, Trunk, linear
 
 GPU_TOKENS, CPU_TOKENS = 2**17, 2**12  # Tokens of one packed batch where nobody says how many
@@ -194,18 +202,12 @@ def usual_tokens(device: torch.device) -> int:
 def batches(asked: Sequence[Asked], num_tokens: int) -> Iterator[list[int]]:
     """Indices of questions of about one length, `num_tokens` at most together; one at least."""
     lengths = [_length(one) for one in asked]
-    kind = [one.draft is not None for one in asked]
-    order = sorted(range(len(asked)), key=lambda index: (kind[index], lengths[index]))
-    batch: list[int] = []
-    used = 0
-    for index in order:
-        if batch and (used + lengths[index] > num_tokens or kind[index] != kind[batch[0]]):
-            yield batch
-            batch, used = [], 0
-        batch.append(index)
-        used += lengths[index]
-    if batch:
-        yield batch
+    for has_draft in (False, True):
+        own = [i for i, one in enumerate(asked) if (one.draft is not None) == has_draft]
+        order = sorted(own, key=lengths.__getitem__)
+        sizes = [lengths[index] for index in order]
+        for part in groups([1] * len(order), sizes, len(order), num_tokens):
+            yield order[part]
 
 
 def lay_out(
@@ -273,7 +275,7 @@ def read_off(
         return found
     each = [_grids(cells, sizes, asked) for cells in after]
     return [
-        Refined(one.grid, one.q, one.log_p, one.steps, tuple(g[i] for g in each[: one.steps]))
+        replace(one, history=tuple(after[i] for after in each[: one.steps]))
         for i, one in enumerate(found)
     ]
 

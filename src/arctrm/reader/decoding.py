@@ -28,11 +28,11 @@ from torch import Tensor
 
 from arctrm.data.task import MAX_SIDE, Grid
 from arctrm.errors import ResourceError
-from arctrm.model.layout import Prompt
+from arctrm.model.layout import Prompt, groups
 from arctrm.reader import grammar
 from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, ROW_END, GridState
 from arctrm.reader.protocol import Reader, Store
-from arctrm.reader.store import PackedStore, content, groups
+from arctrm.reader.store import PackedStore, content
 
 CHECK_EVERY = 8
 """Output tokens between two looks at which rows have ended: each look waits for the device."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from arctrm.data.task import MAX_SIDE, Grid
-from arctrm.model.layout import Prompt
+from arctrm.model.layout import Prompt, groups
 from arctrm.reader import grammar
 from arctrm.reader.decoding import by_length, memory_guard
 from arctrm.reader.grammar import ROW_END, num_tokens
 from arctrm.reader.protocol import Reader, Store
-from arctrm.reader.store import groups, ranges
+from arctrm.reader.store import ranges
 
 Lane = list[tuple[int, Grid]]
 """Candidates of one prompt, read one after another: (its number there, grid)."""

@@ -14,7 +14,7 @@ width, 12 choices.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arctrm.model.attention import Pieces, ragged_attention
-from arctrm.model.layout import CHOICES, SIDE, Prompt
+from arctrm.model.layout import CHOICES, SIDE, Prompt, groups
 from arctrm.model.trunk import Trunk
 from arctrm.reader import grammar
 from arctrm.reader.grammar import END, NUM_CHOICES, GridState
@@ -328,24 +328,6 @@ def content(prompt: Prompt) -> tuple:
     """Equal where prompts are."""
     arrays = prompt.tokens.tobytes(), prompt.positions.tobytes()
     return *arrays, prompt.output_start, prompt.condition
-
-
-def groups(
-    rows: Sequence[int] | np.ndarray,
-    places: Sequence[int] | np.ndarray,
-    most_rows: int,
-    most_places: int,
-) -> Iterator[slice]:
-    """Consecutive items within two bounds on the sum of their rows and places; one at least."""
-    begin, num_rows, num_places = 0, 0, 0
-    for index, (more, further) in enumerate(zip(rows, places, strict=True)):
-        too_many = num_rows + more > most_rows or num_places + further > most_places
-        if index > begin and too_many:
-            yield slice(begin, index)
-            begin, num_rows, num_places = index, 0, 0
-        num_rows, num_places = num_rows + int(more), num_places + int(further)
-    if begin < len(rows):
-        yield slice(begin, len(rows))
 
 
 def ranges(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
