@@ -22,7 +22,7 @@ from arctrm.data.sources import load_tasks
 from arctrm.invariants.task import COPY, COPY_NATS, weights
 from arctrm.solve import scoring
 from arctrm.solve.propose import READER
-from arctrm.solve.rank import GAP_SHARE, LOOKED_AT, Ranked, by_explanation, by_invariants
+from arctrm.solve.rank import GAP_SHARE, LOOKED_AT, Ranked, by_explanation, by_invariants, counted
 from arctrm.solve.results import CANDIDATES, read_candidates
 from common import guarded
 
@@ -88,8 +88,8 @@ def first(own: Sequence[Ranked], views: int) -> list[Ranked]:
     found = []
     for one in own:
         left = {s: tuple(v for v in vs if v < views) for s, vs in one.views_by.items()}
-        found.append(replace(one, views_by=left, votes=sum(map(len, left.values()))))
-    return [one for one in found if one.votes]
+        found.append(replace(one, views_by=left))
+    return [one for one in counted(found) if one.votes]
 
 
 def by_votes(own: Sequence[Ranked]) -> list[Ranked]:

@@ -26,7 +26,7 @@ from arctrm.reader.grammar import END
 from arctrm.reader.text import GridText, grid_text, parse_grid_text
 from arctrm.solve import scoring
 from arctrm.solve.propose import READER, Candidate, as_logit, by_key, prompt_of, write
-from arctrm.solve.questions import Key, Question, keys_of, load_test_set, questions
+from arctrm.solve.questions import Key, Question, load_test_set, questions
 from arctrm.solve.rank import rank
 from arctrm.solve.report import dry_run_table
 from arctrm.solve.results import (
@@ -35,6 +35,7 @@ from arctrm.solve.results import (
     as_record,
     from_records,
     open_store,
+    predictions,
     write_submission,
 )
 from arctrm.solve.weights import Solver, Voices, load_solver, weights_fingerprint
@@ -100,10 +101,7 @@ def baseline(
     records = {task.id: store.rows[EVERYTHING][task.id] for task in tasks}
     ranked = from_records(records.values())
     write_submission(path.parent, tasks, ranked)
-    found = {}
-    for task in tasks:
-        both = zip(keys_of([task]), task.test, strict=True)
-        found[task.id] = [[one.grid for one in ranked[k]] or [p.input] for k, p in both]
+    found = predictions(tasks, ranked)
     scores = scoring.score(found, known) if scoring.num_known(known) else None
     if scores is not None:
         console().print(scoring.scores_table(scores, config.attempts))
