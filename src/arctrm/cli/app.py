@@ -239,7 +239,7 @@ _command(
         Flag("--test-set", TEXT, "Of these, only the demonstrations.", "data.test_set"),
         Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),
     ),
-    "Collect tasks into one small, memory-mapped training set; refuses leaks of the test set.",
+    "Collect tasks into one small training set; refuses leaks of the test set.",
     "arctrm data build --subsets training --subsets evaluation --test-set evaluation",
 )
 _command(
