@@ -19,7 +19,7 @@ from arctrm.config import CouplingConfig
 from arctrm.data.task import NUM_COLOURS, Grid
 from arctrm.model import trm
 from arctrm.model.adapters import AlignedAdapter, LatentToTextAdapter, TextToLatentAdapter
-from arctrm.model.layout import CHOICES, PREFIX, SIDE, VOCABULARY, output_tokens
+from arctrm.model.layout import CHOICE_OF, PREFIX, SIDE, VOCABULARY, output_tokens
 from arctrm.model.trm import Asked, Prediction, Rows, TrunkRefiner
 from arctrm.model.trunk import Trunk
 
@@ -137,14 +137,12 @@ class Hybrid(nn.Module):
     def written_loss(self, asked: Sequence[Asked], answers: Sequence[Grid], soft: Tensor) -> Tensor:
         """Mean cross entropy [R] (nats a token) of answers behind the soft prefixes [R, P, H]."""
         tokens, labels, begins, count = [], [], [0], soft.shape[1]
-        choice_of = np.full(VOCABULARY, -100)
-        choice_of[list(CHOICES)] = np.arange(len(CHOICES))
         for one, answer in zip(asked, answers, strict=True):
             layout = self._layout(one)
             own = output_tokens(answer.shape, answer)[0]
             tokens.append(np.concatenate((layout, np.full(count, PREFIX), own)))
             silent = np.full(len(layout) + count - 1, -100)
-            labels.append(np.concatenate((silent, choice_of[own], [-100])))
+            labels.append(np.concatenate((silent, CHOICE_OF[own], [-100])))
             begins.append(begins[-1] + len(tokens[-1]))
         device = self.reader.device
         packed, label = (torch.from_numpy(np.concatenate(x)).to(device) for x in (tokens, labels))

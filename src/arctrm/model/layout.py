@@ -25,6 +25,9 @@ HIDDEN = PAD  # Shown in the TRM voice where the colour of an answer cell is hid
 VOCABULARY = 16
 CHOICES = (*range(NUM_COLOURS), ROW_END, END)  # Token of each of the 12 choices that spell a grid
 
+CHOICE_OF = np.full(VOCABULARY, -100)  # choice that each token is; -100: none, and no loss
+CHOICE_OF[list(CHOICES)] = np.arange(len(CHOICES))
+
 START_PART, INPUT_PART, SEPARATOR_PART, OUTPUT_PART = range(4)
 PARTS_PER_PAIR = 4
 SIDE = 32  # Room for rows and columns 0..30 in a packed position

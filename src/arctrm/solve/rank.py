@@ -85,8 +85,9 @@ def rank(
     }
     for key, (task, given) in inputs.items():
         ranked[key], copies[key] = [], []  # copies are last where every demonstration changes
+        changing = changes(task)
         for one in vote(found.get(key, ()), config.seed):
-            if changes(task) and np.array_equal(one.grid, given):
+            if changing and np.array_equal(one.grid, given):
                 copies[key].append(replace(one, broken=(COPY,)))
             else:
                 ranked[key].append(one)

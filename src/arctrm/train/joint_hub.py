@@ -16,7 +16,7 @@ from arctrm.config import JointConfig
 from arctrm.data.base_set import BaseSet
 from arctrm.errors import ConfigError
 from arctrm.model.hybrid import Heard, Hybrid
-from arctrm.model.layout import CHOICES, VOCABULARY, prompt
+from arctrm.model.layout import CHOICE_OF, prompt
 from arctrm.model.trm import Asked, Prediction
 from arctrm.train.drafts import DraftPool, questions_of
 from arctrm.train.losses import IGNORE, RowCounts, halting_loss, halting_mean, row_counts
@@ -50,8 +50,7 @@ class JointStep(Step):
         self.attempts = config.max_attempts if config.coupling.back else 1
         self.trm_tokens = config.training.tokens_per_batch
         self.reader_is_trained = any(p.requires_grad for p in hybrid.reader.parameters())
-        self.choice_of = torch.full((VOCABULARY,), IGNORE, device=hybrid.reader.device)
-        self.choice_of[list(CHOICES)] = torch.arange(len(CHOICES), device=hybrid.reader.device)
+        self.choice_of = torch.from_numpy(CHOICE_OF).to(hybrid.reader.device)
 
     def __call__(self) -> None:
         """Add the gradient of one batch."""
