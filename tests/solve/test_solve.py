@@ -116,8 +116,7 @@ def test_a_budget_is_used_and_kept(solver, trained):
     """By adaptation, then by answers; of a known task by answers."""
     settings = config(budget=1.5, steps=100_000, inference={"views": 500, "dtype": "float32"})
     # Of some tasks eight views exist, which are soon answered.
-    known = max(trained.known, key=lambda task: len(questions(solver, task, 500, 0)))
-    assert len(questions(solver, known, 500, 0)) == 500
+    known = next(t for t in trained.known if len(questions(solver, t, 500, 0)) == 500)
     for task in (trained.others[1], known):
         begin = time.monotonic()
         [solution] = room.solve_task(solver, task.without_answers(), settings)
