@@ -13,7 +13,7 @@ voice is `head`, the TRM voice `own_head`, `halt_head`, `feedback` and `voice_em
 Legend: T tokens, R rows (sequences), D width, A heads, K head width, I inner width, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +184,13 @@ class Trunk(nn.Module):
         for block in self.layers:
             block.compile(dynamic=False)
 
+    def holding(self, state: Mapping[str, Tensor]) -> "Trunk":
+        """A trunk of this kind that holds the tensors of `state`, whatever number of tasks."""
+        with torch.device("meta"):
+            other = Trunk(self.config, len(state["task_emb"]), self.num_scales)
+        other.load_state_dict(state, assign=True)
+        return other
+
     @torch.no_grad()
     def cast(self, dtype: torch.dtype) -> "Trunk":
         """A frozen, uncompiled copy with the matrices of the blocks in `dtype`, for inference.
@@ -191,13 +198,11 @@ class Trunk(nn.Module):
         Tables stay in their dtype, as does everything that is in `dtype` already: such tensors
         are shared, and later changes of them reach the copy.
         """
-        with torch.device("meta"):
-            other = Trunk(self.config, self.num_tasks, self.num_scales)
         state = {
             name: tensor.detach() if name.endswith("_emb") else tensor.detach().to(dtype)
             for name, tensor in self.state_dict().items()
         }
-        other.load_state_dict(state, assign=True)
+        other = self.holding(state)
         other.dtype = dtype
         for module in other.modules():  # a decoded token is so little work that look-ups count
             module.__dict__.update(module._parameters | module._modules)

@@ -190,9 +190,7 @@ def _copy(solver: Solver, row: int) -> Trunk:
     assert isinstance(trunk, Trunk)
     state = {name: tensor.detach().float().clone() for name, tensor in trunk.state_dict().items()}
     state |= {name: state[name][[row]] for name in TASK_TABLES}
-    with torch.device("meta"):
-        other = Trunk(trunk.config, 1, trunk.num_scales)
-    other.load_state_dict(state, assign=True)
+    other = trunk.holding(state)
     other.dtype = trunk.dtype if solver.reader is None else solver.reader.dtype
     return other.requires_grad_(True).eval()
 

@@ -152,10 +152,7 @@ def with_mean(trunk: Trunk) -> Trunk:
     state = trunk.state_dict()
     for name in TASK_TABLES:
         state[name] = torch.cat((state[name], state[name].mean(0, keepdim=True)))
-    with torch.device("meta"):
-        other = Trunk(trunk.config, trunk.num_tasks + 1, trunk.num_scales)
-    other.load_state_dict(state, assign=True)
-    return other
+    return trunk.holding(state)
 
 
 def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) -> Solver:
