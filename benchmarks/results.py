@@ -1,6 +1,6 @@
 """From the scores of evaluations to the tables and pictures of RESULTS.md.
 
-    python benchmarks/results.py scores/box --out results
+    python benchmarks/results.py scores/box --out pictures
 
 Reads what `arctrm eval --ablate no-reader,no-trm,no-coupling` wrote and prints tables in markdown;
 with `--out` it writes `failures.svg` and `examples.svg` (near misses), and with `--curve
