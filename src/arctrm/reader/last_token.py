@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PLACES_AT_ONCE = 64
-"""Of a block. A maximum and sums for each slot of it, merged at the end, are slower (dev/LOG.md)."""
+"""Keys of a block. A maximum and sums for each slot, merged at the end, are slower (dev/LOG.md)."""
 
 
 def has_kernel(device: torch.device) -> bool:
