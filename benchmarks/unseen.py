@@ -125,19 +125,19 @@ def chosen(solver: Solver, source: str, count: int) -> list[Task]:
 def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]:
     """Test inputs right at the first and at the better attempt, steps, time."""
     began = time.monotonic()
-    solutions = solve_task(solver, task.without_answers(), config)
+    solution = solve_task(solver, task.without_answers(), config)
     seconds = time.monotonic() - began
     known = [pair.output for pair in task.test]
-    right = scoring.verdicts([s.attempts for s in solutions], known)
+    right = scoring.verdicts(solution.attempts, known)
     return {
         "task": task.id,
         "budget": config.budget,
         "seconds": round(seconds, 1),
-        "steps": max(s.adaptation_steps for s in solutions),
+        "steps": solution.adaptation_steps,
         "inputs": len(right),
         "first": sum(bool(pair[0]) for pair in right),
         "right": sum(any(pair) for pair in right),
-        "probe": solutions[0].leave_one_out,
+        "probe": solution.leave_one_out,
     }
 
 

@@ -157,10 +157,11 @@ def test_a_hub_reader_with_trm_solves(folder, task, mode):
     adaptation = {"max_steps": 1, "tokens_per_batch": 256}
     top = {"adaptation": adaptation, "max_attempts": 2}
     config = session_of(solver, task, **top).config.model_copy(update={"budget": 60.0})
-    [solution] = solve_task(solver, task, config)
-    assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
+    solution = solve_task(solver, task, config)
+    [answer] = solution.answers
+    assert [is_well_formed(grid) for grid in answer.attempts] == [True, True]
     assert solution.adaptation_steps == (0 if mode == "frozen" else 1)
-    assert solution.history is not None
+    assert answer.history is not None
     after = solver.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -13,7 +13,8 @@ from arctrm.data.task import Grid, Pair, Task
 from arctrm.invariants.task import COPY, weights
 from arctrm.planner import Attempt, PlannerResult, Verdict
 from arctrm.solve.rank import Ranked
-from arctrm.solve.report import Solution, attempts_table, solution_report
+from arctrm.solve.report import attempts_table, solution_report
+from arctrm.solve.solution import Answer, Solution
 
 
 def full(colour: int, height: int, width: int) -> Grid:
@@ -26,23 +27,27 @@ def printed(content, width: int = 80) -> str:
     return console.file.getvalue()
 
 
-def shown(task: Task, solutions: list[Solution], correct=None, width: int = 80) -> str:
-    return printed(solution_report(task, solutions, correct), width)
+def shown(solution: Solution, correct=None, width: int = 80) -> str:
+    return printed(solution_report(solution, correct), width)
 
 
-def solved(height: int, width: int, num_test: int = 1) -> tuple[Task, list[Solution]]:
+def solved(height: int, width: int, num_test: int = 1) -> Solution:
     demonstrations = (Pair(full(1, height, width), full(2, height, width)),) * 3
     test = tuple(Pair(full(3, height, width), full(8, height, width)) for _ in range(num_test))
     ranked = (
         Ranked(full(4, height, width), 12, 3.214, {"reader": 9, "joint": 3}, reader_scores=(-1.5,)),
         Ranked(full(5, height, width), 1, -0.5, {"trm": 1}, inverse_scores=(-7.0, -8.0)),
     )
-    one = Solution(test[0].input, ranked, 64, 2 / 3, 40, 12.34)
-    return Task("0a1b2c3d", demonstrations, test), [one] * num_test
+    answers = (Answer(test[0].input, ranked, 64),) * num_test
+    return Solution(Task("0a1b2c3d", demonstrations, test), answers, 2 / 3, 40, 12.34)
+
+
+def with_ranked(solution: Solution, *ranked: Ranked) -> Solution:
+    return replace(solution, answers=(replace(solution.answers[0], ranked=ranked),))
 
 
 def test_the_report_shows_the_evidence_for_each_attempt():
-    text = shown(*solved(3, 3), width=100)
+    text = shown(solved(3, 3), width=100)
     for part in (
         *("0a1b2c3d", "demonstration 3", "votes: 12 of 13 (reader 9, joint 3)"),
         *(
@@ -55,14 +60,13 @@ def test_the_report_shows_the_evidence_for_each_attempt():
         "40 adaptation steps, 12.3 s",
     ):
         assert part in text
-    task, (one,) = solved(3, 3)
-    known = shown(task, [replace(one, known=True, adaptation_steps=0)])
+    known = shown(replace(solved(3, 3), known=True, adaptation_steps=0))
     assert "known to the model, 0 adaptation steps" in known
 
 
 @pytest.mark.parametrize("side", [1, 3, 10, 16, 17, 30])
 def test_both_attempts_stand_side_by_side_on_80_columns_whole(side):
-    text = shown(*solved(side, side))
+    text = shown(solved(side, side))
     lines = text.splitlines()
     assert max(map(cell_len, lines)) <= 80
     (heads,) = (line for line in lines if "attempt_" in line)
@@ -73,38 +77,38 @@ def test_both_attempts_stand_side_by_side_on_80_columns_whole(side):
 
 
 def test_right_and_wrong_are_shown_only_when_told():
-    task, solutions = solved(3, 3)
+    solution = solved(3, 3)
     for untold in (None, [(None, None)]):
-        text = shown(task, solutions, untold)
+        text = shown(solution, untold)
         assert "right" not in text
         assert "wrong" not in text
-    lines = shown(task, solutions, [(False, True)]).splitlines()
+    lines = shown(solution, [(False, True)]).splitlines()
     (verdicts,) = (line for line in lines if "wrong" in line)
     assert verdicts.split() == ["wrong", "right"]
 
 
 def test_the_report_never_shows_a_test_output():
-    task, solutions = solved(2, 2, num_test=2)
-    text = shown(task, solutions, [(True, False), (False, False)])
+    solution, verdicts = solved(2, 2, num_test=2), [(True, False), (False, False)]
+    text = shown(solution, verdicts)
     assert "8 8" not in text
-    assert text == shown(task.without_answers(), solutions, [(True, False), (False, False)])
+    assert text == shown(replace(solution, task=solution.task.without_answers()), verdicts)
 
 
 def test_without_a_candidate_the_input_is_submitted_and_said_to_have_no_evidence():
-    task, (one,) = solved(3, 3)
-    alone = replace(one, ranked=())
-    assert [grid.tolist() for grid in alone.attempts] == [task.test[0].input.tolist()] * 2
-    assert shown(task, [alone]).count("no grid in 64 answers") == 2
-    lone = replace(one, ranked=one.ranked[:1])
-    assert lone.evidence == (one.ranked[0], one.ranked[0])
+    solution = solved(3, 3)
+    alone, [ranked] = with_ranked(solution), solution.candidates
+    test_input = solution.task.test[0].input.tolist()
+    assert [grid.tolist() for grid in alone.attempts[0]] == [test_input] * 2
+    assert shown(alone).count("no grid in 64 answers") == 2
+    assert with_ranked(solution, ranked[0]).evidence == [(ranked[0], ranked[0])]
 
 
 def test_what_an_attempt_breaks_is_named_the_heaviest_first_on_80_columns():
-    task, (one,) = solved(3, 3)
+    solution = solved(3, 3)
+    first, second = solution.candidates[0]
     known = sorted(weights(), key=lambda name: len(name))[-5:]
-    first = replace(one.ranked[0], broken=(COPY, *known, "of no weight"))
-    second = replace(one.ranked[1], broken=("of no weight",))
-    text = shown(task, [replace(one, ranked=(first, second))])
+    first = replace(first, broken=(COPY, *known, "of no weight"))
+    text = shown(with_ranked(solution, first, replace(second, broken=("of no weight",))))
     assert text.count("unlike all demonstrations in:") == 1
     assert all(name in text for name in (COPY, *known[:2]))
     assert not any(name in text for name in (*known[2:], "of no weight"))

@@ -62,13 +62,12 @@ def first_answers(solver, task, budget=30.0):
     return answers
 
 
-def shown(solutions):
-    """What a user sees of the solutions, but for the time."""
-    found = []
-    for one in solutions:
+def shown(solution):
+    """What a user sees of a solution, but for the time."""
+    found = [(solution.adaptation_steps, solution.leave_one_out)]
+    for one in solution.answers:
         votes = [(e.votes, round(e.mean_q, 3)) for e in one.evidence]
-        evidence = (one.num_answers, one.adaptation_steps, one.leave_one_out)
-        found.append(([grid.tolist() for grid in one.attempts], votes, evidence))
+        found.append(([grid.tolist() for grid in one.attempts], votes, one.num_candidates))
     return found
 
 
@@ -76,15 +75,15 @@ def shown(solutions):
 def test_every_kind_of_weights_gives_two_grids_with_evidence(solvers, trained, kind):
     for task in (trained.known[0], trained.others[1]):
         unknown = task is not trained.known[0]
-        solutions = room.solve_task(solvers(kind), task.without_answers(), config(steps=1))
-        assert len(solutions) == len(task.test)
-        for solution in solutions:
-            assert [is_well_formed(grid) for grid in solution.attempts] == [True, True]
-            assert solution.adaptation_steps == (2 if unknown else 0)
-            assert (solution.leave_one_out is not None) == unknown
-            assert solution.known == (not unknown)
-            for entry in filter(None, solution.evidence):
-                assert sum(entry.votes_by.values()) == entry.votes <= solution.num_answers
+        solution = room.solve_task(solvers(kind), task.without_answers(), config(steps=1))
+        assert solution.adaptation_steps == (2 if unknown else 0)
+        assert (solution.leave_one_out is not None) == unknown
+        assert solution.known == (not unknown)
+        assert len(solution.answers) == len(task.test)
+        for answer in solution.answers:
+            assert [is_well_formed(grid) for grid in answer.attempts] == [True, True]
+            for entry in filter(None, answer.evidence):
+                assert sum(entry.votes_by.values()) == entry.votes <= answer.num_candidates
                 assert kind == "trm" or entry.reader_score is None or entry.reader_score <= 0
 
 
@@ -100,16 +99,16 @@ def test_strange_but_valid_tasks_get_two_grids(solver, trained):
         Task("large", (Pair(large, large), Pair(large.T, large.T)), (Pair(large),)),
         Task("copies", (Pair(cell, cell),) * 3, (Pair(cell),)),
     ):
-        solutions = room.solve_task(solver, strange, config(budget=0.2, steps=1))
-        assert len(solutions) == len(strange.test)
-        assert all(is_well_formed(grid) for one in solutions for grid in one.attempts)
+        solution = room.solve_task(solver, strange, config(budget=0.2, steps=1))
+        assert len(solution.attempts) == len(strange.test)
+        assert all(is_well_formed(grid) for both in solution.attempts for grid in both)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_grids_come_even_when_the_budget_is_over_at_once(solvers, trained, kind):
     for task in (trained.known[0], trained.others[0]):
-        solutions = room.solve_task(solvers(kind), task.without_answers(), config(budget=0.001))
-        assert [len(solution.attempts) for solution in solutions] == [2] * len(task.test)
+        solution = room.solve_task(solvers(kind), task.without_answers(), config(budget=0.001))
+        assert [len(both) for both in solution.attempts] == [2] * len(task.test)
 
 
 def test_a_budget_is_used_and_kept(solver, trained):
@@ -119,21 +118,37 @@ def test_a_budget_is_used_and_kept(solver, trained):
     known = next(t for t in trained.known if len(questions(solver, t, 500, 0)) == 500)
     for task in (trained.others[1], known):
         begin = time.monotonic()
-        [solution] = room.solve_task(solver, task.without_answers(), settings)
+        solution = room.solve_task(solver, task.without_answers(), settings)
         assert 0.8 < time.monotonic() - begin < 5  # far less than 500 views take
         assert (solution.adaptation_steps > 0) == (task is trained.others[1])
-        assert 1 <= solution.num_answers < 1000
+        assert 1 <= solution.answers[0].num_candidates < 1000
 
 
 def test_solving_leaves_the_model_bit_identical(solver, trained):
     before = {name: tensor.clone() for name, tensor in solver.model.state_dict().items()}
     off = config(adaptation={"enabled": False})
     for settings, steps in ((config(steps=1), 2), (off, 0)):
-        [solution] = room.solve_task(solver, trained.others[1].without_answers(), settings)
+        solution = room.solve_task(solver, trained.others[1].without_answers(), settings)
         assert solution.adaptation_steps == steps
         assert (solution.leave_one_out is None) == (steps == 0)
     after = solver.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_time_line_has_every_stage_once_in_order_and_no_gap(solver, trained):
+    told = []
+    task = trained.others[1]
+    solution = room.solve_task(solver, task.without_answers(), config(steps=1), told.append)
+    stages = ["first answer", "adapting", "refining", "reading", "refining", "planning", "judging"]
+    assert [event.stage for event in solution.events] == stages
+    ends = [0.0, *(event.start + event.seconds for event in solution.events)]
+    assert all(e.start >= end for e, end in zip(solution.events, ends, strict=False))
+    assert ends[-1] >= solution.seconds
+    assert [one.stage for one in told if not one.detail] == stages
+    assert list(told[0].best) == []
+    assert [is_well_formed(grid) for grid in told[-1].best] == [True] * len(task.test)
+    assert [one.seconds for one in told] == sorted(one.seconds for one in told)
+    assert {one.budget for one in told} == {30.0}
 
 
 def test_test_outputs_change_no_answer_and_the_seed_gives_the_same_again(solver, trained):
@@ -159,7 +174,7 @@ def test_the_first_answer_of_many_tests_ends_with_the_budget(solver, trained):
     task = replace(trained.known[0], test=trained.known[0].test[:1] * 9)
     first = first_answers(solver, task, budget=1e-6)
     assert len(first.candidates) == 1
-    assert [len(s.attempts) for s in first.solutions(None)] == [2] * 9
+    assert [len(both) for both in first.solution(None).attempts] == [2] * 9
 
 
 def test_adapted_weights_replace_the_first_answer(solver, trained):
@@ -273,11 +288,11 @@ def test_an_interrupt_keeps_the_best_so_far(solver, trained, monkeypatch, where)
     monkeypatch.setattr(room, where, interrupted)
     with pytest.raises(room.Stopped) as stop:
         room.solve_task(solver, trained.known[0].without_answers(), config())
-    [solution] = stop.value.solutions
-    assert all(is_well_formed(grid) for grid in solution.attempts)
-    assert solution.evidence[0] is not None
+    [answer] = stop.value.solution.answers
+    assert all(is_well_formed(grid) for grid in answer.attempts)
+    assert answer.evidence[0] is not None
     found = {"read_views": 3, "refine_views": 6}
-    assert solution.num_answers == found.get(where, solution.num_answers)
+    assert answer.num_candidates == found.get(where, answer.num_candidates)
 
 
 def test_an_interrupt_before_any_answer_is_one(solver, trained, monkeypatch):

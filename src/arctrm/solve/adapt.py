@@ -72,7 +72,7 @@ def adapt(session: Session, share: float) -> Adapted | None:
     if until <= now:
         return None
     # 2. Without the held-out demonstration, then the probe, then all.
-    most, tell = config.adaptation.max_steps, lambda n: session.tell(f"adapting, step {n}")
+    most, tell = config.adaptation.max_steps, lambda n: clock.tell(f"step {n}")
     # A task that the model was trained on has no demonstration left to hold out.
     index, score = None if session.known else held_out(task, config.seed), None
     try:

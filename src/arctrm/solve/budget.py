@@ -3,7 +3,8 @@ it is done), what fits before the end, and all constants about time.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from arctrm.model.layout import grid_length
 from arctrm.solve.propose import prompt_of
 from arctrm.solve.questions import Key, Question, inverse_questions, questions
 from arctrm.solve.rank import asks_inverse
+from arctrm.solve.solution import Event, OnProgress, Progress, Stage
 from arctrm.solve.weights import Solver
 
 # TRM's first answer: seconds, share of the budget at most, supervision steps, views. The reader's
@@ -36,11 +38,22 @@ Cost = Callable[[Asked], float]
 
 
 class Clock:
-    """A budget in seconds from now on, and seconds per unit of each kind of work so far."""
+    """A budget in seconds from now on, what it was used for, and seconds per unit of each kind of
+    work so far.
+    """
 
-    def __init__(self, budget: float, *, warms_up: bool = False):  # as a GPU's first batches
-        self.begin, self.warms_up = time.monotonic(), warms_up
+    def __init__(
+        self,
+        budget: float,
+        *,
+        warms_up: bool = False,  # as a GPU's first batches
+        on_progress: OnProgress = lambda progress: None,
+    ):
+        self.begin, self.warms_up, self.on_progress = time.monotonic(), warms_up, on_progress
         self.end = self.begin + budget
+        self.events: list[Event] = []
+        self.best: Sequence[Grid | None] = ()  # so far, of every test input
+        self._stage: Stage | None = None
         self._rates: dict[str, float] = {}
         self._guessed: set[str] = set()
 
@@ -51,6 +64,26 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds since the beginning."""
         return time.monotonic() - self.begin
+
+    @contextmanager
+    def during(self, stage: Stage) -> Iterator[None]:
+        """Record a stage; one within another belongs to the other."""
+        if self._stage is not None:
+            yield
+            return
+        self._stage, start = stage, self.elapsed()
+        self.tell()
+        try:
+            yield
+        finally:
+            self.events.append(Event(stage, start, self.elapsed() - start))
+            self._stage = None
+
+    def tell(self, detail: str = "") -> None:
+        """Report how far the stage is; nothing outside of a stage."""
+        if self._stage is not None:
+            now, whole = self.elapsed(), self.end - self.begin
+            self.on_progress(Progress(self._stage, detail, now, whole, self.best))
 
     def seconds(self, work: str, amount: int = 1) -> float:
         """Seconds that so much of it will take; 0 where none has been done."""
@@ -74,7 +107,6 @@ class Session:
     task: Task
     config: SolveConfig
     clock: Clock
-    tell: Callable[[str], None] = lambda text: None  # is told what is done
     known: bool = False  # whether the weights were trained on the task before
 
     def questions(self, views: int | None = None) -> list[Question]:

@@ -70,7 +70,7 @@ def plan(session: Session, kept: float) -> tuple[tuple[PlannerResult, ...], list
                 judged.append([probe.attempt().grid for probe in probes])
             return verifier.verify(judged[len(own.answers) - 1], answer.grid, own.soft)
 
-        session.tell(f"planning, test input {own.question.key.index + 1}")
+        session.clock.tell(f"test input {own.question.key.index + 1} of {len(rows)}")
         planner = ARCPlanner(own, most, own.question.room)
         results.append(result := planner.multi_attempt_solve(own.text, verify))
         key, said, best = own.question.key, own.answers[result.best.number - 1], result.best

@@ -3,83 +3,77 @@
 Test outputs are never read here: whether an attempt is right is told from outside.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arctrm.console import plain, printable
+from arctrm.console import plain, printable, progress_console
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
-from arctrm.data.task import Grid, Task
 from arctrm.invariants.task import COPY, weights
 from arctrm.planner import PlannerResult
-from arctrm.solve.rank import Ranked, attempts
+from arctrm.solve.rank import Ranked
+from arctrm.solve.solution import Answer, OnProgress, Progress, Solution
 
 VERDICT = {True: [Text("right", "bold green")], False: [Text("wrong", "bold red")], None: []}
 MOST_NAMED, MAX_TEXT = 3, 160  # broken invariants, characters of a text: shown at most
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """The ranked grids of one test input, and what went into them."""
+@contextmanager
+def progress_bar(budget: float, *, show_first: bool) -> Iterator[OnProgress]:
+    """A bar over `budget` seconds that `solve_task` moves; `show_first`: print the first grids."""
+    with progress.Progress(console=progress_console(), transient=True) as bars:
+        bar, is_shown = bars.add_task("answering", total=budget), not show_first
 
-    test_input: Grid  # submitted where no grid was proposed
-    ranked: Sequence[Ranked]  # best first
-    num_answers: int  # candidates, malformed ones included
-    leave_one_out: float | None = None
-    """Share (0..1) of answers that got a held-out demonstration exactly, if measured."""
-    adaptation_steps: int = 0  # optimiser steps before the last answers
-    seconds: float = 0.0  # wall-clock time from start to these attempts
-    known: bool = False  # the model was trained on the task's demonstrations
-    history: PlannerResult | None = None  # the planner's attempts, where it made some
+        def on_progress(now: Progress) -> None:
+            nonlocal is_shown
+            done, text = min(now.seconds, budget), f"{now.stage}, {now.detail}".rstrip(", ")
+            bars.update(bar, completed=done, description=text)
+            if not is_shown and now.best:
+                bars.console.print(f"first answer after {now.seconds:.1f} s:")
+                shown = [(i, grid) for i, grid in enumerate(now.best, 1) if grid is not None]
+                bars.console.print(side_by_side([grid_panel(g, f"test {i}") for i, g in shown]))
+                is_shown = True
 
-    @property
-    def attempts(self) -> tuple[Grid, Grid]:
-        """attempt_1 and attempt_2."""
-        return attempts(self.ranked, self.test_input)
-
-    @property
-    def evidence(self) -> tuple[Ranked | None, Ranked | None]:
-        """What speaks for attempt_1 and attempt_2; None where nothing was proposed."""
-        first, second, *_ = [*self.ranked[:2], *self.ranked[:1], None, None]
-        return first, second
+        yield on_progress
 
 
 def solution_report(
-    task: Task,
-    solutions: Sequence[Solution],
+    solution: Solution,
     correct: Sequence[Sequence[bool | None]] | None = None,
 ) -> RenderableType:
     """Demonstrations, then each test input with both attempts; `correct`: `scoring.verdicts`."""
+    task, answers = solution.task, solution.answers
     grids = [grid for pair in task.demonstrations for grid in (pair.input, pair.output)]
-    grids += [grid for one in solutions for grid in (one.test_input, *one.attempts)]
+    grids += [grid for one in answers for grid in (one.test_input, *one.attempts)]
     wide = max(grid.shape[1] for grid in grids if grid is not None) <= MAX_WIDE
     demonstrations = enumerate(task.demonstrations, 1)
     shown = [pair_row(pair, f"demonstration {number}", wide) for number, pair in demonstrations]
     parts: list[RenderableType] = [Text(task.id, "bold underline"), side_by_side(shown)]
-    for index, solution in enumerate(solutions):
+    for index, answer in enumerate(answers):
         title = f"test {index + 1}" if len(task.test) > 1 else "test"
         # One row for both: a narrow terminal moves the pair, not one of them.
         row = Table.grid(padding=(0, 3, 0, 0))
         verdicts = (None, None) if correct is None else correct[index]
-        both = zip(solution.attempts, verdicts, solution.evidence, strict=True)
+        both = zip(answer.attempts, verdicts, answer.evidence, strict=True)
         panels = []
         for n, (grid, right, entry) in enumerate(both, 1):
             panel = grid_panel(grid, f"attempt_{n}", wide)
-            panels.append(Group(panel, *VERDICT[right], _evidence(entry, solution)))
+            panels.append(Group(panel, *VERDICT[right], _evidence(entry, answer, solution)))
         row.add_row(*panels)
-        shown_input = grid_panel(solution.test_input, title, wide)
+        shown_input = grid_panel(answer.test_input, title, wide)
         effort = "known to the model, " if solution.known else ""
         effort += f"{solution.adaptation_steps} adaptation steps, {solution.seconds:.1f} s"
         parts += [Text(), side_by_side([shown_input, row]), Text(effort, "dim")]
     return Group(*parts)
 
 
-def _evidence(entry: Ranked | None, solution: Solution) -> Text:
+def _evidence(entry: Ranked | None, answer: Answer, solution: Solution) -> Text:
     if entry is None:
-        return Text(f"no grid in {solution.num_answers} answers\nthe input stands in", "dim")
+        return Text(f"no grid in {answer.num_candidates} answers\nthe input stands in", "dim")
     sources = ", ".join(f"{source} {votes:g}" for source, votes in entry.votes_by.items())
     numbers = {
         "confidence": entry.mean_q,
@@ -88,7 +82,7 @@ def _evidence(entry: Ranked | None, solution: Solution) -> Text:
         "probe score": entry.probe,
         "leave-one-out score": solution.leave_one_out,
     }
-    all_votes = sum(one.votes for one in solution.ranked)
+    all_votes = sum(one.votes for one in answer.ranked)
     lines = [f"votes: {entry.votes:g} of {all_votes:g} ({sources})"]
     lines += [f"{name}: {value:.2f}" for name, value in numbers.items() if value is not None]
     broken = [name for name in entry.broken if name == COPY or name in weights()]

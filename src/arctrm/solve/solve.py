@@ -14,11 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from arctrm.config import SolveConfig
-from arctrm.console import console, note, plain, progress_console
-from arctrm.data.render import grid_panel, side_by_side
+from arctrm.console import console, note, plain
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
 from arctrm.model.trm import usual_tokens
@@ -30,17 +28,18 @@ from arctrm.solve.plan import can_plan, plan, planning_seconds
 from arctrm.solve.propose import READER, Candidate, Drafts, by_key, refine, write, written
 from arctrm.solve.questions import Key, keys_of, require_test_inputs
 from arctrm.solve.rank import Grids, Ranked, Scores, judged, rank, vote
-from arctrm.solve.report import Solution, attempts_table, dry_run_table, solution_report
+from arctrm.solve.report import attempts_table, dry_run_table, progress_bar, solution_report
 from arctrm.solve.results import write_submission
+from arctrm.solve.solution import Answer, OnProgress, Solution
 from arctrm.solve.weights import Solver, load_solver
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C after a first answer: carries the best solutions so far."""
+    """Ctrl-C after a first answer: carries the best solution so far."""
 
-    def __init__(self, solutions: list[Solution]):
+    def __init__(self, solution: Solution):
         super().__init__("stopped before the budget was used; the answers are those found by then")
-        self.solutions = solutions
+        self.solution = solution
 
 
 def solve(
@@ -82,22 +81,24 @@ def solve(
             note(plain(f"task {number} of {len(tasks)}: {task.id}"))
         stop: Stopped | None = None
         try:
-            solutions = solve_task(solver, task, config, show_first=len(tasks) == 1)
+            with progress_bar(config.budget, show_first=len(tasks) == 1) as on_progress:
+                solution = solve_task(solver, task, config, on_progress)
         except Stopped as error:
-            solutions, stop = error.solutions, error
+            solution, stop = error.solution, error
         except Exception as error:
             if len(tasks) == 1 or not config.keep_going:
                 raise
             said = f"{task.id}: failed ({type(error).__name__}: {error}); its inputs are submitted"
             note(plain(said))
-            solutions = [Solution(pair.input, (), 0) for pair in task.test]
-        ranked |= zip(keys_of([task]), (one.ranked for one in solutions), strict=True)
+            answers = tuple(Answer(pair.input) for pair in task.test)
+            solution = Solution(task.without_answers(), answers)
+        ranked |= zip(keys_of([task]), solution.candidates, strict=True)
         correct = None
         if check:
-            correct = scoring.verdicts([one.attempts for one in solutions], known[task.id])
+            correct = scoring.verdicts(solution.attempts, known[task.id])
             right += [any(own) for own in correct if None not in own]
-        console().print(solution_report(task.without_answers(), solutions, correct))
-        for index, one in enumerate(solutions if trace and can_plan(solver) else (), 1):
+        console().print(solution_report(solution, correct))
+        for index, one in enumerate(solution.answers if trace and can_plan(solver) else (), 1):
             tried = one.history and attempts_table(one.history, f"test {index}: attempts")
             console().print(tried or f"test {index}: the budget had no time for two attempts")
         if out is not None:  # after every task, so that an interrupt loses none
@@ -110,37 +111,33 @@ def solve(
 
 
 def solve_task(
-    solver: Solver, task: Task, config: SolveConfig, *, show_first: bool = False
-) -> list[Solution]:
+    solver: Solver,
+    task: Task,
+    config: SolveConfig,
+    on_progress: OnProgress = lambda progress: None,
+) -> Solution:
     """Two grids and their evidence for every test input, within `config.budget` seconds."""
-    clock = Clock(config.budget, warms_up=solver.device.type == "cuda")
-    with Progress(console=progress_console(), transient=True) as progress:
-        bar = progress.add_task("answering", total=config.budget)
-
-        def tell(text: str) -> None:
-            progress.update(bar, completed=min(clock.elapsed(), config.budget), description=text)
-
-        known = solver.row_of(task) is not None
-        first = Answers(Session(solver, task.without_answers(), config, clock, tell, known))
-        later, stopped = first, False
-        try:
+    warms_up = solver.device.type == "cuda"
+    clock = Clock(config.budget, warms_up=warms_up, on_progress=on_progress)
+    known = solver.row_of(task) is not None
+    first = Answers(Session(solver, task.without_answers(), config, clock, known))
+    later, stopped = first, False
+    try:
+        with clock.during("first answer"):
             answer_first(first)
-            if show_first:
-                progress.console.print(f"first answer after {clock.elapsed():.1f} s:")
-                shown = enumerate(first.solutions(None), 1)
-                panels = [grid_panel(one.attempts[0], f"test {i}") for i, one in shown]
-                progress.console.print(side_by_side(panels))
-            later = adapted(first)
-            answer_later(later)
-        except KeyboardInterrupt:
-            if not first.candidates:
-                raise
-            stopped = True
-        best = later if later.complete else first
-        solutions = best.solutions(judge := TimedJudge(best.session, stopped))
+        later = adapted(first)
+        answer_later(later)
+    except KeyboardInterrupt:
+        if not first.candidates:
+            raise
+        stopped = True
+    best = later if later.complete else first
+    with clock.during("judging"):
+        solution = best.solution(judge := TimedJudge(best.session, stopped))
+    solution = replace(solution, events=tuple(clock.events))
     if judge.stopped:
-        raise Stopped(solutions)
-    return solutions
+        raise Stopped(solution)
+    return solution
 
 
 @dataclass
@@ -165,6 +162,9 @@ class Answers:
         for one in found:
             if one.grid is not None or (one.key, one.source, one.view) not in self.candidates:
                 self.candidates[one.key, one.source, one.view] = one
+        if self.complete:  # those of adapted weights replace the first
+            best = self.expected()
+            self.session.clock.best = [best.get(key) for key in keys_of([self.session.task])]
 
     def expected(self) -> dict[Key, Grid]:
         """The grid that the reader wrote under most views, of each test input; else TRM's."""
@@ -175,17 +175,18 @@ class Answers:
                 best[key] = voted[0].grid
         return best
 
-    def solutions(self, judge: "TimedJudge | None") -> list[Solution]:
+    def solution(self, judge: "TimedJudge | None") -> Solution:
         """The ranked grids of every test input, with their evidence."""
-        session, task = self.session, self.session.task
+        session, task, clock = self.session, self.session.task, self.session.clock
         found, ask = by_key(self.candidates.values()), judge if session.solver.reader else None
         ranked = rank(session.solver, [task], found, session.config, ask)
-        done = (self.leave_one_out, self.steps, session.clock.elapsed(), session.known)
         plans = self.histories or [None] * len(task.test)
-        return [
-            Solution(pair.input, ranked[key], len(found.get(key, ())), *done, plan)
+        answers = tuple(
+            Answer(pair.input, ranked[key], len(found.get(key, ())), plan)
             for key, pair, plan in zip(keys_of([task]), task.test, plans, strict=True)
-        ]
+        )
+        how = (self.leave_one_out, self.steps, clock.elapsed(), session.known)
+        return Solution(task, answers, *how)
 
 
 def answer_first(answers: Answers) -> None:
@@ -221,31 +222,39 @@ def adapted(first: Answers) -> Answers:
     session, clock, share = first.session, first.session.clock, share_of_adaptation(first.session)
     if not share or not clock.left():
         return first
-    if session.solver.reader is not None and not clock.seconds("read"):
-        # What reading costs, from the first tokens of an answer.
-        asked = [replace(session.questions(1)[0], room=budget.SAMPLE_TOKENS)]
-        begin = time.monotonic()
-        until = begin + budget.DRAFT_SHARE * clock.left()
-        write(session.solver.reader, asked, follow=False, deadline=until)
-        seconds = budget.LONGER * (time.monotonic() - begin)
-        clock.record("read", reading_work(asked), seconds, guess=True)
-    session.tell("adapting")
-    done = adapt(session, share)
+    with clock.during("adapting"):
+        if session.solver.reader is not None and not clock.seconds("read"):
+            # What reading costs, from the first tokens of an answer.
+            asked = [replace(session.questions(1)[0], room=budget.SAMPLE_TOKENS)]
+            begin = time.monotonic()
+            until = begin + budget.DRAFT_SHARE * clock.left()
+            write(session.solver.reader, asked, follow=False, deadline=until)
+            seconds = budget.LONGER * (time.monotonic() - begin)
+            clock.record("read", reading_work(asked), seconds, guess=True)
+        done = adapt(session, share)
     if done is None:
         return first
     later = Answers(replace(session, solver=done.solver), done.steps, done.leave_one_out)
     if done.solver.refiner is not None and clock.left():
-        answer_by_trm(later, time.monotonic() + budget.DRAFT_SHARE * clock.left())
+        with clock.during("refining"):
+            answer_by_trm(later, time.monotonic() + budget.DRAFT_SHARE * clock.left())
     return later
 
 
 def answer_later(answers: Answers) -> None:
     """(3) to (5): all that adds candidates, as far as the time goes."""
     session, asked = answers.session, answers.session.questions()
-    read_views(answers, asked, session.judging_seconds() + planning_seconds(session))
-    refine_views(answers, asked, session.judging_seconds() + planning_seconds(session))
-    answers.histories, found = plan(session, session.judging_seconds(share=1.0))
-    answers.add(found)
+    clock, kept = session.clock, lambda: session.judging_seconds() + planning_seconds(session)
+    if session.solver.reader is not None:
+        with clock.during("reading"):
+            read_views(answers, asked, kept())
+    if session.solver.refiner is not None:
+        with clock.during("refining"):
+            refine_views(answers, asked, kept())
+    if can_plan(session.solver):
+        with clock.during("planning"):
+            answers.histories, found = plan(session, session.judging_seconds(share=1.0))
+            answers.add(found)
 
 
 def read_views(answers: Answers, asked: Asked, kept: float) -> None:
@@ -261,7 +270,7 @@ def read_views(answers: Answers, asked: Asked, kept: float) -> None:
         if not (chunk := budget.next_views(asked[done:], step, size, seconds, cost)):
             break
         answers.drafts += _read(answers, chunk, deadline=clock.end - kept * answered)
-        session.tell(f"reading, view {len(answers.drafts) // step} of {len(asked) // step}")
+        session.clock.tell(f"view {len(answers.drafts) // step} of {len(asked) // step}")
 
 
 def refine_views(answers: Answers, asked: Asked, kept: float) -> None:
@@ -282,7 +291,7 @@ def refine_views(answers: Answers, asked: Asked, kept: float) -> None:
         drafts = (answers.drafts[num_refined:] + [None] * len(chunk))[: len(chunk)]
         _refine(answers, chunk, usual, drafts)
         num_refined += len(chunk)
-        session.tell(f"refining, view {num_refined // step} of {len(asked) // step}")
+        session.clock.tell(f"view {num_refined // step} of {len(asked) // step}")
 
 
 def _read(answers: Answers, asked: Asked, *, deadline: float, follow: bool = True) -> Drafts:
@@ -330,7 +339,7 @@ class TimedJudge:
             for number, group in enumerate(groups, 1):
                 if self.stopped or slow(group):
                     break
-                session.tell(f"judging, view {number} of {len(groups)}")
+                clock.tell(f"view {number} of {len(groups)}")
                 begin = time.monotonic()
                 scores += judged(reader, group, grids, batch_size=session.config.judge.batch_size)
                 clock.record("judge", judging_work(group, grids), time.monotonic() - begin)
