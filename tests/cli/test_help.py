@@ -66,6 +66,10 @@ def test_the_flags_of_a_command_are_these(command):
     assert set(re.findall(r"^│\s+(--[a-z-]+)", options, re.M)) == COMMANDS[command]
 
 
+def test_brackets_of_a_help_text_are_shown():
+    assert "a.b=1 is b = 1 under [a] of a file" in help_page("eval").stdout
+
+
 def test_the_commands_are_these():
     names = []
     for group in ("", "data "):

@@ -163,6 +163,43 @@ def test_with_on_error_bad_tasks_are_reported_and_the_others_kept(tmp_path):
     assert all(name in reported for name in ("b.json", "gone.json", "map.json: n"))
 
 
-def test_a_path_that_does_not_exist_names_the_bundled_sets():
-    with pytest.raises(DataError, match=r"trainin: no such file.*training, evaluation, training2"):
-        load_tasks("trainin")
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("trainin", "did you mean training or training2?"),
+        ("45737921", "did you mean arc1:45737921 or arc2:45737921?"),
+        ("45737921.json", "did you mean arc1:45737921 or arc2:45737921?"),
+        ("arc3:45737921", "did you mean arc1:45737921 or arc2:45737921?"),
+        ("45737922", "did you mean arc1:45737921 or arc2:45737921?"),
+        ("nothing like it", "not one of training, evaluation, training2, evaluation2, arc1:<id>"),
+    ],
+)
+def test_a_path_that_does_not_exist_offers_what_it_is_like(source, meant):
+    with pytest.raises(DataError, match=rf"{source}: no such file or folder.*") as caught:
+        load_tasks(source)
+    assert meant in str(caught.value)
+
+
+def test_a_misspelt_file_is_offered_from_its_folder(tmp_path):
+    write(tmp_path / "my_tasks.json", TASK)
+    with pytest.raises(DataError, match=r"did you mean .*my_tasks.json\?"):
+        load_tasks(str(tmp_path / "my_task.json"))
+
+
+def test_a_folder_of_folders_names_those_that_hold_tasks(tmp_path):
+    (tmp_path / "data/training").mkdir(parents=True)
+    write(tmp_path / "data/training/a.json", TASK)
+    with pytest.raises(DataError, match=r"has no usable task; .* give .*data/training$"):
+        load_tasks(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ({"a": [GRID], "b": [GRID, GRID]}, "solutions"),
+        ({"a": [{"attempt_1": GRID, "attempt_2": GRID}]}, "submission"),
+    ],
+)
+def test_answers_given_as_tasks_are_recognised(tmp_path, content, kind):
+    with pytest.raises(TaskError, match=rf"x.json: is a {kind} file.*give the challenges file"):
+        load_tasks(write(tmp_path / "x.json", content))

@@ -6,6 +6,7 @@ Typer's own way out (a box of several lines, `sys.exit`) is switched off: `run_a
 """
 
 import inspect
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import datetime
@@ -80,8 +81,13 @@ def _usage_sentence(error: Any, command: str) -> str:
     return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
+def _verbatim(text: str) -> str:
+    """Brackets of a help text are no markup; `rich.markup.escape` takes 20 ms to import."""
+    return re.sub(r"(?=\[[a-z#/@])", r"\\", text)
+
+
 def _example(line: str) -> str:
-    return f"Example: [bold]{line}[/]"
+    return f"Example: [bold]{_verbatim(line)}[/]"
 
 
 _TYPER: dict[str, Any] = {"cls": _Group, "no_args_is_help": True, "add_completion": False}
@@ -131,9 +137,9 @@ class Flag(NamedTuple):
         """As Typer reads it from a function's signature."""
         metavar = self.metavar or METAVARS.get(self.kind)
         if self.name.startswith("-"):
-            info: Any = typer.Option(self.name, help=self.help, metavar=metavar)
+            info: Any = typer.Option(self.name, help=_verbatim(self.help), metavar=metavar)
         else:
-            info = typer.Argument(help=self.help, metavar=self.metavar)
+            info = typer.Argument(help=_verbatim(self.help), metavar=self.metavar)
         default = {bool: False, str: inspect.Parameter.empty}.get(self.kind)
         name, kind = self.name.strip("-").replace("-", "_"), inspect.Parameter.KEYWORD_ONLY
         return inspect.Parameter(name, kind, default=default, annotation=Annotated[self.kind, info])
@@ -144,7 +150,9 @@ METAVARS = {TEXT: "NAME", PATH: "PATH", LIST: "NAME"}
 _FILE = "TOML file, or name of a shipped one; repeatable."
 _PATHS = "task file, folder, Kaggle challenges file, .json.gz map, arc1:<id> or arc2:<id>"
 CONFIG = Flag("--config", list[Path] | None, _FILE, None, "FILE")
-SET = Flag("--set", LIST, "Set one key of the configuration; repeatable.", None, "KEY=VALUE")
+SET = Flag(
+    "--set", LIST, "Set one key: a.b=1 is b = 1 under [a] of a file; repeatable.", None, "KEY=VALUE"
+)
 OUT = Flag("--out", PATH, "Where to write; runs/<command>-<time> for a run.", "out")
 SEED = Flag("--seed", NUMBER, "Seed of everything random.", "seed")
 DRY_RUN = Flag("--dry-run", bool, "Print what would run, then stop; writes nothing.")
@@ -189,7 +197,7 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     group, _, word = name.rpartition(" ")
     add = (data_app if group else app).command
-    add(word, help=says, epilog=_example(example))(command)
+    add(word, help=_verbatim(says), epilog=_example(example))(command)
 
 
 # --- The commands

@@ -110,7 +110,9 @@ def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) ->
     elif path.exists() or path.is_symlink():
         files = [path]
     else:
-        raise DataError(f"{path}: no such file or folder, and not one of the bundled {_NAMES}")
+        near = _like(path)
+        cure = f"; did you mean {' or '.join(near)}?" if near else f", and not one of {_NAMES}"
+        raise DataError(f"{path}: no such file or folder{cure}")
     tasks: dict[str, Task] = {}
     for file in files:
         with _reporting(on_error if path.is_dir() else None):
@@ -118,8 +120,20 @@ def _from_path(path: Path, on_error: OnError | None, given: Solutions | None) ->
                 with _reporting(on_error):
                     tasks[task.id] = _merged(tasks.get(task.id), task, file)
     if not tasks:
-        raise DataError(f"{path}: has no usable task; expected *.json or *.json.gz files")
+        inner = {str(f.parent) for depth in ("*", "*/*") for f in path.glob(f"{depth}/*.json")}
+        cure = f"its folders have some: give {' or '.join(sorted(inner)[:3])}"
+        cure = cure if inner else "expected *.json or *.json.gz files"
+        raise DataError(f"{path}: has no usable task; {cure}")
     return list(tasks.values())
+
+
+def _like(path: Path) -> list[str]:
+    """Up to three sources that may be meant by a path where there is nothing."""
+    ids = {f"{name}:{i}": i for name in _SETS for own in _bundled(name).values() for i in own}
+    beside = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(str(path), [*BUNDLED, *beside], n=3, cutoff=0.75)
+    same = get_close_matches(_stem(path), list(ids.values()), n=1, cutoff=0.75)
+    return [*near, *(name for name, task_id in ids.items() if task_id in same)][:3]
 
 
 @contextmanager
@@ -137,6 +151,12 @@ def _from_file(path: Path, on_error: OnError | None, given: Solutions | None) ->
     # One bad entry among tasks: still a map, so that the mistake is reported under its id.
     values = obj.values() if isinstance(obj, dict) and not {"train", "test"} & obj.keys() else ()
     has_task = any(isinstance(value, dict) and "train" in value for value in values)
+    # Answers alone: lists of grids, or of the two attempts at each test input.
+    first = next((value[0] for value in values if isinstance(value, list) and value), None)
+    if isinstance(first, list) or (isinstance(first, dict) and "attempt_1" in first):
+        kind = "solutions" if isinstance(first, list) else "submission"
+        cure = "give the challenges file, which holds the tasks"
+        raise TaskError(f"{path}: is a {kind} file: it holds answers without tasks; {cure}")
     if has_task or (values and all(isinstance(value, dict | list) for value in values)):
         if given is None:  # the solutions file beside it need not fit: nobody named it
             beside = path.with_name(path.name.replace("challenges", "solutions"))
