@@ -12,8 +12,11 @@ import torch
 from safetensors import SafetensorError
 
 import arctrm
-from arctrm.config import PretrainConfig
+from arctrm.config import HubConfig, InferenceConfig, PretrainConfig
 from arctrm.errors import CheckpointError, ResourceError
+from arctrm.model.attention import has_packed_kernel
+from arctrm.reader.last_token import has_kernel
+from arctrm.solve.weights import here_and_now
 from arctrm.system import (
     clear_abandoned,
     compute_dtype,
@@ -140,15 +143,23 @@ def test_torch_is_loaded_only_by_who_computes():
     [
         ((9, 0), torch.bfloat16, torch.bfloat16),
         ((8, 0), torch.bfloat16, torch.bfloat16),
-        ((7, 5), torch.float32, torch.float16),
+        ((7, 5), torch.float32, torch.float16),  # T4
+        ((6, 0), torch.float32, torch.float16),  # P100
     ],
 )
 def test_auto_on_a_gpu_goes_by_its_generation(monkeypatch, capability, training, answering):
+    """Arithmetic, the packed kernel of torch, Triton, and the arithmetic of a hub reader."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # triton is there
     gpu = torch.device("cuda")
     assert compute_dtype("auto", gpu) == training
     assert compute_dtype("auto", gpu, trains=False) == answering
     assert compute_dtype("float32", gpu) == torch.float32
+    assert has_packed_kernel(gpu, torch.float16) == (capability >= (8, 0))
+    assert has_kernel(gpu) == (capability >= (7, 0))
+    for mode, expected in (("frozen", answering), ("lora", training)):
+        here = here_and_now(HubConfig(mode=mode), InferenceConfig(), gpu)
+        assert here.dtype == str(expected).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TEMPORARY = ".tmp-"  # begins the name of what is being written: .tmp-<process>-<name>
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
+# Compute capability from which a GPU has bfloat16 and torch's packed attention, and Triton.
+PACKED, COMPILED = (8, 0), (7, 0)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -130,6 +132,13 @@ def new_accelerator() -> "Accelerator":
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
+def is_gpu(device: "torch.device", least: tuple[int, int]) -> bool:
+    """Whether it is a GPU of compute capability `least` or more: PACKED or COMPILED."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= least
+
+
 def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> "torch.dtype":
     """The arithmetic that `dtype` names; auto: bfloat16 on a newer GPU, else float32; without a
     gradient also what else is faster: float16 on an older GPU, bfloat16 on some CPUs.
@@ -137,10 +146,10 @@ def compute_dtype(name: str, device: "torch.device", *, trains: bool = True) -> 
     import torch
 
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return getattr(torch, name)
     if device.type == "cuda":
-        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if is_new else torch.float32 if trains else torch.float16
+        older = torch.float32 if trains else torch.float16
+        return torch.bfloat16 if is_gpu(device, PACKED) else older
     can: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
     # With AMX it is faster; with AVX-512 alone on AMD (nearly twice), not on Intel (both measured).
     faster = can.get("amx_bf16") or (can.get("avx512_bf16") and "Intel" not in processor())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from arctrm.config import AdaptationConfig, SolveConfig
+from arctrm.config import AdaptationConfig, InferenceConfig, SolveConfig
 from arctrm.data.task import Pair, Task
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import TASK_TABLES
@@ -22,6 +22,7 @@ from arctrm.solve.adapt import (
 )
 from arctrm.solve.budget import Clock, Session
 from arctrm.solve.questions import questions
+from arctrm.solve.weights import load_solver
 
 CONFIG = AdaptationConfig(tokens_per_batch=256)
 TRM_ONLY = {"own_head.weight", "halt_head.weight", "halt_head.bias", "voice_emb"}
@@ -195,6 +196,17 @@ def test_a_known_task_and_one_of_two_demonstrations_have_none_to_hold_out(solver
     for task in (trained.known[0], few):
         done = adapt(session_of(solver, task, max_steps=3), 0.6)
         assert (done.steps, done.leave_one_out) == (3, None)
+
+
+def test_an_older_gpus_float16_answers_and_float32_adapts(trained):
+    """Small gradients are zero in float16."""
+    narrow = load_solver(trained.run, InferenceConfig(dtype="float16"), torch.device("cpu"))
+    adapter = adapted(narrow, trained.others[0], 3)
+    assert adapter.model.dtype == torch.float32
+    answering = adapter.answering()
+    assert answering.reader.dtype == answering.refiner.trunk.dtype == torch.float16
+    scores = [demonstration_score(one, trained.others[0]) for one in (narrow, answering)]
+    assert scores[0] < scores[1] < 0
 
 
 def test_without_time_nothing_is_adapted_and_a_probe_that_takes_too_long_is_left_out(

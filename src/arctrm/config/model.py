@@ -96,7 +96,7 @@ class HubConfig(StrictModel):
     mode: Literal["frozen", "lora", "full"] = "frozen"
     """What is trained: nothing, LoRA matrices (needs the extra arctrm[peft]), or every weight."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto: bfloat16 on a GPU, float32 on a CPU and where all are trained."""
+    """Of the weights; auto: bfloat16 on a newer GPU, else float32, as where all are trained."""
     device: str | None = Field(None, json_schema_extra=FREE)
     """Where the weights go, such as "cuda:0" or "cpu"; by default where the command computes."""
     device_map: str | None = Field(None, json_schema_extra=FREE)

@@ -31,8 +31,9 @@ class InferenceConfig(StrictModel):
     """Supervision steps of TRM, at most; by default trm.halt_max_steps of the checkpoint."""
     tokens_per_batch: int | None = Field(None, ge=1024, le=2**24, json_schema_extra=FREE)
     """Tokens of TRM in one batch; by default 131072 on a GPU (hub reader: 8192), 1024 on a CPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the layers; auto: bfloat16 on a GPU and on a CPU that is faster in it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the layers; auto: bfloat16 on a GPU (float16 below compute capability 8) and on
+    a CPU that is faster in it; adaptation is in float32 where this is float16."""
     llama_model: str | None = Field(None, min_length=1)
     """Where the hub reader of a checkpoint is now, if not where it was in training."""
     trust_remote_code: bool = False

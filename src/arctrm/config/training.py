@@ -56,7 +56,7 @@ class TrainingConfig(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
-    """torch.compile of the layers; auto: on a GPU only."""
+    """torch.compile of the layers; auto: on a GPU of compute capability 7 or more."""
     cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """Replay forward and backward as one CUDA graph, the update as another; auto: on a GPU."""
     ema_decay: Part = 0.999

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from arctrm.system import PACKED, is_gpu
+
 BLOCK = 128  # Tokens of a block of queries or keys
 
 FLEX_OPTIONS: dict[str, Any] = {
@@ -95,9 +97,7 @@ def attend(seen: Seen, layer: int, query: Tensor, key: Tensor, value: Tensor) ->
 
 def has_packed_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch's packed kernel runs: in 16 bits on a GPU of compute capability 8 or more."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype in (torch.bfloat16, torch.float16) and is_gpu(device, PACKED)
 
 
 def spans(

@@ -23,6 +23,7 @@ from arctrm.config import HubConfig
 from arctrm.errors import ArctrmError, CheckpointError, ConfigError, ResourceError
 from arctrm.reader.hub import HubReader
 from arctrm.reader.hub_prompts import check_chat_template, find_spelling
+from arctrm.system import compute_dtype
 
 META = "meta-llama/Llama-3"
 # Types of errors without a connection; by name, as the HTTP library changes.
@@ -50,7 +51,7 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
     if config.prompt == "chat":
         check_chat_template(tokenizer, config.name)
     narrow = place.type == "cuda" and config.mode != "full"
-    usual = torch.bfloat16 if narrow else torch.float32
+    usual = compute_dtype("auto", place) if narrow else torch.float32
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # no tables of missing tensors: they become one sentence
     try:

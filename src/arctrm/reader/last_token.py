@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arctrm.system import COMPILED, is_gpu
+
 PLACES_AT_ONCE = 64
 """Keys of a block. A maximum and sums for each slot, merged at the end, are slower (dev/LOG.md)."""
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether the kernel runs there: on a GPU, with the compiler that torch brings on Linux."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether the kernel runs there: on a GPU that Triton, which torch brings on Linux, knows."""
+    return is_gpu(device, COMPILED) and importlib.util.find_spec("triton") is not None
 
 
 def last_token_attention(

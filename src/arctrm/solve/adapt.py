@@ -191,7 +191,9 @@ def _copy(solver: Solver, row: int) -> Trunk:
     state = {name: tensor.detach().float().clone() for name, tensor in trunk.state_dict().items()}
     state |= {name: state[name][[row]] for name in TASK_TABLES}
     other = trunk.holding(state)
-    other.dtype = trunk.dtype if solver.reader is None else solver.reader.dtype
+    dtype = trunk.dtype if solver.reader is None else solver.reader.dtype
+    # Small gradients are zero in float16.
+    other.dtype = torch.float32 if dtype == torch.float16 else dtype
     return other.requires_grad_(True).eval()
 
 

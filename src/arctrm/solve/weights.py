@@ -210,8 +210,9 @@ def _hub(
 def here_and_now(hub: HubConfig, inference: InferenceConfig, device: torch.device) -> HubConfig:
     """The hub reader as it was trained, but where it is now, and for this device."""
     dtype = hub.dtype if inference.dtype == "auto" else inference.dtype
-    if dtype == "auto" and device.type == "cuda":
-        dtype = "bfloat16"
+    if dtype == "auto" and device.type == "cuda":  # what adaptation trains must not be float16
+        usual: Any = str(compute_dtype("auto", device, trains=hub.mode != "frozen"))
+        dtype = usual.removeprefix("torch.")
     moved = {"name": inference.llama_model, "revision": None} if inference.llama_model else {}
     # Whether code of the model's makers may be run is not the checkpoint's to say.
     own = {"device": None, "dtype": dtype, "trust_remote_code": inference.trust_remote_code}

@@ -27,7 +27,14 @@ from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.model.attention import has_packed_kernel
 from arctrm.model.trunk import TASK_TABLES, Trunk
-from arctrm.system import compute_dtype, git_revision, new_accelerator, write_run_record
+from arctrm.system import (
+    COMPILED,
+    compute_dtype,
+    git_revision,
+    is_gpu,
+    new_accelerator,
+    write_run_record,
+)
 from arctrm.train.loop import Run, locked, restore, train
 from arctrm.train.steps import metrics_of, sampled_lengths, voice_steps
 from arctrm.train.tracking import Tracker, clock
@@ -150,7 +157,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     trunk = new_trunk(config, base).to(device)
     trunk.dtype = compute_dtype(training.dtype, device)
     hub = config if isinstance(config, JointConfig) and not config.is_tiny else None
-    wanted = training.compile == "on" or (training.compile == "auto" and device.type == "cuda")
+    wanted = training.compile == "on" or (training.compile == "auto" and is_gpu(device, COMPILED))
     is_compiled = wanted and not hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
     captures = packed and not hub
