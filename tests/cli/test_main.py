@@ -275,7 +275,7 @@ def test_the_flags_of_baseline_reach_their_keys(run, monkeypatch):
 
 
 def test_the_flags_of_solve_reach_their_keys(run, monkeypatch):
-    calls = taken(monkeypatch, "arctrm.solve.solve.solve")
+    calls = taken(monkeypatch, "arctrm.solve.many.solve")
     arguments = ("--budget", "2m", "--views", 3, "--attempts", 4, "--keep-going", "--check")
     assert run("solve", "x.json", *arguments)[0] == 0
     config, named = calls[0]

@@ -302,7 +302,7 @@ _command(
 )
 _command(
     "solve",
-    "solve.solve.solve",
+    "solve.many.solve",
     (
         Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}."),
         WEIGHTS,

@@ -1,9 +1,9 @@
-"""`arctrm solve`: one task or many, each within a wall-clock budget, always two grids.
+"""One task within a wall-clock budget: always two grids for every test input.
 
-In the order of a task: (1) a first answer, by TRM where there is one, else by the reader; (2)
-adaptation, where the task is new; (3) the reader writes view by view; (4) TRM refines its drafts;
-(5) the planner tries; (6) the reader judges the best both ways, and the ranking decides. All but
-(1) is done as far as the time goes. Answers of adapted weights replace the first answer.
+(1) a first answer, by TRM where there is one, else by the reader; (2) adaptation, where the task is
+new; (3) the reader writes view by view; (4) TRM refines its drafts; (5) the planner tries; (6) the
+reader judges the best both ways, and the ranking decides. All but (1) is done as far as the time
+goes. Answers of adapted weights replace the first answer.
 """
 
 import itertools
@@ -13,25 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from arctrm.config import SolveConfig
-from arctrm.console import console, note, plain
-from arctrm.data.sources import load_tasks
 from arctrm.data.task import Grid, Task
 from arctrm.model.trm import usual_tokens
 from arctrm.planner import PlannerResult
-from arctrm.solve import budget, scoring
-from arctrm.solve.adapt import adapt, require_adaptable, share_of_adaptation
+from arctrm.solve import budget
+from arctrm.solve.adapt import adapt, share_of_adaptation
 from arctrm.solve.budget import Asked, Clock, Session, judging_work, reading_work, refining_work
 from arctrm.solve.plan import can_plan, plan, planning_seconds
 from arctrm.solve.propose import READER, Candidate, Drafts, by_key, refine, write, written
-from arctrm.solve.questions import Key, keys_of, require_test_inputs
-from arctrm.solve.rank import Grids, Ranked, Scores, judged, rank, vote
-from arctrm.solve.report import attempts_table, dry_run_table, progress_bar, solution_report
-from arctrm.solve.results import write_submission
+from arctrm.solve.questions import Key, keys_of
+from arctrm.solve.rank import Grids, Scores, judged, rank, vote
 from arctrm.solve.solution import Answer, OnProgress, Solution
-from arctrm.solve.weights import Solver, load_solver
+from arctrm.solve.weights import Solver
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,74 +34,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, solution: Solution):
         super().__init__("stopped before the budget was used; the answers are those found by then")
         self.solution = solution
-
-
-def solve(
-    config: SolveConfig,
-    target: str,
-    *,
-    check: bool = False,
-    trace: bool = False,
-    dry_run: bool = False,
-) -> None:
-    """Solve the tasks of `target`, print each, write submission.json to `config.out`, if any; what
-    is answered before Ctrl-C is written.
-
-    `check` says whether the answers are right, where they are known; `trace` shows the planner's
-    attempts; `dry_run` only says what would be done. With `keep_going` a bad task of a folder is
-    reported and left out, and one that fails is answered by its inputs.
-    """
-    left_out = (lambda error: note(plain(f"left out: {error}"))) if config.keep_going else None
-    tasks = load_tasks(target, on_error=left_out)
-    require_test_inputs(tasks, target)
-    known, out = scoring.answers(tasks), config.out
-    device = torch.device("cuda" if torch.cuda.is_available() and not dry_run else "cpu")
-    solver = load_solver(config.checkpoint, config.inference, device)
-    require_adaptable(solver, "solve", "`arctrm eval` takes any checkpoint")
-    if dry_run:
-        rows = {
-            "checkpoint, voices": f"{solver.name}, {' and '.join(solver.voices)}",
-            "tasks, test inputs": f"{len(tasks)}, {sum(len(task.test) for task in tasks)}",
-            "known to the model": sum(solver.row_of(task) is not None for task in tasks),
-            "time at most": f"{len(tasks) * config.budget / 60:.1f} min",
-        }
-        return console().print(dry_run_table("solve", rows))
-    if trace and not can_plan(solver):
-        note(plain(f"{solver.name}: reader and TRM do not answer together: nothing is planned"))
-    ranked: dict[Key, Sequence[Ranked]] = {}
-    right: list[bool] = []
-    for number, task in enumerate(tasks, 1):
-        if len(tasks) > 1:
-            note(plain(f"task {number} of {len(tasks)}: {task.id}"))
-        stop: Stopped | None = None
-        try:
-            with progress_bar(config.budget, show_first=len(tasks) == 1) as on_progress:
-                solution = solve_task(solver, task, config, on_progress)
-        except Stopped as error:
-            solution, stop = error.solution, error
-        except Exception as error:
-            if len(tasks) == 1 or not config.keep_going:
-                raise
-            said = f"{task.id}: failed ({type(error).__name__}: {error}); its inputs are submitted"
-            note(plain(said))
-            answers = tuple(Answer(pair.input) for pair in task.test)
-            solution = Solution(task.without_answers(), answers)
-        ranked |= zip(keys_of([task]), solution.candidates, strict=True)
-        correct = None
-        if check:
-            correct = scoring.verdicts(solution.attempts, known[task.id])
-            right += [any(own) for own in correct if None not in own]
-        console().print(solution_report(solution, correct))
-        for index, one in enumerate(solution.answers if trace and can_plan(solver) else (), 1):
-            tried = one.history and attempts_table(one.history, f"test {index}: attempts")
-            console().print(tried or f"test {index}: the budget had no time for two attempts")
-        if out is not None:  # after every task, so that an interrupt loses none
-            write_submission(out, tasks[:number], ranked)
-        if stop is not None:
-            raise stop
-    if check:
-        told = f"{sum(right)} of {len(right)} test inputs with a known answer solved"
-        console().print(told if right else "no answer is known, so nothing is checked")
 
 
 def solve_task(
