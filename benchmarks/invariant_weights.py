@@ -1,7 +1,7 @@
 """How much each broken invariant says against a grid: counts it and writes the weights.
 
     python benchmarks/invariant_weights.py --tasks small.json.gz --scores scores/0 \\
-        --recipe configs/arc1_1h.toml --write
+        --recipe src/arctrm/configs/arc1_1h.toml --write
 
 Right answers: the test pairs of ARC-AGI-1 *training*. Wrong ones: the first grids of `arctrm eval
 --set evaluation.keep_candidates=true` for training tasks that the weights had not seen, but the

@@ -267,6 +267,12 @@ def test_a_bare_name_finds_a_shipped_configuration_unless_there_is_such_a_file(t
     own = toml("trunk.hidden_size = 128", "smoke.toml")
     assert load(PretrainConfig, [own]).trunk.hidden_size == 128
     assert sentence(files=[Path("smoek")]) == ("smoek: there is no such file; did you mean smoke?")
+    elsewhere = Path("configs/smoke.toml")
+    assert sentence(files=[elsewhere]) == f"{elsewhere}: there is no such file; did you mean smoke?"
+    told = sentence(files=[Path("debug")], overrides=["trunk.hidden_size=510"])
+    assert told.startswith("debug and --set: trunk.hidden_size = 510 is not a multiple")
+    Path("smoke").mkdir()  # a run folder of that name hides nothing
+    assert load(PretrainConfig, [Path("smoke")]).trunk.hidden_size == 64
 
 
 def test_what_a_resumed_run_may_not_change_is_listed_with_both_values():

@@ -11,7 +11,7 @@ from arctrm.config.load import load_config
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import held_out_ids
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(arctrm.__file__).parent / "configs"
 BUNDLED = Path(arctrm.__file__).parent / "bundled"
 MODELS = {
     "arc1_1h": JointConfig,

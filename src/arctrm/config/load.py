@@ -27,9 +27,7 @@ from arctrm.errors import ConfigError
 
 Model = TypeVar("Model", bound=StrictModel)
 
-_PACKAGE = Path(arctrm.__file__).parent
-# In an installed package, and in a clone.
-_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs")
+SHIPPED = Path(arctrm.__file__).parent / "configs"
 
 
 def load_config(
@@ -80,8 +78,7 @@ def load_config(
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package: name -> file."""
-    folder = next((folder for folder in _SHIPPED if folder.is_dir()), _SHIPPED[0])
-    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.toml"))}
 
 
 def _default_layer(fields: Fields) -> Settings:
@@ -106,13 +103,13 @@ def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
 
 def _file_layer(name: Path) -> Settings:
     shipped = shipped_configs()
-    is_bare = name.parent == Path(".") and name.suffix in ("", ".toml") and not name.exists()
+    is_bare = name.parent == Path(".") and name.suffix in ("", ".toml") and not name.is_file()
     path = shipped.get(name.stem, name) if is_bare else name
     try:
-        return _parts((), tomli.loads(path.read_text(encoding="utf-8")), str(path))
+        return _parts((), tomli.loads(path.read_text(encoding="utf-8")), str(name))
     except FileNotFoundError:
         known = [*map(str, sorted(path.parent.glob("*.toml"))), *shipped]
-        nearest = get_close_matches(str(name), known, n=1)
+        nearest = get_close_matches(str(name), known, n=1) or [n for n in shipped if n == name.stem]
         advice = f"did you mean {nearest[0]}?" if nearest else f"shipped are {', '.join(shipped)}"
         raise ConfigError(f"{path}: there is no such file; {advice}") from None
     except (OSError, ValueError) as error:  # what is no UTF-8, and what is no TOML
