@@ -9,12 +9,14 @@ import pytest
 import typer
 from pydantic import BaseModel
 
+import make
 from arctrm.cli.app import app
 from arctrm.config.commands import COMMANDS
 from arctrm.config.load import shipped_configs
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md")) + [page for page in [ROOT / "README.md"] if page.exists()]
+PAGES = [*sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("dev/[!L]*.md"))]
+PAGES += [ROOT / "README.md", ROOT / "RESULTS.md"]
 SECTIONS = (
     "data|trunk|reader|trm|training|coupling|evaluation|inference|judge|adaptation|tracking|hub"
 )
@@ -68,7 +70,7 @@ def parse(line: str, whole: bool) -> tuple[str, dict]:
         command = command.commands[name[-1]]
     if hasattr(command, "commands") and words and not words[0].startswith("-"):
         raise typer.BadParameter(f"{line}: there is no command {words[0]!r}")
-    if "--help" in words or not words:
+    if {"--help", "--version"} & set(words) or not words:
         whole = False
     context = command.make_context(" ".join(name), words, resilient_parsing=not whole)
     return " ".join(name), context.params
@@ -151,6 +153,17 @@ def test_every_key_of_a_toml_block_exists(page):
     for block in blocks(page.read_text(encoding="utf-8"), "toml"):
         for key in leaves(tomllib.loads(block)):
             assert anywhere(key), key
+
+
+def test_generated_pages_and_pictures_are_up_to_date():
+    for path, text in make.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python docs/make.py"
+
+
+def test_every_picture_is_shown_somewhere():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for picture in ROOT.glob("docs/pictures/*.svg"):
+        assert f"{picture.name})" in text, picture.name
 
 
 def test_these_checks_find_what_is_wrong():
