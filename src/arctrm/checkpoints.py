@@ -7,12 +7,11 @@ A bundle has neither trainer nor rank files, and 8-bit matrices ("scales.*"). No
 `python -m arctrm.checkpoints RUN OUT` exports a bundle.
 """
 
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +29,14 @@ from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
 from arctrm.quantise import GROUP, dequantise_all, is_quantised, quantise
-from arctrm.system import TEMPORARY, clear_abandoned, disk_errors, flush_to_disk, temporary
+from arctrm.system import (
+    TEMPORARY,
+    clear_abandoned,
+    disk_errors,
+    flush_to_disk,
+    read_json,
+    temporary,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +94,10 @@ class CheckpointMeta(StrictModel):
     files: dict[str, int] = Field(default_factory=dict)  # name to size in bytes
     arctrm_version: str = ""
     torch_version: str = ""
+
+    def _problems(self) -> Iterator[str]:
+        if len(self.task_ids) != len(self.task_fingerprints):
+            yield f"{len(self.task_ids)} task_ids, but {len(self.task_fingerprints)} fingerprints"
 
     @property
     def trained(self) -> Trained:
@@ -347,7 +357,7 @@ def _complete(parent: Path) -> list[Path]:
 def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
     file = folder / META
     try:
-        told = json.loads(file.read_text(encoding="utf-8"))
+        told = read_json(file)
         if told["version"] > FORMAT_VERSION:
             raise CheckpointError(f"{file}: format version {told['version']}; upgrade arctrm")
         for key, value in RETIRED.items():

@@ -30,13 +30,15 @@ def note(message: str) -> None:
 
 def printable(text: object, limit: int | None = None) -> str:
     """`text` for any terminal: control, format and surrogate characters as escapes (\\x1b), line
-    ends kept, and cut after `limit` characters.
+    ends kept; of more than `limit` characters the beginning and the last third.
     """
-    shown = str(text)
-    if limit is not None and len(shown) > limit:
-        shown = shown[: max(limit - 1, 0)] + "…"
     harmful = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(c if c == "\n" or category(c) not in harmful else ascii(c)[1:-1] for c in shown)
+    keep = lambda c: c == "\n" or category(c) not in harmful
+    shown = "".join(c if keep(c) else ascii(c)[1:-1] for c in str(text))
+    if limit is not None and len(shown) > limit:
+        last = (limit - 1) // 3
+        shown = f"{shown[: limit - 1 - last]}…{shown[len(shown) - last :]}"
+    return shown
 
 
 def plain(text: object, limit: int | None = None) -> str:

@@ -1,18 +1,24 @@
-"""The machine: files written as a whole, where a run came from, devices; loads no torch itself."""
+"""The machine: files read through a limit and written as a whole, where a run came from, devices;
+loads no torch itself.
+"""
 
 import errno
+import gzip
+import io
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from safetensors import SafetensorError
@@ -30,6 +36,59 @@ PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
 # Compute capability from which a GPU has bfloat16 and torch's packed attention, and Triton.
 PACKED, COMPILED = (8, 0), (7, 0)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+MAX_BYTES = 256 * 2**20  # in one file, unpacked: five times RE-ARC at 40 pairs a task
+MAX_GROWTH, FREE_BYTES = 48, 8 * 2**20
+"""Unpacked bytes of a packed one, and how many more are free; ARC's sets grow 12 to 46 times."""
+MEMORY = {b"[": 96, b"{": 200, b'"': 30, b",": 8}  # bytes of what each byte of a JSON text begins
+OTHER_MEMORY = 14  # of a byte that is none of these, no space and no cell: as in 999
+MEMORY_OF_BYTE, MEMORY_OF_PACKED, FREE_MEMORY = 12, 160, 64 * 2**20
+"""Bytes of memory that a byte of JSON may take, unpacked and packed; ARC's sets take 9 and 130."""
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of a file, unpacked where they are gzipped; OSError beyond the limits above."""
+    if path.is_fifo():  # reading would wait for a writer that may never come
+        raise OSError("a pipe")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    most = MAX_BYTES
+    if data.startswith(b"\x1f\x8b"):
+        most = min(most, FREE_BYTES + MAX_GROWTH * len(data))
+        try:
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(most + 1)
+        except (EOFError, zlib.error) as error:
+            raise OSError(str(error)) from error
+    if len(data) > most:
+        raise OSError(f"more than {most // 2**20} MiB; split it into several files")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file from outside, which may be gzipped; OSError or ValueError as below."""
+    return parse_json(read_limited(path), path.stat().st_size)
+
+
+def parse_json(text: bytes | str, packed: int = MAX_BYTES) -> Any:
+    """JSON from outside, of so many bytes on the disk; ValueError where it is deep, would take too
+    much memory, or has a number that is not finite.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    spaces, most = sum(map(data.count, (b" ", b"\n"))), len(data) * MEMORY_OF_BYTE
+    others = max(0, len(data) - spaces - 2 * data.count(b","))
+    takes = OTHER_MEMORY * others + sum(data.count(byte) * n for byte, n in MEMORY.items())
+    if takes > FREE_MEMORY + min(most, packed * MEMORY_OF_PACKED):
+        raise ValueError("too many small parts; split it into several files")
+    try:
+        return json.loads(data, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:

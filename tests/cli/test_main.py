@@ -298,7 +298,7 @@ def test_text_from_outside_is_neither_markup_nor_control():
     with shown.capture() as captured:
         shown.print(plain(text))
     assert captured.get() == printable(text) + "\n"
-    assert printable("x" * 10, limit=4) == "xxx…"
+    assert printable("abcdefghi", limit=7) == "abcd…hi"
 
 
 def test_an_error_about_a_strange_name_is_one_line(run):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from arctrm.data import parse
+from arctrm import system
 from arctrm.data.parse import load_json, parse_grid, parse_task
 from arctrm.errors import TaskError
 
@@ -110,7 +110,7 @@ def test_gzip_is_known_by_its_content(tmp_path):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_more_json_than_the_limit_is_not_read(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr(parse, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(system, "MAX_BYTES", 2**20)
     path = tmp_path / "map.json.gz"
     content = b" " * 2**20 + b"{}"
     path.write_bytes(gzip.compress(content, mtime=0) if packed else content)

@@ -16,6 +16,7 @@ from arctrm.errors import ArctrmError, Interrupted
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "ARCTRM_DEBUG"
+LONGEST = 640  # characters of a sentence
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -43,12 +44,14 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     """The line for stderr and the exit code."""
     from arctrm.console import printable
 
-    text = printable(" ".join(str(error).split()))
+    text = printable(" ".join(str(error).split()), LONGEST)
     if isinstance(error, KeyboardInterrupt | Interrupted):
         return text or "interrupted", Interrupted.exit_code
     if isinstance(error, ArctrmError):
         return f"error: {text}", error.exit_code
-    name = printable(error.filename) if isinstance(error, OSError) and error.filename else ""
+    name = (
+        printable(error.filename, LONGEST) if isinstance(error, OSError) and error.filename else ""
+    )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {name}" if name else ""
         return f"error: no space left on the disk{where}; free some or give another --out", 2

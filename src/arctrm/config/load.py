@@ -24,8 +24,10 @@ from arctrm.config.base import PREFIX, Fields, Key, StrictModel, all_fields, lea
 from arctrm.config.commands import ALTERNATIVES, commands_with
 from arctrm.config.sentences import Setting, Settings, config_error
 from arctrm.errors import ConfigError
+from arctrm.system import read_json, read_limited
 
 Model = TypeVar("Model", bound=StrictModel)
+MAX_PARTS = 16  # of a dotted key
 
 SHIPPED = Path(arctrm.__file__).parent / "configs"
 
@@ -64,14 +66,20 @@ def load_config(
             _put(settings, path, setting)
     tree: dict[str, Any] = {}
     for path, setting in settings.items():
+        if len(path) > MAX_PARTS:
+            raise ConfigError(f"{setting.origin}: {'.'.join(path)[:60]}... has too many parts")
         table = tree
         for part in path[:-1]:
             table = table.setdefault(part, {})
         absent = setting.value == "" and type(None) in _types(fields.get(path))
         table[path[-1]] = None if absent else setting.value
     try:
+        text = json.dumps(tree, default=str)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"a value of the configuration cannot be used: {error}") from None
+    try:
         # The strict JSON mode takes a list for a tuple and a text for a path, and nothing else.
-        return model_class.model_validate_json(json.dumps(tree, default=str), strict=True)
+        return model_class.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise config_error(error, settings, model_class) from None
 
@@ -94,7 +102,7 @@ def _default_layer(fields: Fields) -> Settings:
 def _record_layer(model_class: type[BaseModel], path: Path) -> Settings:
     """What an earlier run set beyond the defaults."""
     try:
-        config = model_class.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+        config = model_class.model_validate(read_json(path)["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{path}: not such a run's record ({reason}); give --config") from None
@@ -106,13 +114,13 @@ def _file_layer(name: Path) -> Settings:
     is_bare = name.parent == Path(".") and name.suffix in ("", ".toml") and not name.is_file()
     path = shipped.get(name.stem, name) if is_bare else name
     try:
-        return _parts((), tomli.loads(path.read_text(encoding="utf-8")), str(name))
+        return _parts((), tomli.loads(read_limited(path).decode()), str(name))
     except FileNotFoundError:
         known = [*map(str, sorted(path.parent.glob("*.toml"))), *shipped]
         nearest = get_close_matches(str(name), known, n=1) or [n for n in shipped if n == name.stem]
         advice = f"did you mean {nearest[0]}?" if nearest else f"shipped are {', '.join(shipped)}"
         raise ConfigError(f"{path}: there is no such file; {advice}") from None
-    except (OSError, ValueError) as error:  # what is no UTF-8, and what is no TOML
+    except (OSError, ValueError, RecursionError) as error:  # what is no UTF-8, and what is no TOML
         reason = (getattr(error, "strerror", None) or str(error)).replace("\n", " ")
         raise ConfigError(
             f"{path}: {reason[:1].lower()}{reason[1:]}; --config wants a readable TOML file"
@@ -172,7 +180,7 @@ def _parse_text(text: str, field: FieldInfo | None) -> object:
         return None
     try:
         value = tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also a number of too many digits
         return text
     return text if {str, Path} & _types(field) and not isinstance(value, str) else value
 

@@ -3,10 +3,7 @@
 Indices in messages count from 0, as in the JSON path: `tasks/0a.json: train[1].output row 3`.
 """
 
-import gzip
-import io
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +11,16 @@ import numpy as np
 
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Pair, Task
 from arctrm.errors import TaskError
-
-MAX_BYTES = 256 * 2**20  # in one file, decompressed: five times RE-ARC at 40 pairs a task
+from arctrm.system import read_json
 
 
 def load_json(path: Path) -> Any:
-    """Read a JSON file, plain or gzipped, of at most `MAX_BYTES`; raises TaskError."""
+    """Read a JSON file, plain or gzipped, within the limits of `read_limited`; raises TaskError."""
     try:
-        if path.is_fifo():  # reading would wait for a writer that may never come
-            raise OSError("a pipe")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if data.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(data)) as unpacked:
-                data = unpacked.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise OSError(f"more than {MAX_BYTES // 2**20} MiB; split it into several files")
-        return json.loads(data)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        what = "is not JSON" if isinstance(error, ValueError | RecursionError) else "cannot be read"
+        what = "is not JSON" if isinstance(error, ValueError) else "cannot be read"
         raise TaskError(
             f"{path}: {what} ({reason}); give a JSON file, plain (.json) or gzipped (.json.gz)"
         ) from error

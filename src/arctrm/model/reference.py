@@ -7,7 +7,6 @@ x is the embedded question, y = z_H the answer, z = z_L the reasoning.
 Legend: B rows, S = prefix slots + 900 cells, D width, A heads, K = D / A, V cell codes.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
 from arctrm.data.views import SAME_COLOURS, View
 from arctrm.errors import CheckpointError
 from arctrm.model.trm import Asked, Refined, usual_tokens
+from arctrm.system import parse_json, read_json
 
 PAD, EOS, COLOUR = 0, 1, 2  # cell codes: outside of the grid, its border, colour 0
 VOCABULARY = COLOUR + NUM_COLOURS
@@ -218,7 +218,7 @@ def read_reference_file(path: Path) -> ReferenceTRM:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                config = dict(json.loads((file.metadata() or {}).get("config", "{}")))
+                config = dict(parse_json((file.metadata() or {}).get("config", "{}")))
         else:
             with zipfile.ZipFile(path):  # older formats allocate what the pickle says
                 weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -280,7 +280,7 @@ def reference_views(path: Path, num_embeddings: int) -> dict[str, list[tuple[Vie
     """
     file, views = path.with_name("identifiers.json"), {}  # type: Path, dict[str, list[Any]]
     try:
-        names = json.loads(file.read_text(encoding="utf-8"))
+        names = read_json(file)
         if len(names) != num_embeddings:
             raise ValueError(f"lists {len(names)} vectors, {path.name} has {num_embeddings}")
         for row, name in enumerate(names):

@@ -12,6 +12,7 @@ from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import isinf
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def baseline(
     }
     write_bytes_atomically(path, (json.dumps(content) + "\n").encode())
     store.finish(tasks)
-    total = lambda kind: sum(own[kind] for own in records.values())
+    total = lambda kind: sum(own.get(kind, 0) for own in records.values())
     said = "" if scores else "no answers are known, so nothing is scored; "
     said += f"seconds per task: {total('seconds') / len(tasks):.2f}; {total('prompt_tokens'):,} "
     note(f"{said}prompt tokens, {total('new_tokens'):,} new; written: {plain(path)}")
@@ -166,6 +167,7 @@ def answer_task(solver: Solver, task: Task, config: BaselineConfig) -> dict[str,
         prompt = decode(tokens) if decode else f"input\n{grid_text(question.query)}\noutput\n"
         where: Any = {"test": question.key.index, "dihedral": view.dihedral, "prompt": prompt}
         more = {"colours": list(view.colours), "grid": None if grid is None else grid.tolist()}
+        more["log_probability"] = None if log_p is None or isinf(log_p) else log_p
         prompts.append(where | said._asdict() | more)
     # The ranking of `eval`, but for the invariants, which are no work of the model.
     settings = EvalConfig(seed=config.seed, inference=InferenceConfig(invariant_weight=0.0))

@@ -202,7 +202,9 @@ class _Run:
         }
         everything, done = scores[EVERYTHING], records[EVERYTHING]
         per_task = sum(record["seconds"] for record in done) / len(tasks)
-        steps, answers = (sum(record["trm_steps"][i] for record in done) for i in (0, 1))
+        steps, answers = (
+            sum(record.get("trm_steps", (0, 0))[i] for record in done) for i in (0, 1)
+        )
         content = {
             "checkpoint": solver.name,
             "voices": solver.voices,

@@ -15,21 +15,47 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pydantic import Field
 
 from arctrm.config import StrictModel, differences
+from arctrm.config.base import Number
 from arctrm.data.parse import load_json, parse_grid
 from arctrm.data.task import Grid, Task
-from arctrm.errors import CheckpointError, DataError
+from arctrm.errors import CheckpointError, DataError, TaskError
 from arctrm.solve.questions import Key, keys_of
 from arctrm.solve.rank import Ranked, attempts, counted
-from arctrm.system import disk_errors, write_bytes_atomically
+from arctrm.system import disk_errors, parse_json, read_json, read_limited, write_bytes_atomically
 
 UNFINISHED, CANDIDATES, SUBMISSION = "unfinished.jsonl", "candidates.json.gz", "submission.json"
 EVERYTHING = "everything"  # the row without an ablation
 ATTEMPT_NAMES = ("attempt_1", "attempt_2")
 SCORES = ("reader_scores", "inverse_scores")
 Rankings = Mapping[Key, Sequence[Ranked]]
+Score = float | None  # nats; None: minus infinity
+
+
+class Entry(StrictModel):
+    """A ranked grid, as the files keep it."""
+
+    grid: list[list[int]]
+    q: Score
+    views: dict[str, tuple[int, ...]]
+    reader_scores: tuple[Score, ...]
+    inverse_scores: tuple[Score, ...]
+    broken: tuple[str, ...]
+
+
+class Record(StrictModel, extra="allow"):
+    """A line of `unfinished.jsonl`: the answers to one task in one row."""
+
+    row: str
+    task: str
+    content: str
+    seconds: float = Field(ge=0)
+    test: tuple[tuple[Entry, ...], ...]
+    trm_steps: tuple[Number, Number] = (0, 0)
+    prompt_tokens: Number = 0
+    new_tokens: Number = 0
 
 
 class Store:
@@ -37,7 +63,7 @@ class Store:
 
     def __init__(self, path: Path, lines: Sequence[str] = ()):
         self.path, self.writes = path, False
-        head, *records = [json.loads(line) for line in lines] or [{}]
+        head, *records = map(parse_json, lines or ["{}"])
         self.head: dict[str, Any] = head  # `config`, name and fingerprint of the weights
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}  # row -> task id -> record
         for record in records:
@@ -83,16 +109,22 @@ class Store:
             self.path.unlink(missing_ok=True)
 
 
-def open_store(path: Path, config: StrictModel, tasks: Iterable[Task], resume: bool) -> Store:
+def open_store(path: Path, config: StrictModel, tasks: Sequence[Task], resume: bool) -> Store:
     """What was answered before, under the same configuration; nothing is written yet."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = read_limited(path).decode().splitlines(keepends=True)
         store = Store(path, [line for line in lines if line.endswith("\n")])
-        known = {name: own["content"] for row in store.rows.values() for name, own in row.items()}
+        records = [own for row in store.rows.values() for own in row.values()]
+        known = {own["task"]: own["content"] for own in records}
+        inputs = {task.id: len(task.test) for task in tasks}
+        for one in map(Record.model_validate, records):
+            if len(one.test) != inputs.get(one.task, len(one.test)):
+                raise ValueError(f"{len(one.test)} answers of {one.task}")
+            _ = [_ranked(entries) for entries in one.test]
         changed = differences(store.head["config"], config) if resume else []
     except (FileNotFoundError, NotADirectoryError):
         store, known, changed = Store(path), {}, []
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, TaskError) as error:
         raise DataError(f"{path}: is not what arctrm keeps of answers ({error})") from error
     if not resume and not store.rows:
         return Store(path)
@@ -149,9 +181,9 @@ def write_candidates(path: Path, tasks: Iterable[Task], ranked: Rankings) -> Non
 def read_candidates(path: Path) -> dict[str, list[list[Ranked]]]:
     """What `write_candidates` wrote, by task id and test input."""
     try:
-        content = json.loads(gzip.decompress(path.read_bytes())).items()
+        content = read_json(path).items()
         return {task: list(map(_ranked, inputs)) for task, inputs in content}
-    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, TaskError) as error:
         problem = f"no candidates of arctrm eval --set evaluation.keep_candidates=true ({error})"
         raise DataError(f"{path}: {problem}") from error
 
@@ -160,20 +192,20 @@ def _entry(one: Ranked) -> dict[str, Any]:
     scores = {name: getattr(one, name) for name in SCORES}
     return {
         "grid": one.grid.tolist(),
-        "q": one.mean_q,
+        "q": one.mean_q if math.isfinite(one.mean_q) else None,
         "views": {source: list(views) for source, views in one.views_by.items()},
         **{name: [s if math.isfinite(s) else None for s in own] for name, own in scores.items()},
         "broken": list(one.broken),
     }
 
 
-def _ranked(entries: Sequence[Mapping[str, Any]]) -> list[Ranked]:
+def _ranked(entries: Iterable[Entry | Mapping[str, Any]]) -> list[Ranked]:
     found = []
-    for one in entries:
-        views = {source: tuple(own) for source, own in one["views"].items()}
-        scores = {name: tuple(-math.inf if s is None else s for s in one[name]) for name in SCORES}
-        more: dict[str, Any] = {"views_by": views, "broken": tuple(one["broken"]), **scores}
-        found.append(Ranked(np.array(one["grid"], dtype=np.uint8), 0, one["q"], **more))
+    nats = lambda score: -math.inf if score is None else score
+    for one in map(Entry.model_validate, entries):
+        scores = {name: tuple(map(nats, getattr(one, name))) for name in SCORES}
+        more: dict[str, Any] = {"views_by": one.views, "broken": one.broken, **scores}
+        found.append(Ranked(parse_grid(one.grid, "a grid"), 0, nats(one.q), **more))
     return counted(found)
 
 

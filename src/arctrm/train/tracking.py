@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from arctrm.config import TrackingConfig
 from arctrm.console import note, progress_console
 from arctrm.errors import CheckpointError
-from arctrm.system import disk_errors, write_bytes_atomically
+from arctrm.system import disk_errors, parse_json, read_limited, write_bytes_atomically
 
 _SHOWN = (
     ("loss", "loss {:.4f}"),
@@ -160,10 +160,9 @@ def wandb_mode() -> str:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     """Whole lines of `metrics.jsonl` up to a step; a line cut off by a kill is dropped."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]
     try:
-        return [line for line in lines if json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
+        text = read_limited(path).decode() if path.exists() else ""
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if parse_json(line)["step"] <= step]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not metrics ({error}); move it away to resume") from error
