@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutator import SECONDS, SEED, WORDS, some_bytes, some_json, some_safetensors
+from seed_files import eval_config
 
 from arctrm.cli import describe_error
 from arctrm.config import InferenceConfig, PretrainConfig, TrackingConfig
@@ -30,7 +31,6 @@ from arctrm.solve.evaluate import evaluate
 from arctrm.solve.results import read_candidates, read_submission
 from arctrm.solve.weights import load_solver
 from arctrm.train.tracking import Tracker
-from conftest import eval_config
 
 LONGEST, SLOWEST = 700, 5.0  # characters of a sentence, seconds of a load
 CPU = torch.device("cpu")
