@@ -19,7 +19,8 @@ COMMANDS = {
     | {"--checkpoint", "--model", "--views", "--attempts", "--resume"}
     | {"--test-set", "--max-tasks"},
     "solve": SHARED
-    | {"--checkpoint", "--budget", "--views", "--attempts", "--trace", "--check", "--keep-going"},
+    | {"--checkpoint", "--budget", "--views", "--attempts", "--check", "--keep-going"}
+    | {"--verbose", "--json"},
 }
 """The whole command line: a flag added or dropped has to be changed here too."""
 PAGES = ["", "data", *COMMANDS]

@@ -1,5 +1,7 @@
 """`solve` over many tasks: every task is answered into one submission, whatever happens."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -86,3 +88,14 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(trained, tmp_path,
     solve(quick(trained, tmp_path / "out"), str(trained.folder), dry_run=True)
     assert "reader and trm" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_for_scripts_stdout_has_a_line_of_json_for_each_task(trained, capsys):
+    solve(quick(trained), str(trained.folder), json=True, check=True, verbose=True)
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["task"] for line in lines] == [task.id for task in trained.known]
+    assert all("right" in answer for line in lines for answer in line["answers"])
+    assert "test inputs with a known answer solved" in err
+    solve(quick(trained), str(trained.folder), json=True, dry_run=True)
+    assert capsys.readouterr().out == ""

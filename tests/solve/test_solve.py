@@ -11,7 +11,7 @@ from arctrm.config import SolveConfig
 from arctrm.data.task import Pair, Task
 from arctrm.solve import solve as room
 from arctrm.solve.budget import Clock, Session
-from arctrm.solve.propose import JOINT, READER, TRM
+from arctrm.solve.propose import JOINT, READER, TRM, Candidate
 from arctrm.solve.questions import keys_of, questions
 from arctrm.solve.rank import is_well_formed
 from arctrm.solve.solve import Answers, TimedJudge, answer_first, read_views, refine_views
@@ -184,6 +184,23 @@ def test_adapted_weights_replace_the_first_answer(solver, trained):
     assert {source for _, source, _ in later.candidates} == {TRM}  # what the reader follows
     known = first_answers(solver, trained.known[0])
     assert room.adapted(known) is known
+
+
+def test_two_attempts_differ_where_any_weights_proposed_two_grids(solver, trained):
+    """The grid of the adapted weights comes first, then that of the weights before."""
+    session = session_of(solver, trained.others[0])
+    before, after = Answers(session), Answers(session, steps=4)
+    key, given = keys_of([session.task])[0], session.task.test[0].input
+    propose = lambda answers, grid: answers.add([Candidate(key, grid, 0.0, READER)])
+    first_attempts = lambda: [*map(np.unique, after.solution(None, before).attempts[0])]
+    propose(after, None)  # it wrote no grid
+    assert np.array_equal(after.solution(None, before).attempts[0][0], given)
+    propose(before, np.full((2, 2), 1, np.uint8))
+    assert first_attempts() == [1, 1]
+    propose(after, np.full((2, 2), 2, np.uint8))
+    assert first_attempts() == [2, 1]
+    [first, second] = after.solution(None, before).candidates[0]
+    assert (first.votes, second.votes) == (1, 0)
 
 
 def test_every_view_has_one_vote_of_each_source(solver, trained):

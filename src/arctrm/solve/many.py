@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from arctrm.config import SolveConfig
-from arctrm.console import console, note, plain
+from arctrm.console import console, note, plain, progress_console
 from arctrm.data.sources import load_tasks
 from arctrm.solve import scoring
 from arctrm.solve.adapt import require_adaptable
-from arctrm.solve.plan import can_plan
 from arctrm.solve.questions import Key, keys_of, require_test_inputs
 from arctrm.solve.rank import Ranked
-from arctrm.solve.report import attempts_table, dry_run_table, progress_bar, solution_report
+from arctrm.solve.report import dry_run_table, progress_bar, solution_json, solution_report
 from arctrm.solve.results import write_submission
 from arctrm.solve.solution import Answer, Solution
 from arctrm.solve.solve import Stopped, solve_task
@@ -24,16 +23,19 @@ def solve(
     target: str,
     *,
     check: bool = False,
-    trace: bool = False,
+    verbose: bool = False,
+    json: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Solve the tasks of `target`, print each, write submission.json to `config.out`, if any; what
     is answered before Ctrl-C is written.
 
-    `check` says whether the answers are right, where they are known; `trace` shows the planner's
-    attempts; `dry_run` only says what would be done. With `keep_going` a bad task of a folder is
+    `check` says whether the answers are right, where they are known; `verbose` adds the numbers and
+    the planner's attempts; `json` prints a line of JSON for each task, and all else to stderr;
+    `dry_run` only says what would be done. With `keep_going` a bad task of a folder is
     reported and left out, and one that fails is answered by its inputs.
     """
+    say = (progress_console() if json else console()).print
     left_out = (lambda error: note(plain(f"left out: {error}"))) if config.keep_going else None
     tasks = load_tasks(target, on_error=left_out)
     require_test_inputs(tasks, target)
@@ -48,9 +50,7 @@ def solve(
             "known to the model": sum(solver.row_of(task) is not None for task in tasks),
             "time at most": f"{len(tasks) * config.budget / 60:.1f} min",
         }
-        return console().print(dry_run_table("solve", rows))
-    if trace and not can_plan(solver):
-        note(plain(f"{solver.name}: reader and TRM do not answer together: nothing is planned"))
+        return say(dry_run_table("solve", rows))
     ranked: dict[Key, Sequence[Ranked]] = {}
     right: list[bool] = []
     for number, task in enumerate(tasks, 1):
@@ -58,7 +58,7 @@ def solve(
             note(plain(f"task {number} of {len(tasks)}: {task.id}"))
         stop: Stopped | None = None
         try:
-            with progress_bar(config.budget, show_first=len(tasks) == 1) as on_progress:
+            with progress_bar(config.budget) as on_progress:
                 solution = solve_task(solver, task, config, on_progress)
         except Stopped as error:
             solution, stop = error.solution, error
@@ -74,14 +74,14 @@ def solve(
         if check:
             correct = scoring.verdicts(solution.attempts, known[task.id])
             right += [any(own) for own in correct if None not in own]
-        console().print(solution_report(solution, correct))
-        for index, one in enumerate(solution.answers if trace and can_plan(solver) else (), 1):
-            tried = one.history and attempts_table(one.history, f"test {index}: attempts")
-            console().print(tried or f"test {index}: the budget had no time for two attempts")
+        if json:
+            print(solution_json(solution, correct), flush=True)
+        else:
+            say(solution_report(solution, correct, verbose=verbose))
         if out is not None:  # after every task, so that an interrupt loses none
             write_submission(out, tasks[:number], ranked)
         if stop is not None:
             raise stop
     if check:
         told = f"{sum(right)} of {len(right)} test inputs with a known answer solved"
-        console().print(told if right else "no answer is known, so nothing is checked")
+        say(told if right else "no answer is known, so nothing is checked")

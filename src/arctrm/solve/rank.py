@@ -58,6 +58,11 @@ class Ranked:
     """Names of what all demonstrations keep and it breaks, the heaviest first."""
 
     @property
+    def num_proposals(self) -> int:
+        """Candidates that are this grid."""
+        return sum(map(len, self.views_by.values()))
+
+    @property
     def reader_score(self) -> float | None:
         """Mean of the reader's scores over the views; None if not judged."""
         return fsum(self.reader_scores) / len(self.reader_scores) if self.reader_scores else None
@@ -241,6 +246,15 @@ def checked(task: Task, given: Grid, ranked: Sequence[Ranked], weight: float) ->
         return list(ranked)
     nats = [dict(broken(task, given, entry.grid)) for entry in ranked[:LOOKED_AT]]
     return by_invariants(ranked, nats, weight)
+
+
+def filled(ranked: Sequence[Ranked], spare: Sequence[Ranked]) -> list[Ranked]:
+    """At least two grids where two were proposed: behind `ranked` the best of `spare`, which other
+    weights proposed and which has no votes here.
+    """
+    new = [one for one in spare if not any(np.array_equal(one.grid, own.grid) for own in ranked)]
+    new = [replace(one, votes=0.0, votes_by={}, views_by={}) for one in new]
+    return [*ranked, *new[: max(0, 2 - len(ranked))]]
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:

@@ -3,8 +3,10 @@
 Test outputs are never read here: whether an attempt is right is told from outside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 
 from rich import progress
 from rich.console import Group, RenderableType
@@ -13,87 +15,174 @@ from rich.text import Text
 
 from arctrm.console import plain, printable, progress_console
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
-from arctrm.invariants.task import COPY, weights
+from arctrm.data.task import Grid
+from arctrm.invariants.task import broken
 from arctrm.planner import PlannerResult
-from arctrm.solve.rank import Ranked
-from arctrm.solve.solution import Answer, OnProgress, Progress, Solution
+from arctrm.solve.plan import PLANNER
+from arctrm.solve.propose import JOINT, READER, TRM
+from arctrm.solve.results import ATTEMPT_NAMES
+from arctrm.solve.solution import Answer, Certainty, OnProgress, Progress, Solution
 
-VERDICT = {True: [Text("right", "bold green")], False: [Text("wrong", "bold red")], None: []}
+Verdicts = Sequence[Sequence[bool | None]]  # `scoring.verdicts`: test input -> attempt -> right
+RIGHT = {True: [Text("right", "bold green")], False: [Text("wrong", "bold red")], None: []}
+STYLES = {"likely right": "bold green", "a guess": "bold yellow", "no answer found": "bold red"}
+VOICES = {TRM: "TRM", JOINT: "TRM", READER: "the reader", PLANNER: "the planner"}  # by source
+NUMBERS = {
+    "confidence": "mean_q",
+    "log p of the grid": "reader_score",
+    "log p of the input": "inverse_score",
+    "probe score": "probe",
+}  # name -> attribute of a ranked grid
 MOST_NAMED, MAX_TEXT = 3, 160  # broken invariants, characters of a text: shown at most
 
 
+class _Bar(progress.Progress):
+    """A bar that moves with the time, and the best grids so far below it."""
+
+    best: Sequence[Grid | None] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            task.completed = task.elapsed or 0.0
+        yield from super().get_renderables()
+        grids = [(n, grid) for n, grid in enumerate(self.best, 1) if grid is not None]
+        title = ("best so far, test {}" if self.best[1:] else "best so far").format
+        yield side_by_side([grid_panel(grid, title(n)) for n, grid in grids])
+
+
 @contextmanager
-def progress_bar(budget: float, *, show_first: bool) -> Iterator[OnProgress]:
-    """A bar over `budget` seconds that `solve_task` moves; `show_first`: print the first grids."""
-    with progress.Progress(console=progress_console(), transient=True) as bars:
-        bar, is_shown = bars.add_task("answering", total=budget), not show_first
+def progress_bar(budget: float) -> Iterator[OnProgress]:
+    """What is done, for how long of `budget` seconds, and the best grids, for `solve_task` to tell;
+    where stderr is no terminal, a line for each stage.
+    """
+    time = progress.TextColumn(f"{{task.completed:.0f}} of {budget:g} s")
+    columns = (progress.TextColumn("{task.description}"), progress.BarColumn(30), time)
+    out, stage = progress_console(), ""
+    with _Bar(*columns, console=out, transient=True, disable=not out.is_terminal) as bars:
+        bar = bars.add_task("begin", total=budget)
 
         def on_progress(now: Progress) -> None:
-            nonlocal is_shown
-            done, text = min(now.seconds, budget), f"{now.stage}, {now.detail}".rstrip(", ")
-            bars.update(bar, completed=done, description=text)
-            if not is_shown and now.best:
-                bars.console.print(f"first answer after {now.seconds:.1f} s:")
-                shown = [(i, grid) for i, grid in enumerate(now.best, 1) if grid is not None]
-                bars.console.print(side_by_side([grid_panel(g, f"test {i}") for i, g in shown]))
-                is_shown = True
+            nonlocal stage
+            bars.best = now.best
+            bars.update(bar, description=f"{now.stage}, {now.detail}".rstrip(", "))
+            if now.stage != stage and not out.is_terminal:
+                out.print(f"{now.seconds:.1f} of {budget:g} s: {now.stage}")
+            stage = now.stage
 
         yield on_progress
 
 
 def solution_report(
     solution: Solution,
-    correct: Sequence[Sequence[bool | None]] | None = None,
+    correct: Verdicts | None = None,
+    *,
+    verbose: bool = False,
 ) -> RenderableType:
-    """Demonstrations, then each test input with both attempts; `correct`: `scoring.verdicts`."""
+    """Both attempts at each test input and what speaks for them in words; `correct`:
+    `scoring.verdicts`. `verbose` adds the numbers, the time line and the demonstrations.
+    """
     task, answers = solution.task, solution.answers
     grids = [grid for pair in task.demonstrations for grid in (pair.input, pair.output)]
     grids += [grid for one in answers for grid in (one.test_input, *one.attempts)]
     wide = max(grid.shape[1] for grid in grids if grid is not None) <= MAX_WIDE
-    demonstrations = enumerate(task.demonstrations, 1)
-    shown = [pair_row(pair, f"demonstration {number}", wide) for number, pair in demonstrations]
-    parts: list[RenderableType] = [Text(task.id, "bold underline"), side_by_side(shown)]
-    for index, answer in enumerate(answers):
+    parts: list[RenderableType] = [Text(task.id, "bold underline")]
+    for index, (answer, certainty) in enumerate(_answers(solution)):
         title = f"test {index + 1}" if len(task.test) > 1 else "test"
         # One row for both: a narrow terminal moves the pair, not one of them.
         row = Table.grid(padding=(0, 3, 0, 0))
-        verdicts = (None, None) if correct is None else correct[index]
-        both = zip(answer.attempts, verdicts, answer.evidence, strict=True)
+        known = (None, None) if correct is None else correct[index]
         panels = []
-        for n, (grid, right, entry) in enumerate(both, 1):
-            panel = grid_panel(grid, f"attempt_{n}", wide)
-            panels.append(Group(panel, *VERDICT[right], _evidence(entry, answer, solution)))
+        for n, (grid, right) in enumerate(zip(answer.attempts, known, strict=True), 1):
+            panels.append(Group(grid_panel(grid, f"attempt_{n}", wide), *RIGHT[right]))
         row.add_row(*panels)
         shown_input = grid_panel(answer.test_input, title, wide)
-        effort = "known to the model, " if solution.known else ""
-        effort += f"{solution.adaptation_steps} adaptation steps, {solution.seconds:.1f} s"
-        parts += [Text(), side_by_side([shown_input, row]), Text(effort, "dim")]
+        level, _, reason = str(certainty).partition(":")
+        said = Text.assemble((level, STYLES[certainty.level]), f":{reason}")
+        parts += [side_by_side([shown_input, row]), said, *_words(solution, answer)]
+        if verbose:
+            parts += [_numbers(answer), Text()]
+            if answer.history is not None:
+                parts.append(attempts_table(answer.history, f"{title}: attempts of the planner"))
+    steps = f"adapted in {solution.adaptation_steps} steps, " * bool(solution.adaptation_steps)
+    known_task = "known to the model, " * solution.known
+    parts.append(Text(f"{known_task}{steps}{solution.seconds:.1f} s", "dim"))
+    if verbose:
+        spent = ", ".join(f"{one.stage} {one.seconds:.1f} s" for one in solution.events)
+        if solution.leave_one_out is not None:
+            spent += f"; leave-one-out score {solution.leave_one_out:.2f}"
+        pairs = enumerate(task.demonstrations, 1)
+        shown = [pair_row(pair, f"demonstration {number}", wide) for number, pair in pairs]
+        parts += [Text(spent, "dim"), Text(), side_by_side(shown)]
     return Group(*parts)
 
 
-def _evidence(entry: Ranked | None, answer: Answer, solution: Solution) -> Text:
-    if entry is None:
-        return Text(f"no grid in {answer.num_candidates} answers\nthe input stands in", "dim")
-    sources = ", ".join(f"{source} {votes:g}" for source, votes in entry.votes_by.items())
-    numbers = {
-        "confidence": entry.mean_q,
-        "log p of the grid": entry.reader_score,
-        "log p of the input": entry.inverse_score,
-        "probe score": entry.probe,
-        "leave-one-out score": solution.leave_one_out,
-    }
-    all_votes = sum(one.votes for one in answer.ranked)
-    lines = [f"votes: {entry.votes:g} of {all_votes:g} ({sources})"]
-    lines += [f"{name}: {value:.2f}" for name, value in numbers.items() if value is not None]
-    broken = [name for name in entry.broken if name == COPY or name in weights()]
-    more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
-    if broken:
-        lines += ["unlike all demonstrations in:", *(f"  {n}" for n in broken[:MOST_NAMED] + more)]
-    return Text("\n".join(lines), "dim")
+def _answers(solution: Solution) -> Iterator[tuple[Answer, Certainty]]:
+    return zip(solution.answers, solution.certainties, strict=True)
+
+
+def _broken(solution: Solution, answer: Answer, grid: Grid) -> list[str]:
+    """What a grid breaks of what all demonstrations keep, the heaviest first."""
+    return [name for name, nats in broken(solution.task, answer.test_input, grid) if nats]
+
+
+def _words(solution: Solution, answer: Answer) -> Iterator[Text]:
+    """The evidence of both attempts."""
+    voices = {VOICES[source] for one in answer.ranked for source in one.votes_by}
+    for name, entry in zip(ATTEMPT_NAMES, answer.ranked, strict=False):
+        said = [f"{entry.num_proposals} of {answer.num_candidates} proposals"]
+        own = sorted({VOICES[source] for source in entry.votes_by})
+        if not own:
+            said = [
+                f"proposed {'before' if solution.adaptation_steps else 'after'} adaptation only"
+            ]
+        elif len(voices) > 1:
+            said.append(f"{' and '.join(own)} {'agree' if own[1:] else 'alone'}")
+        names = _broken(solution, answer, entry.grid)
+        more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+        but = f" but: {', '.join(names[:MOST_NAMED] + more)}" if names else ""
+        said.append(f"keeps everything that the demonstrations keep{but}")
+        yield Text.assemble((name, "bold"), f": {'; '.join(said)}")
+    if len(answer.ranked) == 1:
+        yield Text.assemble((ATTEMPT_NAMES[1], "bold"), ": the same; no other grid was proposed")
+
+
+def _numbers(answer: Answer) -> Table:
+    """The evidence of both attempts as numbers."""
+    table = Table("", *ATTEMPT_NAMES, box=None, header_style="dim", style="dim")
+    two = answer.ranked[:2]
+    total = sum(one.votes for one in answer.ranked)
+    votes = lambda one: ", ".join(f"{source} {n:g}" for source, n in one.votes_by.items())
+    table.add_row(f"votes of {total:g}", *(f"{one.votes:g} ({votes(one)})" for one in two))
+    for name, key in NUMBERS.items():
+        values = [getattr(one, key) for one in two]
+        if any(value is not None for value in values):
+            table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in values))
+    return table
+
+
+def solution_json(solution: Solution, correct: Verdicts | None = None) -> str:
+    """A line of JSON, for scripts; null: not measured."""
+    finite = lambda value: value if value is not None and isfinite(value) else None
+    answers = []
+    for index, (answer, certainty) in enumerate(_answers(solution)):
+        grids = zip(ATTEMPT_NAMES, (grid.tolist() for grid in answer.attempts), strict=True)
+        found: dict[str, object] = dict(grids)
+        found |= {"certainty": certainty.level, "reason": certainty.reason}
+        found |= {"proposals": answer.num_candidates, "evidence": []}
+        found["evidence"] = [
+            {"proposals": one.num_proposals, "votes": dict(one.votes_by)}
+            | {key: finite(getattr(one, key)) for key in NUMBERS.values()}
+            | {"broken": _broken(solution, answer, one.grid)}
+            for one in answer.ranked[:2]
+        ]
+        answers.append(found if correct is None else found | {"right": list(correct[index])})
+    keys = ("known", "adaptation_steps", "leave_one_out", "seconds")
+    head = {"task": solution.task.id} | {key: getattr(solution, key) for key in keys}
+    return json.dumps(head | {"answers": answers}, allow_nan=False)
 
 
 def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) -> Table:
-    """The planner's attempts, for `solve --trace`; the kept one is green."""
+    """The planner's attempts, for `solve --verbose`; the kept one is green."""
     table = Table(title=Text(title), title_justify="left", title_style="bold", show_lines=True)
     for name in ("attempt", "score", "tokens", "text", "feedback"):
         table.add_column(name, overflow="fold")

@@ -34,6 +34,28 @@ class Progress:
 
 OnProgress = Callable[[Progress], None]
 
+HELD_OUT_RIGHT = "a held-out demonstration was answered right"
+HELD_OUT_WRONG = "a held-out demonstration was answered wrong"
+NONE_HELD_OUT = "no demonstration was held out"
+COUNTS = {HELD_OUT_RIGHT: (42, 45), HELD_OUT_WRONG: (10, 23), NONE_HELD_OUT: (8, 20)}
+"""Reason -> (solved, all) of 60 unseen tasks of ARC-AGI-1 training (the first: of three runs), as
+`benchmarks/unseen.py` counts them; no evaluation task is among them."""
+LIKELY = 0.7  # share of solved tasks from which an answer is called likely right
+MAJORITY = 0.5  # share of the proposals for the same of a known task, of which none were counted
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How likely it is that one of two attempts is right."""
+
+    level: Literal["likely right", "a guess", "no answer found"]
+    reason: str
+    counts: tuple[int, int] | None = None  # (solved, all) of such tasks, where they were counted
+
+    def __str__(self) -> str:
+        counted = self.counts and f" ({self.counts[0]} of {self.counts[1]} such tasks were solved)"
+        return f"{self.level}: {self.reason}{counted or ''}"
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -48,6 +70,12 @@ class Answer:
     def attempts(self) -> tuple[Grid, Grid]:
         """attempt_1 and attempt_2."""
         return attempts(self.ranked, self.test_input)
+
+    @property
+    def agreement(self) -> float:
+        """Share of the proposals, malformed ones included, that are the first grid."""
+        first = self.ranked[0].num_proposals if self.ranked else 0
+        return first / max(1, self.num_candidates)
 
     @property
     def evidence(self) -> tuple[Ranked | None, Ranked | None]:
@@ -83,3 +111,20 @@ class Solution:
     def candidates(self) -> list[Sequence[Ranked]]:
         """All distinct grids that were proposed for every test input, best first."""
         return [answer.ranked for answer in self.answers]
+
+    @property
+    def certainties(self) -> list[Certainty]:
+        """How likely each test input is solved, by a rule of two levels, counted in `COUNTS`."""
+        return [self._certainty(answer) for answer in self.answers]
+
+    def _certainty(self, answer: Answer) -> Certainty:
+        if not answer.ranked:
+            return Certainty("no answer found", "the input is submitted")
+        if self.known:
+            many = answer.agreement >= MAJORITY
+            reason = f"{'most' if many else 'few'} proposals agree, and the model knows the task"
+            return Certainty("likely right" if many else "a guess", reason)
+        reason = HELD_OUT_RIGHT if self.leave_one_out == 1 else HELD_OUT_WRONG
+        reason = NONE_HELD_OUT if self.leave_one_out is None else reason
+        solved, whole = counts = COUNTS[reason]
+        return Certainty("likely right" if solved / whole >= LIKELY else "a guess", reason, counts)

@@ -23,7 +23,7 @@ from arctrm.solve.budget import Asked, Clock, Session, judging_work, reading_wor
 from arctrm.solve.plan import can_plan, plan, planning_seconds
 from arctrm.solve.propose import READER, Candidate, Drafts, by_key, refine, write, written
 from arctrm.solve.questions import Key, keys_of
-from arctrm.solve.rank import Grids, Scores, judged, rank, vote
+from arctrm.solve.rank import Grids, Scores, filled, judged, rank, vote
 from arctrm.solve.solution import Answer, OnProgress, Solution
 from arctrm.solve.weights import Solver
 
@@ -57,9 +57,9 @@ def solve_task(
         if not first.candidates:
             raise
         stopped = True
-    best = later if later.complete else first
+    best, other = (later, first) if later.complete else (first, later)
     with clock.during("judging"):
-        solution = best.solution(judge := TimedJudge(best.session, stopped))
+        solution = best.solution(judge := TimedJudge(best.session, stopped), other)
     solution = replace(solution, events=tuple(clock.events))
     if judge.stopped:
         raise Stopped(solution)
@@ -101,11 +101,17 @@ class Answers:
                 best[key] = voted[0].grid
         return best
 
-    def solution(self, judge: "TimedJudge | None") -> Solution:
-        """The ranked grids of every test input, with their evidence."""
+    def solution(self, judge: "TimedJudge | None", other: "Answers | None" = None) -> Solution:
+        """The ranked grids of every test input, with their evidence; `other`: the answers of other
+        weights, for a second attempt where these weights proposed fewer than two grids.
+        """
         session, task, clock = self.session, self.session.task, self.session.clock
         found, ask = by_key(self.candidates.values()), judge if session.solver.reader else None
         ranked = rank(session.solver, [task], found, session.config, ask)
+        if other is not None and other is not self:
+            spare = by_key(other.candidates.values())
+            spares = rank(other.session.solver, [task], spare, session.config)
+            ranked = {key: filled(own, spares[key]) for key, own in ranked.items()}
         plans = self.histories or [None] * len(task.test)
         answers = tuple(
             Answer(pair.input, ranked[key], len(found.get(key, ())), plan)
