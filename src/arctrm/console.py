@@ -1,31 +1,43 @@
-"""The one rich console: progress and prose go to stderr, results to stdout."""
+"""The one rich console: progress and prose go to stderr, results to stdout.
+
+Text is printed as it stands: brackets are no markup, colons no emoji, and control characters are
+shown as escapes. Style comes from `rich.text.Text` alone, whose text from outside goes through
+`plain`.
+"""
 
 from functools import cache
+from typing import Any
 from unicodedata import category
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 _SHADES = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
 ARC_PALETTE = tuple(f"#{shade}" for shade in _SHADES.split())
 """Colours 0..9 as the ARC Prize site shows them."""
 
 
+class _Console(Console):
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Every string that is printed, in a table or alone, comes here."""
+        return super().render_str(plain(text), **(how | {"markup": False, "emoji": False}))
+
+
 @cache
 def console() -> Console:
     """Console for results (stdout)."""
-    return Console(highlight=False)
+    return _Console(highlight=False)
 
 
 @cache
 def progress_console() -> Console:
     """Console for progress, notes and errors (stderr)."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
 
 
 def note(message: str) -> None:
-    """Print one line of prose to stderr, markup allowed."""
-    progress_console().print(message)
+    """Print one line of prose to stderr."""
+    progress_console().print(message.replace("\n", "\\n"))
 
 
 def printable(text: object, limit: int | None = None) -> str:
@@ -42,5 +54,5 @@ def printable(text: object, limit: int | None = None) -> str:
 
 
 def plain(text: object, limit: int | None = None) -> str:
-    """`text` from outside for a rich console: `printable`, and its brackets are no markup."""
-    return escape(printable(text, limit))
+    """The same; strings on their way to the console need it not."""
+    return printable(text, limit)

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
+from rich.table import Table
 
 import arctrm
 from arctrm.cli import describe_error
 from arctrm.cli.threads import cpu_quota
 from arctrm.config import PretrainConfig
-from arctrm.console import plain, printable
+from arctrm.console import console, printable
 from arctrm.data.base_set import open_base_set
 from arctrm.errors import ArctrmError, TaskError
 
@@ -295,10 +295,14 @@ def test_the_version_is_that_of_the_package(run):
 def test_text_from_outside_is_neither_markup_nor_control():
     text = "[red]a\x1b[2J\x07\u202eb\ud800\nc"
     assert printable(text) == "[red]a\\x1b[2J\\x07\\u202eb\\ud800\nc"
-    shown = Console(width=80, force_terminal=False)
-    with shown.capture() as captured:
-        shown.print(plain(text))
-    assert captured.get() == printable(text) + "\n"
+    table = Table(text, title=text)
+    table.add_row(f"[/]:smile: {text}")
+    with console().capture() as captured:
+        console().print(text, table)
+    assert captured.get().startswith(printable(text) + "\n")
+    assert captured.get().count("[red]a\\x1b[2J") == 4
+    assert "[/]:smile: [red]" in captured.get()
+    assert set(captured.get()) <= {"\n", *filter(str.isprintable, captured.get())}
     assert printable("abcdefghi", limit=7) == "abcd…hi"
 
 

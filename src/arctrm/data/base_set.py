@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
-from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -143,11 +142,11 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
     where = f" in {out}" if out else ""
     report = Table(
         *("subset", "tasks", "demonstrations", "test pairs"),
-        title=escape(f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs{where}"),
-        caption=escape("\n".join(f"{k}: {v}" for k, v in remarks.items() if v)),
+        title=f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs{where}",
+        caption="\n".join(f"{k}: {v}" for k, v in remarks.items() if v),
     )
     for label, counts in base.meta.counts.items():
-        report.add_row(escape(label), *(f"{count:,}" for count in counts.values()))
+        report.add_row(label, *(f"{count:,}" for count in counts.values()))
     return base, report
 
 

@@ -98,7 +98,7 @@ def show(
     for task_id in task_ids or ([] if statistics else list(by_id)[:limit]):
         console().print(task_picture(by_id[nearest(task_id, by_id, source)]))
     if statistics:
-        table = Table("", "tasks", f"of {len(tasks):,}", title=Text(source), title_justify="left")
+        table = Table("", "tasks", f"of {len(tasks):,}", title=source, title_justify="left")
         for split in ("evaluation", "evaluation2"):  # what would leak if it were trained on
             overlaps = find_overlaps({source: tasks}, load_tasks(split), split)
             count = f"{len({overlap.task_id for overlap in overlaps}):,}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlparse
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from arctrm.config import TrackingConfig
@@ -110,7 +109,7 @@ class Tracker:
             action()
         except Exception as error:  # network, quota, a broken installation: training goes on
             first = str(error).strip().partition("\n")[0] or type(error).__name__
-            note(f"W&B {what} ({escape(first)}); metrics go on to {self.path}")
+            note(f"W&B {what} ({first}); metrics go on to {self.path}")
             self._wandb = None
 
     def _start_wandb(self) -> None:
