@@ -8,7 +8,8 @@ the hash of their ids, so that neither size nor luck chooses. Answers are withhe
 answered. A line of JSON is added for every task and budget; those that are there already are not
 answered again, and a file holds the answers of one checkpoint. `--part 2/3` answers every third
 task from the second on, for several processes; the table counts all lines of the file, and of their
-adaptation steps it shows the median.
+adaptation steps it shows the median. A second table counts solved training tasks by the certainty
+that `solve` gives its answers.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from arctrm.data.task import Task, in_hash_order
 from arctrm.errors import ConfigError
 from arctrm.solve import scoring
 from arctrm.solve.adapt import require_adaptable
+from arctrm.solve.solution import COUNTS, MAJORITY, reason_of
 from arctrm.solve.solve import solve_task
 from arctrm.solve.weights import Solver, load_solver
 from arctrm.system import processor
@@ -67,7 +69,8 @@ def main() -> None:
             with args.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             console().print(json.dumps(line), markup=False, soft_wrap=True)
-    print_table(read(args.out))
+    print_table(lines := read(args.out))
+    print_counts(lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -138,6 +141,7 @@ def answer(solver: Solver, task: Task, config: SolveConfig) -> dict[str, object]
         "first": sum(bool(pair[0]) for pair in right),
         "right": sum(any(pair) for pair in right),
         "probe": solution.leave_one_out,
+        "agreement": [round(answer.agreement, 3) for answer in solution.answers],
     }
 
 
@@ -180,6 +184,29 @@ def print_table(lines: list[dict]) -> None:
             *(str(sums[key]) for key in ("inputs", "right", "first")),
             f"{statistics.median(line['steps'] for line in own):g}",
         )
+    console().print(table)
+
+
+def print_counts(lines: list[dict]) -> None:
+    """Solved tasks by what `solve` says of its answer, for `arctrm.solve.solution.COUNTS`. Only
+    training tasks count: nothing is chosen by the answers of evaluation tasks.
+    """
+    groups = defaultdict(list)
+    for line in lines:
+        if line["source"].startswith("training"):
+            agreement = line.get("agreement")  # older lines have none
+            many = "-" if agreement is None else "yes" if min(agreement) >= MAJORITY else "no"
+            for group in ("all", many):
+                solved = line["right"] == line["inputs"]
+                groups[reason_of(line["probe"]), group].append(solved)
+    table = Table(title="certainty of answers to unseen training tasks", title_justify="left")
+    for column in ("reason", "most proposals agree", "solved", "tasks", "in COUNTS"):
+        table.add_column(column)
+    for reason, counts in COUNTS.items():
+        for group in ("all", "yes", "no", "-"):
+            if own := groups.get((reason, group)):
+                stored = "{} of {}".format(*counts) if group == "all" else ""
+                table.add_row(reason, group, str(sum(own)), str(len(own)), stored)
     console().print(table)
 
 

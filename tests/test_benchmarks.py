@@ -116,6 +116,19 @@ def test_unseen_refuses_what_it_would_answer_twice(words, got, tmp_path, monkeyp
     assert not out.exists()
 
 
+def test_unseen_counts_solved_training_tasks_by_their_certainty(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    count = runpy.run_path(str(FOLDER / "unseen.py"))["print_counts"]
+    line = {"source": "training", "inputs": 1, "right": 1, "probe": 1.0, "agreement": [0.9]}
+    wrong = {**line, "right": 0, "agreement": [0.1]}
+    old = {name: value for name, value in line.items() if name != "agreement"} | {"probe": None}
+    count([line, line, wrong, old, {**line, "source": "evaluation2"}])
+    rows = [row.split("│")[2:5] for row in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip() for cell in row] for row in rows if len(row) == 3]
+    expected = ("all", "2", "3"), ("yes", "2", "2"), ("no", "0", "1"), ("all", "1", "1")
+    assert [row for row in rows if row[1].isdigit()] == [*map(list, expected), ["-", "1", "1"]]
+
+
 def refusal(script, words, monkeypatch, capsys):
     """The one line that a script ends with."""
     monkeypatch.setattr(sys, "argv", [script, *words])

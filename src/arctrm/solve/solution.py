@@ -44,6 +44,13 @@ LIKELY = 0.7  # share of solved tasks from which an answer is called likely righ
 MAJORITY = 0.5  # share of the proposals for the same of a known task, of which none were counted
 
 
+def reason_of(leave_one_out: float | None) -> str:
+    """The key in `COUNTS` of a leave-one-out score."""
+    if leave_one_out is None:
+        return NONE_HELD_OUT
+    return HELD_OUT_RIGHT if leave_one_out == 1 else HELD_OUT_WRONG
+
+
 @dataclass(frozen=True)
 class Certainty:
     """How likely it is that one of two attempts is right."""
@@ -124,7 +131,5 @@ class Solution:
             many = answer.agreement >= MAJORITY
             reason = f"{'most' if many else 'few'} proposals agree, and the model knows the task"
             return Certainty("likely right" if many else "a guess", reason)
-        reason = HELD_OUT_RIGHT if self.leave_one_out == 1 else HELD_OUT_WRONG
-        reason = NONE_HELD_OUT if self.leave_one_out is None else reason
-        solved, whole = counts = COUNTS[reason]
+        solved, whole = counts = COUNTS[reason := reason_of(self.leave_one_out)]
         return Certainty("likely right" if solved / whole >= LIKELY else "a guess", reason, counts)
