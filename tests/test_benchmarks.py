@@ -16,7 +16,7 @@ from arctrm.solve.rank import vote
 from arctrm.solve.results import CANDIDATES, write_candidates
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-RECIPE = str(FOLDER.parent / "configs" / "arc1_1h.toml")
+RECIPE = str(FOLDER.parent / "src/arctrm/configs/arc1_1h.toml")
 
 
 @pytest.mark.parametrize(
