@@ -116,8 +116,14 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run folder (its latest), a checkpoint or a bundle folder."""
+    """The checkpoint meant by a run folder (its latest), a checkpoint or a bundle folder, or by
+    ORG/NAME: the one on the Hugging Face hub.
+    """
     found = path if (path / META).is_file() else latest_checkpoint(path)
+    if found is None and is_hub_id(path):
+        from arctrm.hub import download  # a second, and rarely needed
+
+        return download(str(path))
     if found is None:
         what = "no checkpoint" if path.is_dir() else "not a folder"
         raise CheckpointError(
@@ -125,6 +131,12 @@ def resolve_checkpoint(path: Path) -> Path:
             f"checkpoint or bundle (with {META} and {MODEL})"
         )
     return found
+
+
+def is_hub_id(path: Path) -> bool:
+    """Whether a path may be ORG/NAME on the hub: not where a folder ORG is here."""
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path), re.ASCII)
+    return is_name is not None and not path.parent.exists()
 
 
 def read_meta(path: Path) -> CheckpointMeta:

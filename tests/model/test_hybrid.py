@@ -6,7 +6,7 @@ import torch
 
 from arctrm.config import CouplingConfig, HubConfig, TrunkConfig
 from arctrm.data.task import Pair
-from arctrm.model.hybrid import Hybrid, HybridRefiner
+from arctrm.model.hybrid import HybridModel, HybridRefiner
 from arctrm.model.layout import Condition, output_tokens, prompt
 from arctrm.model.trm import Asked, TrunkRefiner, lay_out
 from arctrm.model.trunk import Trunk
@@ -42,7 +42,7 @@ def hybrid(folder):
                 if "lora_B" in name:
                     parameter.normal_(std=0.1)
         config = CouplingConfig(**paths, num_context_slots=4, num_back_vectors=3, adapter_heads=2)
-        return Hybrid(reader, trunk, config)
+        return HybridModel(reader, trunk, config)
 
     return new
 

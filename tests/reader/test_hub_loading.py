@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import socket
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 
-import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +13,7 @@ from arctrm.config import HubConfig
 from arctrm.errors import CheckpointError, ConfigError, UserError
 from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
 from hub_models import WIDTH, save_model, words, wrapped
+from hub_server import point_to, serving
 
 ANSWERS = {
     "/org/gated/": (403, "GatedRepo"),
@@ -43,24 +42,9 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine, and an empty cache."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    point_to(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def point_to(monkeypatch, cache, address):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(Hub) as address:
+        point_to(monkeypatch, tmp_path, address)
+        yield
 
 
 def sentence(name, kind=UserError):

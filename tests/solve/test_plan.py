@@ -10,7 +10,7 @@ import torch
 
 from arctrm.config import CouplingConfig, HubConfig, SolveConfig, TrunkConfig
 from arctrm.data.task import Pair
-from arctrm.model.hybrid import Hybrid, HybridRefiner
+from arctrm.model.hybrid import HybridModel, HybridRefiner
 from arctrm.model.trunk import Trunk
 from arctrm.planner import GridVerifier
 from arctrm.reader.hub_loading import load_hub_reader
@@ -36,7 +36,7 @@ def hub_solver(folder, mode="frozen", back=True) -> Solver:
         for parameter in trunk.parameters():
             parameter.normal_(std=0.3)
     coupling = CouplingConfig(back=back, num_context_slots=4, num_back_vectors=3, adapter_heads=2)
-    hybrid = Hybrid(reader, trunk, coupling).eval().requires_grad_(False)
+    hybrid = HybridModel(reader, trunk, coupling).eval().requires_grad_(False)
     speak = lambda m: Voices(m.reader, HybridRefiner(m, 2), HybridRefiner(m, 2, coupled=False))
     return Solver(speak(hybrid), hybrid, speak, {}, True, 0, "a hub model", reads_pairs=True)
 

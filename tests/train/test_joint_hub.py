@@ -9,7 +9,7 @@ import torch
 from arctrm.config import JointConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.errors import ConfigError
-from arctrm.model.hybrid import Hybrid
+from arctrm.model.hybrid import HybridModel
 from arctrm.model.layout import prompt
 from arctrm.model.trm import Asked
 from arctrm.model.trunk import Trunk
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def new(folder):
-    """Hybrid and step: `new(mode, max_attempts=, trm={...}, **coupling)`."""
+    """Model and step: `new(mode, max_attempts=, trm={...}, **coupling)`."""
 
     def make(mode="lora", max_attempts=2, trm=None, hub=None, **coupling):
         rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def new(folder):
         )
         torch.manual_seed(0)
         reader = load_hub_reader(config.hub)
-        hybrid = Hybrid(reader, Trunk(config.trunk, base.num_tasks), config.coupling)
+        hybrid = HybridModel(reader, Trunk(config.trunk, base.num_tasks), config.coupling)
         for name, parameter in hybrid.named_parameters():
             if name.endswith(("halt_head.weight", "feedback.layers.0.weight")) or "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

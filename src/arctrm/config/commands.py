@@ -211,7 +211,7 @@ class EvalConfig(_Command):
     """`arctrm eval`."""
 
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
-    """Checkpoint folder or file; the bundled weights when absent."""
+    """Checkpoint folder or file, or ORG/NAME on the Hugging Face hub; else the bundled weights."""
     bundled: bool = Field(False, json_schema_extra=FREE)
     """Use the bundled weights; excludes checkpoint."""
     submission: Path | None = None
@@ -233,7 +233,7 @@ class SolveConfig(_Command):
     """`arctrm solve`."""
 
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
-    """Checkpoint folder or file; the bundled weights when absent."""
+    """Checkpoint folder or file, or ORG/NAME on the Hugging Face hub; else the bundled weights."""
     budget: Seconds = 60.0
     """Wall-clock time per task."""
     keep_going: bool = False

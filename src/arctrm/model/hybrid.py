@@ -36,7 +36,7 @@ class Heard(NamedTuple):
     visible: Tensor  # int64 [R]: how many it may see
 
 
-class Hybrid(nn.Module):
+class HybridModel(nn.Module):
     """Hub model + adapters + trunk."""
 
     def __init__(self, reader: "HubReader", trunk: Trunk, config: CouplingConfig):
@@ -165,7 +165,7 @@ class Hybrid(nn.Module):
 class HybridRefiner(TrunkRefiner):
     """Answers as TRM that hears the hub model; where not `coupled`, as TRM alone."""
 
-    def __init__(self, hybrid: Hybrid, halt_max_steps: int, *, coupled: bool = True):
+    def __init__(self, hybrid: HybridModel, halt_max_steps: int, *, coupled: bool = True):
         super().__init__(hybrid.trunk, halt_max_steps)
         self.hybrid, self.coupled = hybrid, coupled
 

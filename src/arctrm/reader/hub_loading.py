@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from arctrm import hub
 from arctrm.config import HubConfig
 from arctrm.errors import ArctrmError, CheckpointError, ConfigError, ResourceError
 from arctrm.reader.hub import HubReader
@@ -26,8 +27,6 @@ from arctrm.reader.hub_prompts import check_chat_template, find_spelling
 from arctrm.system import compute_dtype
 
 META = "meta-llama/Llama-3"
-# Types of errors without a connection; by name, as the HTTP library changes.
-UNREACHABLE = "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"
 
 
 def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> HubReader:
@@ -135,7 +134,7 @@ def _only_cached(name: str, revision: str) -> bool:
     try:
         HfApi().model_info(name, revision=revision, timeout=10.0)
     except Exception as error:
-        return _is(error, UNREACHABLE)
+        return hub.is_unreachable(error)
     return False
 
 
@@ -152,27 +151,6 @@ def _reading(name: str, problem: str) -> Iterator[None]:
             "device_map = 'auto' or use a smaller model"
         ) from error
     except Exception as error:  # the tokenizers library raises nothing more precise
-        if _is(error, ("GatedRepoError",)):
-            problem = "access is restricted; accept its licence at https://huggingface.co/" + name
-            problem += " and log in with `hf auth login`"
-        elif _is(error, UNREACHABLE):
-            problem = (
-                f"is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached; "
-            )
-            problem += "connect to the network (unset HF_HUB_OFFLINE), or give a local folder"
-        elif _is(error, ("RepositoryNotFoundError", "HFValidationError")):
-            problem = "is no local folder, and no model on the Hugging Face hub that you may see; "
-            problem += "check the spelling, or log in with `hf auth login`"
-        else:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            problem += f" ({lines[0].rstrip('.:')})"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        problem = hub.refusal(error, name) or f"{problem} ({lines[0].rstrip('.:')})"
         raise ConfigError(f"{name}: {problem}") from error
-
-
-def _is(error: BaseException | None, kinds: tuple[str, ...]) -> bool:
-    """Whether the error or one of its causes is of such a type."""
-    while error is not None:
-        if any(base.__name__ in kinds for base in type(error).__mro__):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -21,6 +21,7 @@ from arctrm.model.layout import Prompt
 from arctrm.reader.hub import HubReader, HubStore, with_soft
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.hub_prompts import new_prompt, text_ids
+from arctrm.reader.protocol import Reader
 from arctrm.reader.text import GridText
 
 
@@ -90,12 +91,12 @@ class TextReasoningModule(nn.Module):
 
     `model_name` is an id on the Hugging Face hub or a folder, loaded on `device` with the `options`
     of `HubConfig` (`freeze` = False trains every weight, or with `mode="lora"` what that adds); or
-    it is a `HubReader` or `GridText` that stays as trained as it is.
+    it is a reader (`solver.reader`) or `GridText` that stays as trained as it is.
     """
 
     def __init__(
         self,
-        model_name: str | HubReader | GridText,
+        model_name: str | Reader | GridText,
         freeze: bool = True,
         device: str | torch.device | None = None,
         **options: Any,
@@ -116,6 +117,13 @@ class TextReasoningModule(nn.Module):
                 raise config_error(error, given, HubConfig) from error
         elif options or device is not None:
             raise ConfigError("TextReasoningModule: a loaded reader takes no device and no options")
+        elif hasattr(loaded, "store") and not isinstance(loaded, HubReader):
+            loaded = GridText(loaded)  # a reader of grids alone
+        elif not isinstance(loaded, HubReader | GridText):
+            raise ConfigError(
+                f"TextReasoningModule: got {type(loaded).__name__}, which reads no text; give a "
+                "hub id, a folder, or the reader of a solver (solver.reader)"
+            )
         self.model = loaded if isinstance(loaded, HubReader) else None  # its weights are trained
         self.reader: GridText | HubText = loaded if self.model is None else HubText(loaded)
 

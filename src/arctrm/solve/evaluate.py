@@ -36,13 +36,14 @@ SCORES, ABLATIONS = "scores.json", "ablations.json"
 
 
 def evaluate(
-    config: EvalConfig, *, resume: bool = False, dry_run: bool = False
+    config: EvalConfig, *, solver: Solver | None = None, resume: bool = False, dry_run: bool = False
 ) -> scoring.Scores | None:
     """Write scores.json, submission.json and config.json to `config.out`; print the score table.
 
-    With `resume`, answer what an interrupted evaluation has left; with `dry_run`, only print what
-    would be done. Returns the scores; None where no answer is known (the submission is written all
-    the same), after a dry run, and in all processes but the main one.
+    `solver` answers instead of `config.checkpoint`. With `resume`, answer what an interrupted
+    evaluation has left; with `dry_run`, only print what would be done. Returns the scores; None
+    where no answer is known (the submission is written all the same), after a dry run, and in all
+    processes but the main one.
     """
     # 1. Tasks, weights, and what is answered already. Every process reads before any writes.
     if (out := config.out) is None:
@@ -52,7 +53,7 @@ def evaluate(
     tasks, known = load_test_set(config.evaluation)
     accelerator = new_accelerator()
     store = results.open_store(out / results.UNFINISHED, config, tasks, resume)
-    solver = load_solver(config.checkpoint, config.inference, accelerator.device)
+    solver = solver or load_solver(config.checkpoint, config.inference, accelerator.device)
     rows = (EVERYTHING, *config.evaluation.ablate)
     if len(rows) > 1 and not solver.speaks_both:
         voices = ", ".join(solver.voices)

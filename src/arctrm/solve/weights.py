@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,16 +20,30 @@ from arctrm.checkpoints import (
     read_trunk,
     resolve_checkpoint,
 )
-from arctrm.config import TINY, HubConfig, InferenceConfig, TaskChoiceConfig
+from arctrm.config import (
+    TINY,
+    EvalConfig,
+    HubConfig,
+    InferenceConfig,
+    SolveConfig,
+    TaskChoiceConfig,
+)
+from arctrm.config.load import as_flags, load_config
 from arctrm.data.task import Task
 from arctrm.data.views import View
 from arctrm.errors import CheckpointError, ConfigError
+from arctrm.model.layout import Condition
 from arctrm.model.reference import ReferenceRefiner, read_reference_file, reference_views
 from arctrm.model.trm import Refiner, TrunkRefiner
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.reader.protocol import Reader
 from arctrm.reader.tiny import TinyReader
 from arctrm.system import compute_dtype
+
+if TYPE_CHECKING:
+    from arctrm.reader.text_module import TextReasoningModule
+    from arctrm.solve.scoring import Scores
+    from arctrm.solve.solution import OnProgress, Solution
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
@@ -43,9 +57,11 @@ class Voices(NamedTuple):
 
 
 Speak = Callable[[Any], Voices]  # makes the voices of models of one kind
+Settings = Mapping[str, Any] | None
+"""Keys as after `--set`, such as {"inference.views": 16}."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Solver:
     """Who answers, and for which tasks they have an embedding."""
 
@@ -67,6 +83,94 @@ class Solver:
     held_out: int = 0  # tasks of the other subsets whose test pairs were kept out, too
     voices: tuple[str, ...] = ("reader", "trm")  # that were trained
     adapted: bool = False  # the weights have been adapted to the tasks after training
+    folder: Path | None = None  # of the checkpoint; None of a published file
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        settings: Settings = None,
+    ) -> "Solver":
+        """Load the bundled weights (None), a run, checkpoint or bundle folder, org/name on the
+        Hugging Face hub, or a published TRM file.
+
+        `device`: the GPU unless given, where there is one. `settings`: keys of `[inference]`.
+        Raises CheckpointError or ConfigError.
+        """
+        config = load_config(SolveConfig, flags=as_flags(settings))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        path = None if checkpoint is None else Path(checkpoint).expanduser()
+        return load_solver(path, config.inference, place)
+
+    def solve(
+        self,
+        task: Task,
+        budget: float | str = "60s",
+        on_progress: "OnProgress" = lambda progress: None,
+        *,
+        settings: Settings = None,
+    ) -> "Solution":
+        """Two grids and their evidence for every test input, within `budget` (seconds, or "5m").
+
+        `on_progress` gets a `Progress` now and then. Ctrl-C raises `Stopped`, whose `solution` has
+        the best grids so far.
+        """
+        from arctrm.solve.adapt import require_adaptable  # these are built on this module
+        from arctrm.solve.questions import require_test_inputs
+        from arctrm.solve.solve import solve_task
+
+        config = load_config(
+            SolveConfig, flags={"budget": ("budget", budget), **as_flags(settings)}
+        )
+        require_adaptable(self, "solve", "Solver.evaluate takes any checkpoint")
+        require_test_inputs([task], task.id)
+        return solve_task(self, task, config, on_progress)
+
+    def evaluate(
+        self,
+        test_set: str = "evaluation",
+        *,
+        out: str | Path,
+        resume: bool = False,
+        settings: Settings = None,
+    ) -> "Scores | None":
+        """As `arctrm eval`: answer and score a bundled set, file or folder; write and print it."""
+        from arctrm.solve.evaluate import evaluate
+
+        given = {"test_set": ("evaluation.test_set", test_set), "out": ("out", str(out))}
+        config = load_config(EvalConfig, flags=given | as_flags(settings))
+        return evaluate(config, solver=self, resume=resume)
+
+    def text_module(self, task: Task | None = None) -> "TextReasoningModule":
+        """The reader as texts go in and grids come out, for an `ARCPlanner`. A tiny reader knows a
+        task by its embedding: that of `task`, or the mean.
+        """
+        from arctrm.reader.text import GridText
+        from arctrm.reader.text_module import TextReasoningModule
+
+        if self.reader is None:
+            raise CheckpointError(
+                f"{self.name}: has no reader, which writes texts; use other weights"
+            )
+        row = None if task is None else self.row_of(task)
+        condition = Condition(self.mean_row if row is None else row, keeps_colours=1)
+        return TextReasoningModule(GridText(self.reader, condition))
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the weights as they were loaded to org/name on the Hugging Face hub, as a bundle
+        with a model card; gives its address. Raises ConfigError without a login.
+        """
+        from arctrm.hub import push
+
+        if self.folder is None:
+            raise CheckpointError(f"{self.name}: only checkpoints of arctrm can be uploaded")
+        return push(self.folder, name, private=private, token=token)
+
+    def __repr__(self) -> str:
+        known = f"{len(set(self.rows.values()))} tasks known"
+        return f"<Solver: {self.name}, {' and '.join(self.voices)}, {known}, {self.device}>"
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +221,7 @@ class Solver:
 def load_solver(
     checkpoint: Path | None, inference: InferenceConfig, device: torch.device
 ) -> Solver:
-    """Load the bundled weights (None), a run, checkpoint or bundle folder, or a published file."""
+    """As `Solver.from_pretrained`."""
     if checkpoint is not None and checkpoint.is_file():
         if checkpoint.with_name(META).is_file():
             raise CheckpointError(f"{checkpoint}: one file of a checkpoint; give its folder")
@@ -125,10 +229,17 @@ def load_solver(
     folder = resolve_checkpoint(checkpoint or BUNDLED)
     meta = read_meta(folder)
     if meta.trained.llama_model != TINY:
-        return _hub(folder, meta, inference, device)
-    if inference.llama_model is not None:
+        solver = _hub(folder, meta, inference, device)
+    elif inference.llama_model is not None:
         raise ConfigError(f"inference.llama_model: {folder} holds no hub reader")
-    return _tiny(folder, inference, device)
+    else:
+        solver = _tiny(folder, inference, device)
+    # The cache of the Hugging Face hub says less than the name there.
+    return (
+        solver
+        if checkpoint is None or checkpoint.exists()
+        else replace(solver, name=str(checkpoint))
+    )
 
 
 def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Solver:
@@ -175,6 +286,7 @@ def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) 
         test_set=data.test_set,
         held_out=data.held_out,
         voices=meta.voices,
+        folder=folder,
     )
 
 
@@ -182,7 +294,7 @@ def _hub(
     folder: Path, meta: CheckpointMeta, inference: InferenceConfig, device: torch.device
 ) -> Solver:
     """Trunk and adapters of a checkpoint, and what was trained of its reader."""
-    from arctrm.model.hybrid import Hybrid, HybridRefiner
+    from arctrm.model.hybrid import HybridModel, HybridRefiner
     from arctrm.reader.hub_loading import load_hub_reader
 
     trained, most = meta.trained, meta.trained.trm.halt_max_steps
@@ -191,7 +303,7 @@ def _hub(
     except ConfigError as error:
         cure = "set inference.llama_model to where the model is now"
         raise CheckpointError(f"{folder}: {error}; {cure}") from error
-    hybrid = Hybrid(reader, trained.new_trunk(len(meta.task_ids)), trained.coupling)
+    hybrid = HybridModel(reader, trained.new_trunk(len(meta.task_ids)), trained.coupling)
     own = {name.replace("reader.pretrained.", "hub.", 1): name for name in hybrid.state_dict()}
     shapes = {stored: hybrid.state_dict()[name].shape for stored, name in own.items()}
     tensors = read_model(folder, expected=shapes)
@@ -199,7 +311,7 @@ def _hub(
     hybrid.trunk = with_mean(hybrid.trunk)
     hybrid.trunk.dtype = compute_dtype(inference.dtype, device, trains=False)
 
-    def speak(model: Hybrid) -> Voices:
+    def speak(model: HybridModel) -> Voices:
         both = (HybridRefiner(model, most, coupled=hears) for hears in (True, False))
         return Voices(model.reader, *both)
 

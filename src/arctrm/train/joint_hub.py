@@ -15,7 +15,7 @@ from torch import Tensor
 from arctrm.config import JointConfig
 from arctrm.data.base_set import BaseSet
 from arctrm.errors import ConfigError
-from arctrm.model.hybrid import Heard, Hybrid
+from arctrm.model.hybrid import Heard, HybridModel
 from arctrm.model.layout import CHOICE_OF, prompt
 from arctrm.model.trm import Asked, Prediction
 from arctrm.train.drafts import DraftPool, questions_of
@@ -38,7 +38,7 @@ class JointBatch(NamedTuple):
 class JointStep(Step):
     """Adds the gradient of one batch of sequences to reader, adapters and trunk."""
 
-    def __init__(self, hybrid: Hybrid, sequences: Sequences, config: JointConfig):
+    def __init__(self, hybrid: HybridModel, sequences: Sequences, config: JointConfig):
         """`sequences` are what the reader reads, without scaling and inverse tasks."""
         num_tokens = config.coupling.reader_tokens_per_batch
         room = room_for(sequences, num_tokens, config.batch_size)
@@ -150,7 +150,7 @@ class JointStep(Step):
         return self.hybrid.written_loss(asked, answers, soft[last.to(soft.device)])
 
 
-def hub_steps(config: JointConfig, hybrid: Hybrid, base: BaseSet) -> list[Step]:
+def hub_steps(config: JointConfig, hybrid: HybridModel, base: BaseSet) -> list[Step]:
     """The steps of a joint run with a hub reader, on the trunk's device."""
     reader, longest = hybrid.reader, config.hub.training_tokens
     needed = longest + config.coupling.num_back_vectors * config.coupling.back

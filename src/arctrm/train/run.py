@@ -252,13 +252,13 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
-    from arctrm.model.hybrid import Hybrid
+    from arctrm.model.hybrid import HybridModel
     from arctrm.reader.hub_loading import load_hub_reader
 
     reader = load_hub_reader(config.hub, trunk.device)
     if reader.device.type != trunk.device.type:
         raise ConfigError(f"hub.device: TRM is trained on {trunk.device}; leave hub.device out")
-    hybrid = Hybrid(reader, trunk, config.coupling)
+    hybrid = HybridModel(reader, trunk, config.coupling)
     starts: list[tuple[Path | None, str, nn.Module]] = [
         (config.trm_checkpoint, "adapters.", hybrid.adapters),
         (config.reader_checkpoint, "hub.", reader.pretrained),
