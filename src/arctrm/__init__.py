@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from arctrm.solve.rank import Ranked as Ranked
     from arctrm.solve.scoring import Scores as Scores
     from arctrm.solve.solution import Answer as Answer
+    from arctrm.solve.solution import Certainty as Certainty
     from arctrm.solve.solution import Event as Event
     from arctrm.solve.solution import Progress as Progress
     from arctrm.solve.solution import Solution as Solution
@@ -62,7 +63,7 @@ _HOMES = {
     "solve.evaluate": ("evaluate",),
     "solve.rank": ("Ranked",),
     "solve.scoring": ("Scores",),
-    "solve.solution": ("Answer", "Event", "Progress", "Solution"),
+    "solve.solution": ("Answer", "Certainty", "Event", "Progress", "Solution"),
     "solve.solve": ("Stopped",),
     "solve.weights": ("Solver",),
 }
