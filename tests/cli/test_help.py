@@ -20,7 +20,7 @@ COMMANDS = {
     | {"--test-set", "--max-tasks"},
     "solve": SHARED
     | {"--checkpoint", "--budget", "--views", "--attempts", "--check", "--keep-going"}
-    | {"--verbose", "--json"},
+    | {"--verbose", "--json", "--total-budget", "--resume"},
 }
 """The whole command line: a flag added or dropped has to be changed here too."""
 PAGES = ["", "data", *COMMANDS]

@@ -72,13 +72,14 @@ def test_scores_submission_and_record_are_written(settings, scores, trained):
 
 
 def test_the_submission_is_what_is_scored(settings, scores, trained, tmp_path):
-    again = config(None, trained.folder, tmp_path / "late", evaluation={"keep_candidates": False})
+    again = config(None, trained.folder, tmp_path, evaluation={"keep_candidates": False})
     for given in (settings.out, settings.out / "submission.json"):
-        late = evaluate(again.model_copy(update={"submission": given}))
+        out = tmp_path / given.name
+        late = evaluate(again.model_copy(update={"submission": given, "out": out}))
         for k in (1, 2):
             assert late.task_fraction[k] == scores.task_fraction[k]
         assert late.cell_accuracy == scores.cell_accuracy
-    told = read(tmp_path / "late", "scores.json")
+    told = read(out, "scores.json")
     assert set(told["task_fraction"]) == {"pass@1", "pass@2"}
 
 
@@ -209,6 +210,15 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
 
 
 # -- refusals
+
+
+def test_a_finished_evaluation_is_not_overwritten(settings, scores):
+    before = {path.name: path.read_bytes() for path in settings.out.iterdir()}
+    late = config(None, settings.evaluation.test_set, settings.out, submission=settings.out)
+    for resume, own in ((False, settings), (True, settings), (False, late)):
+        with pytest.raises(DataError, match=r"holds scores\.json of a finished run.*--resume"):
+            evaluate(own, resume=resume)
+    assert {path.name: path.read_bytes() for path in settings.out.iterdir()} == before
 
 
 def test_a_dry_run_counts_and_answers_nothing(settings, tmp_path, capsys):

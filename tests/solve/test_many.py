@@ -1,15 +1,19 @@
 """`solve` over many tasks: every task is answered into one submission, whatever happens."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from arctrm.config import SolveConfig
-from arctrm.errors import TaskError
+from arctrm.data.task import Pair, Task
+from arctrm.errors import ArctrmError, CheckpointError, DataError, TaskError
+from arctrm.solve import many
 from arctrm.solve import solve as room
 from arctrm.solve.many import solve
-from arctrm.solve.results import read_submission
+from arctrm.solve.results import SUBMISSION, UNFINISHED, read_submission
+from arctrm.solve.solution import Answer, Progress, Solution
 
 
 def quick(trained, out=None, **top) -> SolveConfig:
@@ -49,28 +53,178 @@ def test_a_folder_is_answered_into_one_submission_and_no_answer_is_handed_on(
     assert all(pair.output is None for task in seen for pair in task.test)
 
 
-def test_an_interrupt_keeps_what_was_answered(trained, write_tasks, tmp_path, monkeypatch):
-    watched(monkeypatch, trained.others[1].id, KeyboardInterrupt)
-    folder = write_tasks(tmp_path / "tasks", trained.others)
-    with pytest.raises(KeyboardInterrupt):
-        solve(quick(trained, tmp_path / "out"), str(folder))
-    assert list(read_submission(tmp_path / "out/submission.json")) == [trained.others[0].id]
+def interrupted(*given, **named):
+    raise KeyboardInterrupt
+
+
+def records(out):
+    """Answers that are kept, in the order in which they came."""
+    lines = map(json.loads, (out / UNFINISHED).read_text().splitlines())
+    return [line for line in lines if "row" in line]
+
+
+def flat(answers):
+    return [grid for two in answers for grid in two]
+
+
+def are_inputs(submitted, task):
+    both = zip(task.test, submitted[task.id], strict=True)
+    return all(np.array_equal(grid, pair.input) for pair, grids in both for grid in grids)
+
+
+def test_an_interrupted_run_goes_on_and_loses_nothing(trained, write_tasks, tmp_path, monkeypatch):
+    tasks, out = [*trained.known[:2], *trained.others], tmp_path / "out"
+    folder, settings = str(write_tasks(tmp_path / "tasks", tasks)), quick(trained, out)
+    failing = trained.others[1]
+    with monkeypatch.context() as patched:
+        seen = watched(patched, failing.id, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt, match=r"of 5 tasks, which are kept in .*--resume"):
+            solve(settings, folder)
+    first = read_submission(out / SUBMISSION)
+    assert list(first) == sorted(task.id for task in tasks)
+    answered = [task.id for task in seen[:-1]]
+    assert len(answered) >= 2
+    assert are_inputs(first, failing)  # not yet answered
+    before = (out / SUBMISSION).read_bytes()
+    with pytest.raises(DataError, match="add --resume"):
+        solve(settings, folder)
+    with pytest.raises(CheckpointError, match="seed = 0 then, 3 now"):
+        solve(quick(trained, out, seed=3), folder, resume=True)
+    assert (out / SUBMISSION).read_bytes() == before
+    again = watched(monkeypatch)
+    solve(settings, folder, resume=True)
+    assert sorted([*answered, *(task.id for task in again)]) == list(first)
+    last = read_submission(out / SUBMISSION)
+    for name in answered:
+        assert [g.tolist() for g in flat(last[name])] == [g.tolist() for g in flat(first[name])]
+    assert not (out / UNFINISHED).exists()
+    for resume in (False, True):
+        with pytest.raises(DataError, match="finished run, of which nothing is left to --resume"):
+            solve(settings, folder, resume=resume)
+
+
+def test_an_answer_that_was_cut_short_is_submitted_and_found_again(
+    trained, write_tasks, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    folder, settings = str(write_tasks(tmp_path / "tasks", trained.others)), quick(trained, out)
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "answer_later", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="after 0 of 3 tasks"):
+            solve(settings, folder)
+    [record] = records(out)
+    own = read_submission(out / SUBMISSION)[record["task"]]
+    assert [two[0].tolist() for two in own] == [ranked[0]["grid"] for ranked in record["test"]]
+    seen = watched(monkeypatch)
+    solve(settings, folder, resume=True)
+    assert len(seen) == 3
+    assert not (out / UNFINISHED).exists()
 
 
 def test_a_task_that_fails_is_answered_by_its_inputs_and_the_others_go_on(
     trained, write_tasks, tmp_path, monkeypatch, capsys
 ):
-    watched(monkeypatch, trained.others[0].id, IndexError("out of range"))
-    folder = write_tasks(tmp_path / "tasks", trained.others[:2])
-    with pytest.raises(IndexError):
-        solve(quick(trained, tmp_path / "first"), str(folder))
-    solve(quick(trained, tmp_path / "out", keep_going=True), str(folder))
-    submitted = read_submission(tmp_path / "out/submission.json")
-    assert list(submitted) == [task.id for task in trained.others[:2]]
-    for pair, grids in zip(trained.others[0].test, submitted[trained.others[0].id], strict=True):
-        assert all(np.array_equal(grid, pair.input) for grid in grids)
+    failing, out = trained.others[0], tmp_path / "out"
+    folder, settings = str(write_tasks(tmp_path / "tasks", trained.others)), quick(trained, out)
+    with monkeypatch.context() as patched:
+        watched(patched, failing.id, IndexError("out of [range]"))
+        with pytest.raises(ArctrmError, match=f"1 of 3 tasks failed .{failing.id}.*--resume"):
+            solve(settings, folder)
+    submitted = read_submission(out / SUBMISSION)
+    assert list(submitted) == [task.id for task in trained.others]
+    assert are_inputs(submitted, failing)
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{trained.others[0].id}: failed (IndexError: out of range)" in said
+    assert f"{failing.id}: failed (IndexError: out of [range])" in said
+    with monkeypatch.context() as patched:
+        seen = watched(patched)
+        solve(settings, folder, resume=True)
+    assert [task.id for task in seen] == [failing.id]
+    watched(monkeypatch, failing.id, IndexError("out of range"))
+    with pytest.raises(IndexError):  # nothing else is there to go on with
+        solve(quick(trained), str(write_tasks(tmp_path / "one", [failing])))
+
+
+# -- one clock for all tasks
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Budgets of tasks as they come, on a clock that moves by `clock.use(budget)` a task."""
+    told = SimpleNamespace(now=1000.0, budgets={}, use=lambda budget: budget, is_killed=False)
+
+    def solved(solver, task, config, on_progress):
+        told.budgets[task.id] = config.budget
+        told.now += told.use(config.budget)
+        on_progress(Progress("reading", "", 0.0, config.budget, ()))
+        if told.is_killed:
+            raise KeyboardInterrupt
+        return Solution(task.without_answers(), tuple(Answer(pair.input) for pair in task.test))
+
+    monkeypatch.setattr(many, "solve_task", solved)
+    monkeypatch.setattr(many, "time", SimpleNamespace(monotonic=lambda: told.now))
+    return told
+
+
+def timed(trained, out, total):
+    return quick(trained, out, total_budget=total, budget=60.0)
+
+
+def large(task):
+    """The same task, with cells repeated."""
+    grow = lambda grid: np.kron(grid, np.ones((4, 4), np.uint8))
+    pairs = lambda own: tuple(Pair(grow(pair.input), grow(pair.output)) for pair in own)
+    return Task("large", pairs(task.demonstrations), pairs(task.test))
+
+
+def test_a_total_budget_is_shared_by_need_and_used_up(trained, write_tasks, tmp_path, clock):
+    tasks = [*trained.known, *trained.others, large(trained.others[0])]
+    folder = write_tasks(tmp_path / "tasks", tasks)
+    solve(timed(trained, tmp_path / "out", 100.0), str(folder))
+    given = clock.budgets
+    assert sum(given.values()) == pytest.approx(100.0)
+    small = given[trained.others[0].id]
+    assert 2 * small < given["large"] < 8 * small
+    assert all(given[task.id] < small for task in trained.known)  # of much the same size
+    # Known tasks may end early, and small ones end on time.
+    last = min(trained.others, key=lambda task: given[task.id])
+    assert set(list(given)[: len(trained.known)]) == {task.id for task in trained.known}
+    assert list(given)[len(trained.known)] == "large"
+    assert list(given)[-1] == last.id
+
+
+def test_time_that_tasks_leave_goes_to_later_ones_and_what_they_overrun_is_taken(
+    trained, write_tasks, tmp_path, clock, capsys
+):
+    folder, budgets = str(write_tasks(tmp_path / "tasks", trained.others)), []
+    for used in (0.5, 1.0, 1.3):
+        clock.use, clock.budgets = (lambda budget, used=used: used * budget), {}
+        solve(timed(trained, tmp_path / f"{used}", 90.0), folder)
+        budgets.append(list(clock.budgets.values()))
+    assert budgets[0][0] == pytest.approx(budgets[1][0])
+    assert budgets[0][-1] > budgets[1][-1] > budgets[2][-1] > 0
+    clock.use = lambda budget: 200.0
+    solve(timed(trained, tmp_path / "late", 90.0), folder)
+    assert "no time was left for 2 tasks" in " ".join(capsys.readouterr().err.split())
+    assert len(read_submission(tmp_path / "late" / SUBMISSION)) == 3
+    clock.use, clock.budgets = (lambda budget: budget), {}
+    solve(timed(trained, tmp_path / "late", 300.0), folder, resume=True)
+    assert sum(clock.budgets.values()) == pytest.approx(100.0)
+    assert len(clock.budgets) == 2
+
+
+def test_a_resumed_run_has_the_time_that_is_left(trained, write_tasks, tmp_path, clock):
+    """The time of the task that was not answered is used, too."""
+    folder, out = str(write_tasks(tmp_path / "tasks", trained.others)), tmp_path / "out"
+    clock.is_killed = True
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 3 tasks"):
+        solve(timed(trained, out, 90.0), folder)
+    [used] = clock.budgets.values()
+    clock.is_killed, clock.budgets, clock.now = False, {}, 5000.0
+    solve(timed(trained, out, 90.0), folder, resume=True)
+    assert sum(clock.budgets.values()) == pytest.approx(90.0 - used, abs=0.1)
+
+
+# -- the folder
 
 
 def test_a_bad_task_ends_the_run_before_anything_is_written(trained, write_tasks, tmp_path, capsys):
@@ -94,7 +248,7 @@ def test_for_scripts_stdout_has_a_line_of_json_for_each_task(trained, capsys):
     solve(quick(trained), str(trained.folder), json=True, check=True, verbose=True)
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["task"] for line in lines] == [task.id for task in trained.known]
+    assert sorted(line["task"] for line in lines) == [task.id for task in trained.known]
     assert all("right" in answer for line in lines for answer in line["answers"])
     assert "test inputs with a known answer solved" in err
     solve(quick(trained), str(trained.folder), json=True, dry_run=True)

@@ -14,6 +14,8 @@ from arctrm.solve.questions import Key, keys_of
 from arctrm.solve.rank import Ranked, by_experts, vote
 from arctrm.solve.results import (
     EVERYTHING,
+    INTERRUPTED,
+    Store,
     as_record,
     content_of,
     from_records,
@@ -115,6 +117,29 @@ def test_a_torn_line_is_answered_again_and_the_others_are_not(tmp_path):
     again = open_store(path, CONFIG, [], resume=True)
     assert again.rows == store.rows
     assert again.head["checkpoint"] == "the model moved"
+
+
+def test_processes_that_answer_together_hold_what_all_have_added(tmp_path):
+    """A line that a process tore as it died is gone; the next one is whole."""
+    path, tasks = tmp_path / "u", [task(name) for name in "abc"]
+    first, second = begun(path, names=()), Store(path)
+    second.begin(CONFIG, "the model", "0123", writes=False)
+    second.writes = True
+    with first.exclusive():
+        first.add(EVERYTHING, [(tasks[0], record("a"))], 1.0)
+        first.keep_time(2.5)
+    with path.open("a") as file:
+        file.write('{"row": "everyth')
+    with second.exclusive():
+        assert second.left(tasks) == tasks[1:]
+        assert second.used == 2.5
+        second.add(INTERRUPTED, [(tasks[1], record("b"))], 1.0)
+    with first.exclusive():
+        assert first.left(tasks) == tasks[1:]
+        assert first.rows[INTERRUPTED].keys() == {"b"}
+        assert first.rankings(tasks) == {key: [] for key in keys_of(tasks)}
+    again = open_store(path, CONFIG, tasks, resume=True)
+    assert (again.rows, again.used) == (first.rows, 2.5)
 
 
 def test_what_is_kept_is_not_lost_by_accident(tmp_path):

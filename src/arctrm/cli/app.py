@@ -183,7 +183,7 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
         settings: Any = load_config(COMMANDS[name], files, overrides, keys, record)
         if given.get("resume") and settings.out is None:
             raise ConfigError("--resume: no run folder was given; add --out runs/<name>")
-        if "resume" in given and settings.out is None:
+        if "resume" in given and settings.out is None and name != "solve":  # which may only print
             folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             settings = settings.model_copy(update={"out": folder})
         if given.get("resume") and (submission := getattr(settings, "submission", None)):
@@ -307,12 +307,14 @@ _command(
         Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}."),
         WEIGHTS,
         Flag("--budget", TEXT, "Time per task: 60s, 5m.", "budget", "DURATION"),
+        Flag("--total-budget", TEXT, "Time for all tasks: 11h.", "total_budget", "DURATION"),
         VIEWS,
         Flag("--attempts", NUMBER, "Rounds of reader and TRM of the planner.", "max_attempts"),
         Flag("--verbose", bool, "Show numbers, demonstrations and the planner's attempts, too."),
         Flag("--json", bool, "Print a line of JSON for each task, and all else to stderr."),
         Flag("--check", bool, "Say at the end whether the answers are right, if known."),
-        Flag("--keep-going", bool, "In a folder, report a bad task and go on.", "keep_going"),
+        Flag("--keep-going", bool, "Report a bad task and leave it out.", "keep_going"),
+        RESUME,
     ),
     "Adapt to a task on its own demonstrations and answer it with two grids, within a budget.",
     "arctrm solve arc1:00d62c1b --check",

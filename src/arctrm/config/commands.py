@@ -88,6 +88,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     *(((known,), path) for known, path in KNOWN_KEYS.items()),
     (("llama_frozen",), ("hub", "mode")),
     (("checkpoint",), ("bundled",)),
+    (("budget",), ("total_budget",)),
     (("training", "schedule", "budget"), ("training", "schedule", "max_steps")),
 )
 """Keys that exclude each other: one given in a later layer (file, variable, flag) displaces the
@@ -234,15 +235,30 @@ class SolveConfig(_Command):
 
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint folder or file, or ORG/NAME on the Hugging Face hub; else the bundled weights."""
-    budget: Seconds = 60.0
+    budget: Seconds = Field(60.0, json_schema_extra=FREE)
     """Wall-clock time per task."""
-    keep_going: bool = False
-    """In a folder, report a bad task and go on."""
+    total_budget: Seconds | None = Field(None, json_schema_extra=FREE)
+    """Wall-clock time of the command instead, shared by the tasks: large, unseen ones get more."""
+    keep_going: bool = Field(False, json_schema_extra=FREE)
+    """In a folder or file, report a bad task and leave it out."""
     max_attempts: int = Field(2, ge=1, le=16)
     """Rounds of reader and TRM of the planner; more than one where TRM's latents go back."""
     inference: solving.InferenceConfig = solving.InferenceConfig(views=32)
     judge: solving.JudgeConfig = solving.JudgeConfig()
     adaptation: solving.AdaptationConfig = solving.AdaptationConfig()
+
+    def _problems(self) -> Iterator[str]:
+        if (
+            self.total_budget is not None
+            and self.budget != type(self).model_fields["budget"].default
+        ):
+            yield f"budget = {self.budget:g} contradicts total_budget; leave one of them out"
+        if self.total_budget is None:
+            return
+        if self.budget != type(self).model_fields["budget"].default:
+            yield f"budget = {self.budget:g} contradicts total_budget; leave one of them out"
+        if self.out is None:
+            yield "total_budget: answers are kept in a folder, and none is named; give --out"
 
 
 class BaselineHubConfig(model.HubConfig):

@@ -29,10 +29,11 @@ from arctrm.solve.rank import Grids, Scores, judged, rank
 from arctrm.solve.report import dry_run_table
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
-from arctrm.system import disk_errors, new_accelerator, write_bytes_atomically, write_run_record
+from arctrm.system import new_accelerator, write_bytes_atomically
 
 PROMPTS_AT_ONCE = 64  # of a part of the tasks: some batches of a CPU, or of a hub model
 SCORES, ABLATIONS = "scores.json", "ablations.json"
+FINISHED = (SCORES, results.SUBMISSION)  # files that an evaluation leaves when it ends
 
 
 def evaluate(
@@ -52,7 +53,7 @@ def evaluate(
         return _score_submission(config, config.submission, out, dry_run)
     tasks, known = load_test_set(config.evaluation)
     accelerator = new_accelerator()
-    store = results.open_store(out / results.UNFINISHED, config, tasks, resume)
+    store = results.open_store(out / results.UNFINISHED, config, tasks, resume, FINISHED)
     solver = solver or load_solver(config.checkpoint, config.inference, accelerator.device)
     rows = (EVERYTHING, *config.evaluation.ablate)
     if len(rows) > 1 and not solver.speaks_both:
@@ -65,7 +66,7 @@ def evaluate(
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
     if is_main:
-        _open_folder(out, config)
+        results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
         for line in solver.notes_on(tasks, config.evaluation):
             note(plain(line))
     store.begin(config, solver.name, weights_fingerprint(solver.model), writes=is_main)
@@ -253,6 +254,7 @@ def _score_submission(
     config: EvalConfig, given: Path, out: Path, dry_run: bool
 ) -> scoring.Scores | None:
     """Score a submission, as in a competition; tasks that it does not answer are not solved."""
+    results.refuse_finished(out, [SCORES])
     tasks, known = load_test_set(config.evaluation)
     path = given / results.SUBMISSION if given.is_dir() else given
     content, test_set = results.read_submission(path), config.evaluation.test_set
@@ -266,24 +268,13 @@ def _score_submission(
         console().print(dry_run_table("eval", rows | {"answers known": scoring.num_known(known)}))
         return None
     scores = scoring.score(found, known)
-    _open_folder(out, config)
+    results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
     told = {"submission": str(given), "test_set": test_set}
     _write_scores(out, told, scores, scoring.ATTEMPTS)
     missing = len(tasks) - len(found)
     rest = f"; {missing} of {len(tasks)} tasks are not in the submission: not solved"
     note(f"written to {plain(out)}{rest if missing else ''}")
     return scores
-
-
-def _open_folder(out: Path, config: EvalConfig) -> None:
-    """Begin a result folder: the record of this evaluation, and no older score beside it."""
-    if (out / "checkpoints").is_dir():
-        raise DataError(f"{out}: is the folder of a training run; choose another --out")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        for older in (SCORES, ABLATIONS, results.CANDIDATES):
-            (out / older).unlink(missing_ok=True)
-    write_run_record(out, config)
 
 
 def _write_scores(

@@ -2,20 +2,22 @@
 
 `unfinished.jsonl` is there while a command may be interrupted: a head (configuration, name and
 fingerprint of the weights), then one line for each answered task of each row (an ablation is a row
-of its own). Lines are only added: whenever the process dies, at most the last is torn. No answer
-of the test set is in any of these files.
+of its own), and of `solve` the time used so far. Lines are only added: whenever a process dies, at
+most the last is torn. No answer of the test set is in any of these files.
 """
 
+import fcntl
 import gzip
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from arctrm.config import StrictModel, differences
 from arctrm.config.base import Number
@@ -24,10 +26,18 @@ from arctrm.data.task import Grid, Task
 from arctrm.errors import CheckpointError, DataError, TaskError
 from arctrm.solve.questions import Key, keys_of
 from arctrm.solve.rank import Ranked, attempts, counted
-from arctrm.system import disk_errors, parse_json, read_json, read_limited, write_bytes_atomically
+from arctrm.system import (
+    disk_errors,
+    parse_json,
+    read_json,
+    read_limited,
+    write_bytes_atomically,
+    write_run_record,
+)
 
 UNFINISHED, CANDIDATES, SUBMISSION = "unfinished.jsonl", "candidates.json.gz", "submission.json"
 EVERYTHING = "everything"  # the row without an ablation
+INTERRUPTED = "interrupted"  # the row of answers that Ctrl-C cut short
 ATTEMPT_NAMES = ("attempt_1", "attempt_2")
 SCORES = ("reader_scores", "inverse_scores")
 Rankings = Mapping[Key, Sequence[Ranked]]
@@ -62,11 +72,18 @@ class Store:
     """Records of answered tasks, row by row, in memory and on the disk."""
 
     def __init__(self, path: Path, lines: Sequence[str] = ()):
-        self.path, self.writes = path, False
+        self.path, self.writes, self.num_read = path, False, 0
         head, *records = map(parse_json, lines or ["{}"])
         self.head: dict[str, Any] = head  # `config`, name and fingerprint of the weights
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}  # row -> task id -> record
+        self.used = 0.0  # seconds of the command's clock
         for record in records:
+            self._take(record)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "used" in record:
+            self.used = max(self.used, float(record["used"]))
+        elif "config" not in record:
             self.rows.setdefault(record["row"], {})[record["task"]] = record
 
     def has(self, row: str, tasks: Iterable[Task]) -> bool:
@@ -87,7 +104,37 @@ class Store:
         self.head = {"config": saved, "weights": weights, "checkpoint": name}
         if writes:
             records = [one for row in self.rows.values() for one in row.values()]
-            write_bytes_atomically(self.path, "".join(map(_line, [self.head, *records])).encode())
+            lines = [self.head, *records, *([{"used": self.used}] if self.used else ())]
+            write_bytes_atomically(self.path, "".join(map(_line, lines)).encode())
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Among processes that answer together: only this one writes, and holds what all added."""
+        if not self.writes:
+            yield
+            return
+        with disk_errors(self.path.parent), self.path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(self.num_read)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self._take(parse_json(line))
+                    self.num_read += len(line)
+                else:  # torn, by a process that died
+                    os.truncate(self.path, self.num_read)
+            yield
+
+    def rankings(self, tasks: Iterable[Task]) -> dict[Key, list[Ranked]]:
+        """The ranked grids of all test inputs; none where there is no answer, not even one that an
+        interrupt cut short.
+        """
+        rows = self.rows.get(INTERRUPTED, {}) | self.rows.get(EVERYTHING, {})
+        return {key: [] for key in keys_of(tasks)} | from_records(rows.values())
+
+    def keep_time(self, used: float) -> None:
+        """Note the seconds used so far."""
+        self.used = max(self.used, used)
+        self._append(_line({"used": round(used, 2)}))
 
     def add(self, row: str, answers: Sequence[tuple[Task, dict[str, Any]]], seconds: float) -> None:
         """Take the answers to some tasks, which took `seconds` together."""
@@ -97,6 +144,9 @@ class Store:
             record = head | {"seconds": seconds / len(answers)} | own
             self.rows.setdefault(row, {})[task.id] = record
             lines += _line(record)
+        self._append(lines)
+
+    def _append(self, lines: str) -> None:
         if self.writes:
             with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)
@@ -109,8 +159,26 @@ class Store:
             self.path.unlink(missing_ok=True)
 
 
-def open_store(path: Path, config: StrictModel, tasks: Sequence[Task], resume: bool) -> Store:
-    """What was answered before, under the same configuration; nothing is written yet."""
+def refuse_finished(out: Path, names: Iterable[str]) -> None:
+    """Raise DataError where a run that ended has left one of these files in `out`."""
+    if done := next((name for name in names if (out / name).exists()), None):
+        what = f"{out}: holds {done} of a finished run, of which nothing is left to --resume"
+        raise DataError(f"{what}; choose another --out, or delete it")
+
+
+def open_store(
+    path: Path,
+    config: StrictModel,
+    tasks: Sequence[Task],
+    resume: bool,
+    finished: Iterable[str] = (),
+) -> Store:
+    """What was answered before, under the same configuration; nothing is written yet.
+
+    `finished` names files that, without unfinished answers beside them, are of a run that ended.
+    """
+    if not path.exists():
+        refuse_finished(path.parent, finished)
     try:
         lines = read_limited(path).decode().splitlines(keepends=True)
         store = Store(path, [line for line in lines if line.endswith("\n")])
@@ -138,6 +206,17 @@ def open_store(path: Path, config: StrictModel, tasks: Sequence[Task], resume: b
     if other:
         raise DataError(f"{path}: task {other[0]} was another one then; restore it")
     return store
+
+
+def open_folder(out: Path, config: BaseModel, older: Iterable[str] = ()) -> None:
+    """Begin a result folder: the record of this command, and none of the `older` files in it."""
+    if (out / "checkpoints").is_dir():
+        raise DataError(f"{out}: is the folder of a training run; choose another --out")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in older:
+            (out / name).unlink(missing_ok=True)
+    write_run_record(out, config)
 
 
 def content_of(task: Task) -> str:
@@ -216,14 +295,21 @@ def write_submission(out: Path, tasks: Sequence[Task], ranked: Rankings) -> None
     {task id: [{"attempt_1": [[0, 1], ...], "attempt_2": [[...], ...]}, ... one per test input]}
     """
     content = {}
-    for task in sorted(tasks, key=lambda task: task.id):
-        inputs = zip(keys_of([task]), task.test, strict=True)
-        two = [attempts(ranked[key], pair.input) for key, pair in inputs]
-        lists = [[grid.tolist() for grid in own] for own in two]
-        content[task.id] = [dict(zip(ATTEMPT_NAMES, own, strict=True)) for own in lists]
+    for name, found in submitted(sorted(tasks, key=lambda task: task.id), ranked).items():
+        lists = [[grid.tolist() for grid in own] for own in found]
+        content[name] = [dict(zip(ATTEMPT_NAMES, own, strict=True)) for own in lists]
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(out / SUBMISSION, json.dumps(content).encode())
+
+
+def submitted(tasks: Iterable[Task], ranked: Rankings) -> dict[str, list[tuple[Grid, Grid]]]:
+    """attempt_1 and attempt_2 at every test input, by task id."""
+    found = {}
+    for task in tasks:
+        both = zip(keys_of([task]), task.test, strict=True)
+        found[task.id] = [attempts(ranked[key], pair.input) for key, pair in both]
+    return found
 
 
 def predictions(tasks: Iterable[Task], ranked: Rankings) -> dict[str, list[list[Grid]]]:

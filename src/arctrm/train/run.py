@@ -69,7 +69,7 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
     accelerator = _train(config, resume)
     if not config.evaluate:
         return accelerator.end_training()
-    from arctrm.solve.evaluate import evaluate
+    from arctrm.solve.evaluate import FINISHED, evaluate
     from arctrm.solve.results import UNFINISHED
 
     gc.collect()  # what was captured gives its memory back
@@ -78,7 +78,12 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
         torch.cuda.empty_cache()
     assert config.out is not None
     folder, trained_at = config.out / "eval", time.monotonic()
-    evaluate(config.eval_config(config.out, folder), resume=(folder / UNFINISHED).is_file())
+    resumed = (folder / UNFINISHED).is_file()
+    if accelerator.is_main_process:
+        for name in FINISHED:  # of fewer steps, before this run was resumed
+            (folder / name).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    evaluate(config.eval_config(config.out, folder), resume=resumed)
     ended_at = time.monotonic()
     said = f"training {clock(trained_at - began_at)}, evaluation {clock(ended_at - trained_at)}"
     if is_gpu:
