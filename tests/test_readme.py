@@ -1,5 +1,9 @@
-"""The README's first command does what it says (.ci/run runs the second)."""
+"""The README: its first command and its Python do what they say, and it stays short.
 
+.ci/run runs the command that installs the development extra; tests/test_docs_run.py runs the rest.
+"""
+
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +13,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_it_has_at_most_110_lines_and_two_pictures():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    assert len(re.findall(r"^!\[", text, re.M)) == 2
+
+
+@pytest.mark.slow
+def test_six_lines_of_python_solve_the_example(monkeypatch):
+    code = re.search(r"```python\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)
+    assert code is not None
+    assert len([line for line in code[1].splitlines() if line]) <= 6
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(code[1], names)
+    answer = json.loads((ROOT / "examples/45737921.json").read_text())["test"][0]["output"]
+    assert names["attempt_1"].tolist() == answer
 
 
 @pytest.mark.slow
