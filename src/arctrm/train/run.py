@@ -42,6 +42,7 @@ from arctrm.train.tracking import Tracker, clock
 Config = PretrainConfig | JointConfig
 
 RANK_SEED_STEP = 1_000_003  # between the seeds of two processes
+LEAST_HEAD = 16  # width of a head that torch's compiled attention takes
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
@@ -166,6 +167,12 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     is_compiled = wanted and not hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
     captures = packed and not hub
+    width = trunk.width // config.trunk.num_heads
+    if packed and is_compiled and width < LEAST_HEAD:
+        raise ConfigError(
+            f"trunk.num_heads: heads of {width} numbers; compiled attention needs {LEAST_HEAD}; "
+            "lower trunk.num_heads, or set training.compile = 'off'"
+        )
     if training.cuda_graph == "on" and not captures:
         raise ConfigError(
             "training.cuda_graph = 'on': a graph needs the trunk alone, in bfloat16 on a GPU; set "
