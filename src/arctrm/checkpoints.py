@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arctrm import __version__
 from arctrm.config import TINY, DataConfig
-from arctrm.config.base import StrictModel
+from arctrm.config.base import Seed, StrictModel
 from arctrm.config.model import CouplingConfig, HubConfig, ReaderConfig, TRMConfig, TrunkConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError
@@ -56,7 +56,7 @@ RETIRED: dict[str, object] = {
 class Trained(StrictModel, extra="ignore"):
     """The part of a stored configuration that says what the weights are."""
 
-    seed: int
+    seed: Seed
     trunk: TrunkConfig
     reader: ReaderConfig
     trm: TRMConfig
@@ -87,7 +87,7 @@ class CheckpointMeta(StrictModel):
     data_fingerprint: str = ""
     notes: dict[str, Any] = Field(default_factory=dict)  # where the weights started, a model card
 
-    world_size: int = Field(1, ge=1)  # processes that wrote it
+    world_size: int = Field(1, ge=1, le=2**20)  # processes that wrote it
     ema: bool = False  # model.safetensors holds a moving average beside the weights
     int8_group: int | None = Field(None, ge=1, le=2**16)
     """Columns that share a scale in the matrices stored as integers; None: no integers."""
@@ -162,6 +162,8 @@ def read_model(
             check_names(expected, of_part(header), folder / MODEL)
 
     tensors = _load(folder, MODEL, meta, "ema." if ema and meta.ema else "weights.", check)
+    if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{folder / MODEL}: {odd[0]!r} is not finite; use another checkpoint")
     scales = _load(folder, MODEL, meta, "scales.")
     tensors = dequantise_all(tensors, scales, meta.int8_group, folder / MODEL)
     return of_part({name: tensor.float() for name, tensor in tensors.items()})

@@ -9,6 +9,7 @@ from arctrm.config.base import FREE, Count, Names, Part, Share, StrictModel, Wei
 
 TINY = "tiny"
 """`llama_model` of a reader on the trunk of this package."""
+MAX_DEPTH = 1024  # layers that a token goes through
 PAIR_TOKENS = 2 * 30 * 31 + 3
 """Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
 
@@ -38,6 +39,9 @@ class TrunkConfig(StrictModel):
         if self.hidden_size % step:
             said = f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x"
             yield f"{said} trunk.num_heads = {step}; use {-(-self.hidden_size // step) * step}"
+        if self.depth > MAX_DEPTH:
+            said = f"trunk.num_layers = {self.num_layers} x trunk.loops = {self.loops}"
+            yield f"{said} is {self.depth} layers; use at most {MAX_DEPTH}"
 
     @property
     def depth(self) -> int:

@@ -21,7 +21,16 @@ from arctrm.config.base import StrictModel
 from arctrm.config.data import DataConfig
 from arctrm.data.overlap import check, describe, find_overlaps, refused
 from arctrm.data.sources import load_tasks, subset_label
-from arctrm.data.task import Grid, Pair, Task, held_out_ids, pair_key, training_pairs
+from arctrm.data.task import (
+    MAX_SIDE,
+    NUM_COLOURS,
+    Grid,
+    Pair,
+    Task,
+    held_out_ids,
+    pair_key,
+    training_pairs,
+)
 from arctrm.data.views import fixed_colours
 from arctrm.errors import DataError
 from arctrm.system import TEMPORARY, clear_abandoned, disk_errors, write_bytes_atomically
@@ -224,6 +233,24 @@ def write_base_set(base: BaseSet, path: Path) -> None:
     write_bytes_atomically(path / FILE, save(arrays, {"meta": meta}))
 
 
+def _check(cells: np.ndarray, pairs: np.ndarray, meta: BaseSetMeta) -> None:
+    """ValueError where a pair lies outside of the cells, or names no task."""
+    if (cells.dtype, pairs.dtype) != (np.uint8, np.int32) or pairs.shape[1:] != (
+        len(PAIR_COLUMNS),
+    ):
+        raise ValueError("its arrays are of another kind")
+    places, tasks = pairs[:, 3:].reshape(-1, 3).astype(np.int64), len(meta.task_ids)
+    ends = places[:, 0] + places[:, 1] * places[:, 2]
+    bounds = np.array([tasks, len(meta.subsets), 2])
+    is_inside = (ends <= cells.size).all() and (pairs[:, :3] < bounds).all() and (pairs >= 0).all()
+    sides = places[:, 1:]
+    per_task = {tasks, len(meta.in_test_set), len(meta.fixed_colours)}
+    if not (is_inside and ((sides >= 1) & (sides <= MAX_SIDE)).all() and len(per_task) == 1):
+        raise ValueError("its pairs lie outside of its cells or tasks")
+    if cells.ndim != 1 or (cells >= NUM_COLOURS).any():
+        raise ValueError("its cells are no colours")
+
+
 def open_base_set(path: Path) -> BaseSet:
     """Read a built set."""
     if not (path / FILE).is_file():
@@ -234,6 +261,7 @@ def open_base_set(path: Path) -> BaseSet:
             cells, pairs = file.get_tensor("cells"), file.get_tensor("pairs")
         if _fingerprint(cells, pairs, meta.task_ids) != meta.fingerprint:
             raise ValueError("its arrays are not the ones it was written with")
+        _check(cells, pairs, meta)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not a readable data set ({reason}); build it again") from error

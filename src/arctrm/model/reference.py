@@ -10,16 +10,17 @@ Legend: B rows, S = prefix slots + 900 cells, D width, A heads, K = D / A, V cel
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from arctrm.config import StrictModel
 from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid
 from arctrm.data.views import SAME_COLOURS, View
 from arctrm.errors import CheckpointError
@@ -49,19 +50,18 @@ def decode(codes: np.ndarray) -> Grid | None:
     return (codes[:height, :width] - COLOUR).astype(np.uint8) if whole else None
 
 
-@dataclass(frozen=True)
-class ReferenceConfig:
+class ReferenceConfig(StrictModel, extra="ignore"):
     """Sizes and cycles; the names are those of the reference implementation."""
 
-    hidden_size: int
-    num_heads: int
-    L_layers: int
-    inner_size: int  # of the SwiGLU
-    H_cycles: int = 3
-    L_cycles: int = 4
-    puzzle_emb_len: int = 16
-    rope_theta: float = 10000.0
-    halt_max_steps: int = 16
+    hidden_size: int = Field(ge=2, le=16384)
+    num_heads: int = Field(ge=1, le=1024)
+    L_layers: int = Field(ge=1, le=64)
+    inner_size: int = Field(ge=1, le=2**20)  # of the SwiGLU
+    H_cycles: int = Field(3, ge=1, le=64)
+    L_cycles: int = Field(4, ge=1, le=64)
+    puzzle_emb_len: int = Field(16, ge=1, le=1024)
+    rope_theta: float = Field(10000.0, ge=1, le=1e9)
+    halt_max_steps: int = Field(16, ge=1, le=1024)
 
 
 class Block(nn.Module):
@@ -220,8 +220,10 @@ def read_reference_file(path: Path) -> ReferenceTRM:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 config = dict(parse_json((file.metadata() or {}).get("config", "{}")))
         else:
-            with zipfile.ZipFile(path):  # older formats allocate what the pickle says
-                weights = torch.load(path, map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(path) as packed:  # older formats allocate what the pickle says
+                if sum(part.file_size for part in packed.infolist()) > path.stat().st_size:
+                    raise ValueError("parts larger than the file")
+            weights = torch.load(path, map_location="cpu", weights_only=True)
         # A tensor in a .pt file may repeat its cells: a few bytes may declare any shape.
         if sum(t.numel() * t.element_size() for t in weights.values()) > path.stat().st_size:
             raise ValueError("tensors larger than the file")
@@ -258,14 +260,19 @@ def load_reference(
     }
     fixed = {**sizes, "mlp_t": False, "pos_encodings": "rope"}
     for key, got in (config or {}).items():
-        if key in _COUNTS and isinstance(got, int | float) and 1 <= got <= 10**5:
-            sizes[key] = got
-        elif key in _COUNTS or got != fixed.get(key, got):
+        if key not in _COUNTS and got != fixed.get(key, got):
             raise CheckpointError(f"its configuration has {key} = {got!r}; only {fixed} fit")
-    if not width or width % (2 * sizes["num_heads"]):
-        raise CheckpointError(f"{sizes['num_heads']} heads do not divide a width of {width}")
+    told = {key: got for key, got in (config or {}).items() if key in _COUNTS}
+    try:
+        chosen = ReferenceConfig(inner_size=inner, **sizes | told)
+    except ValidationError as error:
+        found = error.errors()[0]
+        said = f"{'.'.join(map(str, found['loc']))} = {found['input']!r}: {found['msg']}"
+        raise CheckpointError(f"its configuration has {said}") from error
+    if width % (2 * chosen.num_heads):
+        raise CheckpointError(f"{chosen.num_heads} heads do not divide a width of {width}")
     with torch.device("meta"):  # compared before anything of these sizes is made
-        model = ReferenceTRM(ReferenceConfig(inner_size=inner, **sizes), num_views)
+        model = ReferenceTRM(chosen, num_views)
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
