@@ -1,21 +1,31 @@
 """What the campaigns have found: each input once crashed, hung, or printed more than a sentence."""
 
 import gzip
+import hashlib
 import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from arctrm.cli import LONGEST, describe_error
 from arctrm.config import PretrainConfig, SolveConfig, TrackingConfig
 from arctrm.config.load import load_config
+from arctrm.data.base_set import (
+    PAIR_COLUMNS,
+    base_set_from_tasks,
+    open_base_set,
+    write_base_set,
+)
 from arctrm.data.sources import load_tasks
 from arctrm.errors import CheckpointError, ConfigError, DataError, TaskError
 from arctrm.model.reference import reference_views
 from arctrm.solve.results import open_store, read_candidates
 from arctrm.train.tracking import Tracker
+from helpers import random_task
 
 DIGITS = "9" * 5000
 PAIR = {"input": [[1]], "output": [[2]]}
@@ -179,3 +189,17 @@ def test_json_of_many_small_parts_is_refused(tmp_path, part):
     (tmp_path / "a.json").write_text(f"[{','.join([part] * 10**6)}]")
     with pytest.raises(TaskError, match="too many small parts"):
         load_tasks(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("in_offset", 10**6), ("in_height", 31), ("out_width", 0), ("task", 9)]
+)
+def test_a_base_set_whose_pairs_lie_outside_of_it_is_refused(tmp_path, column, value):
+    base = base_set_from_tasks({"a": [random_task(np.random.default_rng(0))]}, None, 0)
+    base.pairs[0, PAIR_COLUMNS.index(column)] = value
+    content = base.cells.tobytes() + base.pairs.tobytes() + b"task"
+    meta = base.meta.model_copy(update={"fingerprint": hashlib.sha256(content).hexdigest()})
+    write_base_set(replace(base, meta=meta), tmp_path / "set")
+    with pytest.raises(DataError, match="outside of its cells or tasks") as caught:
+        open_base_set(tmp_path / "set")
+    sentence(caught.value)
