@@ -168,7 +168,7 @@ def test_the_line_for_scripts_holds_the_attempts_and_the_evidence():
 
 
 def test_without_a_terminal_progress_is_a_line_for_each_stage(capsys):
-    with progress_bar(60) as tell:
+    with progress_bar(60.04) as tell:
         for stage, seconds in (("first answer", 0.0), ("reading", 2.5), ("reading", 4.0)):
             tell(Progress(stage, "view 1 of 2", seconds, 60.0, [full(3, 2, 2)]))
     assert capsys.readouterr().err == "0.0 of 60 s: first answer\n2.5 of 60 s: reading\n"

@@ -244,7 +244,7 @@ class _Run:
         known = self.known[solution.task.id]
         correct = scoring.verdicts(solution.attempts, known) if self.check else None
         if self.json:
-            print(solution_json(solution, correct), flush=True)
+            console().print(solution_json(solution, correct), soft_wrap=True)
         else:
             self.say(solution_report(solution, correct, verbose=self.verbose))
 

@@ -55,7 +55,8 @@ def progress_bar(budget: float) -> Iterator[OnProgress]:
     """What is done, for how long of `budget` seconds, and the best grids, for `solve_task` to tell;
     where stderr is no terminal, a line for each stage.
     """
-    time = progress.TextColumn(f"{{task.completed:.0f}} of {budget:g} s")
+    whole = f"{round(budget, 1):g} s"
+    time = progress.TextColumn(f"{{task.completed:.0f}} of {whole}")
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(30), time)
     out, stage = progress_console(), ""
     with _Bar(*columns, console=out, transient=True, disable=not out.is_terminal) as bars:
@@ -66,7 +67,7 @@ def progress_bar(budget: float) -> Iterator[OnProgress]:
             bars.best = now.best
             bars.update(bar, description=f"{now.stage}, {now.detail}".rstrip(", "))
             if now.stage != stage and not out.is_terminal:
-                out.print(f"{now.seconds:.1f} of {budget:g} s: {now.stage}")
+                out.print(f"{now.seconds:.1f} of {whole}: {now.stage}")
             stage = now.stage
 
         yield on_progress
