@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from arctrm.data.task import Grid, Pair, Task
-from arctrm.invariants.task import broken
+from arctrm.invariants.task import COPY, broken
 from arctrm.planner import Attempt, PlannerResult, Verdict
 from arctrm.solve.rank import Ranked
 from arctrm.solve.report import attempts_table, progress_bar, solution_json, solution_report
@@ -127,6 +127,8 @@ def test_without_a_candidate_the_input_is_submitted_and_said_to_be():
     test_input = solution.task.test[0].input.tolist()
     assert [grid.tolist() for grid in alone.attempts[0]] == [test_input] * 2
     assert "no answer found: the input is submitted" in words(alone)
+    copied = with_ranked(solution, replace(ranked[0], broken=(COPY,)))
+    assert "no answer found: the input is submitted" in words(copied, verbose=True)
     lone = with_ranked(solution, ranked[0])
     assert lone.evidence == [(ranked[0], ranked[0])]
     assert "attempt_2: the same; no other grid was proposed" in words(lone)

@@ -197,6 +197,8 @@ def test_two_attempts_differ_where_any_weights_proposed_two_grids(solver, traine
     assert np.array_equal(after.solution(None, before).attempts[0][0], given)
     propose(before, np.full((2, 2), 1, np.uint8))
     assert first_attempts() == [1, 1]
+    propose(after, given)  # which every demonstration changes
+    assert np.array_equal(after.solution(None, before).attempts[0][1], given)
     propose(after, np.full((2, 2), 2, np.uint8))
     assert first_attempts() == [2, 1]
     [first, second] = after.solution(None, before).candidates[0]

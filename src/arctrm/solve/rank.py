@@ -254,7 +254,8 @@ def filled(ranked: Sequence[Ranked], spare: Sequence[Ranked]) -> list[Ranked]:
     """
     new = [one for one in spare if not any(np.array_equal(one.grid, own.grid) for own in ranked)]
     new = [replace(one, votes=0.0, votes_by={}, views_by={}) for one in new]
-    return [*ranked, *new[: max(0, 2 - len(ranked))]]
+    both = [*ranked, *new[: max(0, 2 - len(ranked))]]
+    return sorted(both, key=lambda one: COPY in one.broken)  # stable: copies of the input stay last
 
 
 def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:

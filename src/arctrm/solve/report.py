@@ -101,7 +101,7 @@ def solution_report(
         said = Text.assemble((level, STYLES[certainty.level]), f":{reason}")
         parts += [side_by_side([shown_input, row]), said, *_words(solution, answer)]
         if verbose:
-            parts += [_numbers(answer), Text()]
+            parts += [_numbers(answer), Text()] if answer.ranked else []
             if answer.history is not None:
                 parts.append(attempts_table(answer.history, f"{title}: attempts of the planner"))
     steps = f"adapted in {solution.adaptation_steps} steps, " * bool(solution.adaptation_steps)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from arctrm.data.task import Grid, Task
+from arctrm.invariants.task import COPY
 from arctrm.planner import PlannerResult
 from arctrm.solve.rank import Ranked, attempts
 
@@ -125,7 +126,7 @@ class Solution:
         return [self._certainty(answer) for answer in self.answers]
 
     def _certainty(self, answer: Answer) -> Certainty:
-        if not answer.ranked:
+        if not answer.ranked or COPY in answer.ranked[0].broken:
             return Certainty("no answer found", "the input is submitted")
         if self.known:
             many = answer.agreement >= MAJORITY
