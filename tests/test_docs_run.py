@@ -45,7 +45,7 @@ FEW = {"inference.views": 2, "judge.scored_candidates": 2, "judge.scoring_views"
 # dev/ is history; tests/test_python.py runs docs/python.md beside a server of the hub.
 SHOWN = [page for page in PAGES if "dev" not in page.parts and page.name != "python.md"]
 NOT_HERE = re.compile(r"torchrun|--version|published/")
-MODEL = re.compile(r"(meta-llama|Qwen)/[\w.-]+")
+MODEL = re.compile(r"(meta-llama|Qwen|HuggingFaceTB)/[\w.-]+")
 
 
 def tiny(words: list[str]) -> list[str]:
