@@ -63,6 +63,9 @@ def tiny(words: list[str]) -> list[str]:
         more = {"training.schedule.budget": "4s"}
     if command in ("eval", "solve"):
         more = FEW
+    if any("schedule.max_steps" in word for word in words):
+        more = {k: v for k, v in more.items() if k != "training.schedule.budget"}
+        more |= {"training.schedule.max_steps": 2}
     for key, value in more.items():
         words += ["--set", f"{key}={json.dumps(value)}"]
     if command in ("eval", "baseline") and "--resume" not in words and "--submission" not in words:
