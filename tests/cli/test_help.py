@@ -9,18 +9,18 @@ import pytest
 SHARED = {"--config", "--set", "--out", "--seed", "--dry-run", "--help"}
 COMMANDS = {
     "data build": SHARED | {"--subsets", "--test-set", "--num-aug"},
-    "data show": SHARED | {"--statistics", "--limit"},
+    "data show": SHARED | {"--statistics", "--limit", "--report"},
     "pretrain": SHARED | {"--resume"},
     "joint": SHARED | {"--resume"},
     "eval": SHARED
     | {"--checkpoint", "--bundled", "--submission", "--views", "--ablate", "--resume"}
-    | {"--test-set", "--max-tasks"},
+    | {"--test-set", "--max-tasks", "--report"},
     "baseline": SHARED
     | {"--checkpoint", "--model", "--views", "--attempts", "--resume"}
     | {"--test-set", "--max-tasks"},
     "solve": SHARED
     | {"--checkpoint", "--budget", "--views", "--attempts", "--check", "--keep-going"}
-    | {"--verbose", "--json", "--total-budget", "--resume"},
+    | {"--verbose", "--json", "--total-budget", "--resume", "--report"},
 }
 """The whole command line: a flag added or dropped has to be changed here too."""
 PAGES = ["", "data", *COMMANDS]

@@ -362,3 +362,14 @@ def test_a_quota_is_read_as_cores(tmp_path, text, cores):
     (tmp_path / "cpu/cpu.cfs_quota_us").write_text(quota)
     (tmp_path / "cpu/cpu.cfs_period_us").write_text(period)
     assert cpu_quota(tmp_path) == cores
+
+
+def test_a_page_is_written_for_the_tasks_shown_and_not_over_a_folder(run, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, _ = run("data", "show", "training", "00d62c1b", "--report", page)
+    assert code == 0
+    assert "00d62c1b" in out
+    assert page.read_text(encoding="utf-8").count('<svg class="grid"') == 2 * 5 + 2
+    code, _, err = run("data", "show", "training", "00d62c1b", "--report", tmp_path)
+    assert code == 2
+    assert err == f"error: --report: {tmp_path} is a folder; name a file, {page} say\n"

@@ -6,7 +6,7 @@ import pytest
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.invariants.properties import Side, components, enclosed, properties
-from arctrm.invariants.task import COPY, Invariants, broken, changes, weights
+from arctrm.invariants.task import COPY, Invariants, broken, broken_cells, changes, weights
 
 
 def grid(*rows):
@@ -141,3 +141,34 @@ def test_weights_name_invariants_and_are_positive():
     known |= Invariants((Pair(RING, RING),)).names
     assert set(weights()) <= known
     assert all(nats > 0 for nats in weights().values())
+
+
+CELLS = {
+    "no new colour": (RING, lambda g: g.__setitem__((3, 0), 7), [[3, 0]]),
+    "the edge stays": (RING, lambda g: g.__setitem__((0, 4), 6), [[0, 4]]),
+    "what is filled stays": (RING, lambda g: g.__setitem__((4, 4), 0), [[4, 4]]),
+    "the place": (RING, lambda g: g.__setitem__((1, 1), 0), [[1, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_cells_that_break_an_invariant_are_named(name):
+    given, spoil, cells = CELLS[name]
+    right = given.copy()
+    right[1, 1] = 6  # what is enclosed is filled
+    wrong = right.copy()
+    spoil(wrong)
+    task = Task("t", (Pair(given, right),) * 2, (Pair(given),))
+    assert name in dict(broken(task, given, wrong))
+    assert np.argwhere(broken_cells(task, given, wrong)[name]).tolist() == cells
+    assert broken_cells(task, given, right) == {}
+
+
+def test_cells_are_those_of_broken_invariants_only():
+    for task in load_tasks("training")[:30]:
+        given = task.test[0].input
+        for pair in task.demonstrations:
+            names = {name for name, _ in broken(task, given, pair.output)}
+            cells = broken_cells(task, given, pair.output)
+            assert set(cells) <= names
+            assert all(own.shape == pair.output.shape and own.any() for own in cells.values())

@@ -1,7 +1,9 @@
 """`eval` answers every test input with one set of weights; only scoring reads the answers."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,23 @@ def test_the_submission_is_what_is_scored(settings, scores, trained, tmp_path):
         assert late.cell_accuracy == scores.cell_accuracy
     told = read(out, "scores.json")
     assert set(told["task_fraction"]) == {"pass@1", "pass@2"}
+
+
+def test_a_page_shows_every_task_and_what_the_folder_has(settings, scores, trained, tmp_path):
+    again = config(None, trained.folder, tmp_path / "late")
+    told = []
+    for name, given in (("whole", settings.out), ("bare", settings.out / "submission.json")):
+        if name == "bare":
+            given = Path(shutil.copy(given, tmp_path / "alone.json"))
+        page = tmp_path / "pages" / f"{name}.html"
+        evaluate(again.model_copy(update={"submission": given}), report=page)
+        told.append(page.read_text(encoding="utf-8"))
+    for html in told:
+        assert all(f'id="{task.id}"' in html for task in trained.known)
+    whole, bare = told
+    assert all(f"<td>{row}</td>" in whole and f"<td>{row}</td>" not in bare for row in ABLATIONS)
+    assert "by votes" in whole
+    assert "by votes," not in bare
 
 
 def test_both_voices_propose_and_every_row_leaves_out_what_it_says(settings, scores):

@@ -121,6 +121,21 @@ def test_an_answer_that_was_cut_short_is_submitted_and_found_again(
     assert not (out / UNFINISHED).exists()
 
 
+def test_the_page_of_one_task_and_of_many(trained, write_tasks, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    folder = write_tasks(tmp_path / "tasks", trained.others[:2])
+    known = write_tasks(tmp_path / "known", trained.known[:1])
+    solve(quick(trained), str(folder), report=page)
+    html = page.read_text(encoding="utf-8")
+    assert html.count('class="card"') == 2
+    assert html.count("answer not known") > 2  # without --check no answer is shown
+    solve(quick(trained), str(known), report=page, check=True)
+    html = page.read_text(encoding="utf-8")
+    assert f"<title>{trained.known[0].id}" in html
+    assert "Time line" in html
+    assert 'type="range"' in html
+
+
 def test_a_task_that_fails_is_answered_by_its_inputs_and_the_others_go_on(
     trained, write_tasks, tmp_path, monkeypatch, capsys
 ):

@@ -101,6 +101,21 @@ def test_a_draft_is_refined_both_ways_and_its_size_is_taken(solver, asked):
         assert 1 <= one.steps <= solver.refiner.halt_max_steps
 
 
+def test_the_steps_of_the_first_view_are_kept_where_asked(solver, asked, drafts):
+    plain = refine(solver.refiner, asked, drafts)
+    kept = refine(solver.refiner, asked, drafts, keep_history=True)
+    by_question = {(one.key, one.number): draft for one, draft in zip(asked, drafts, strict=True)}
+    assert not any(one.history for one in plain)
+    for one in kept:
+        assert bool(one.history) == (one.view == 0)
+        if one.history:  # the first view shows the task as it is
+            first, *steps = one.history
+            draft = by_question[one.key, 0] if one.source == "joint" else None
+            assert np.array_equal(first, draft) if draft is not None else first is None
+            assert len(steps) == one.steps
+            assert np.array_equal(steps[-1], one.grid)
+
+
 def test_without_drafts_nothing_of_the_reader_is_heard(solver, asked):
     """The same candidates with and without a reader in the solver."""
     found = refine(solver.speakers.alone, asked, None)

@@ -156,6 +156,7 @@ SET = Flag(
 OUT = Flag("--out", PATH, "Where to write; runs/<command>-<time> for a run.", "out")
 SEED = Flag("--seed", NUMBER, "Seed of everything random.", "seed")
 DRY_RUN = Flag("--dry-run", bool, "Print what would run, then stop; writes nothing.")
+REPORT = Flag("--report", PATH, "HTML file to write: a page to look at.", None, "FILE")
 RESUME = Flag("--resume", bool, "Go on where the run in --out stopped.")
 WEIGHTS = Flag("--checkpoint", PATH, "The bundled weights unless given.", "checkpoint")
 TEST_SET = Flag("--test-set", TEXT, "Bundled set or path of the tasks.", "evaluation.test_set")
@@ -188,6 +189,10 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
             settings = settings.model_copy(update={"out": folder})
         if given.get("resume") and (submission := getattr(settings, "submission", None)):
             raise ConfigError(f"--resume contradicts submission = '{submission}'; leave one out")
+        if (page := given.get("report")) and page.is_dir():
+            raise ConfigError(
+                f"--report: {page} is a folder; name a file, {page / 'page.html'} say"
+            )
         wait_politely()
         module, _, function = call.rpartition(".")
         getattr(import_module(f"arctrm.{module}"), function)(settings, **given)
@@ -215,7 +220,11 @@ def build(settings: "DataBuildConfig", dry_run: bool) -> None:
 
 
 def show(
-    settings: "DataShowConfig", source: str, task_ids: list[str] | None, dry_run: bool
+    settings: "DataShowConfig",
+    source: str,
+    task_ids: list[str] | None,
+    dry_run: bool,
+    report: Path | None = None,
 ) -> None:
     """`arctrm data show`."""
     from rich.text import Text
@@ -234,7 +243,11 @@ def show(
         console().print(plain(f"{source}: would show {', '.join(ids)}"))
         return
     with nullcontext() if settings.out is None else console().capture() as captured:
-        render.show(source, ids, settings.statistics, settings.limit)
+        shown = render.show(source, ids, settings.statistics, settings.limit)
+    if report is not None:
+        from arctrm.report.pages import tasks_page, write_page
+
+        write_page(report, tasks_page(source, shown))
     if settings.out and captured:
         settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
@@ -258,6 +271,7 @@ _command(
         Flag("task_ids", LIST, "Only these tasks.", None, "TASK_ID"),
         Flag("--statistics", bool, "Print sizes and overlaps instead of tasks.", "statistics"),
         Flag("--limit", NUMBER, "Tasks to show at most; 5 unless given.", "limit"),
+        REPORT,
     ),
     "Show tasks in the terminal, in the ARC colours: the first by id, or by --seed.",
     "arctrm data show training 00d62c1b",
@@ -284,7 +298,7 @@ _EVAL = (
 _command(
     "eval",
     "solve.evaluate.evaluate",
-    (WEIGHTS, *_EVAL, TEST_SET, MAX_TASKS, VIEWS, RESUME),
+    (WEIGHTS, *_EVAL, TEST_SET, MAX_TASKS, VIEWS, RESUME, REPORT),
     "Answer a test set with one checkpoint and score it: scores.json, submission.json, a table.",
     "arctrm eval --checkpoint runs/first --out scores",
 )
@@ -315,6 +329,7 @@ _command(
         Flag("--check", bool, "Say at the end whether the answers are right, if known."),
         Flag("--keep-going", bool, "Report a bad task and leave it out.", "keep_going"),
         RESUME,
+        REPORT,
     ),
     "Adapt to a task on its own demonstrations and answer it with two grids, within a budget.",
     "arctrm solve arc1:00d62c1b --check",

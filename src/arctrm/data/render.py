@@ -91,12 +91,16 @@ def task_picture(task: Task) -> RenderableType:
 
 def show(
     source: str, task_ids: Sequence[str] = (), statistics: bool = False, limit: int = 5
-) -> None:
-    """Print the named tasks of a source, else its first `limit`, else (only) its statistics."""
+) -> list[Task]:
+    """Print the named tasks of a source, else its first `limit`, else (only) its statistics; gives
+    the tasks that it printed.
+    """
     tasks = load_tasks(source)
     by_id = {task.id: task for task in tasks}
-    for task_id in task_ids or ([] if statistics else list(by_id)[:limit]):
-        console().print(task_picture(by_id[nearest(task_id, by_id, source)]))
+    chosen = task_ids or ([] if statistics else list(by_id)[:limit])
+    shown = [by_id[nearest(task_id, by_id, source)] for task_id in chosen]
+    for task in shown:
+        console().print(task_picture(task))
     if statistics:
         table = Table("", "tasks", f"of {len(tasks):,}", title=source, title_justify="left")
         for split in ("evaluation", "evaluation2"):  # what would leak if it were trained on
@@ -106,3 +110,4 @@ def show(
         console().print(table)
     elif not task_ids and len(tasks) > limit:
         note(f"{limit} of {len(tasks)} tasks; name task ids to see others")
+    return shown

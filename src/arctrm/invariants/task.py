@@ -14,6 +14,7 @@ from importlib.resources import files
 import numpy as np
 
 from arctrm.data.task import Grid, Pair, Task, grid_key, pair_key
+from arctrm.invariants.cells import cells_against
 from arctrm.invariants.properties import Side, enclosed, properties
 
 COPY = "copy of the input"
@@ -31,6 +32,11 @@ def broken(task: Task, given: Grid, grid: Grid) -> list[tuple[str, float]]:
     if np.array_equal(given, grid) and changes(task):
         found.append((COPY, COPY_NATS))
     return sorted(found, key=lambda item: (-item[1], item[0]))
+
+
+def broken_cells(task: Task, given: Grid, grid: Grid) -> dict[str, np.ndarray]:
+    """The cells, bool [H, W], that break what `broken` names, where that is about cells."""
+    return _of(tuple(map(pair_key, task.demonstrations))).where(given, grid)
 
 
 def changes(task: Task) -> bool:
@@ -76,6 +82,21 @@ class Invariants:
                     gone.add(name)
             known[key] = frozenset(gone)
         return known[key]
+
+    def where(self, given: Grid, made: Grid) -> dict[str, np.ndarray]:
+        """The cells, bool [H, W], of `made` by the broken names that are about cells."""
+        before, after = Side(given), Side(made)
+        own, found = properties(before, after), dict[str, np.ndarray]()
+        for which, value in self._shared.items():
+            if own.get(which) != value:
+                cells = cells_against(which, value, before, after)
+                if cells is not None:
+                    found[which[0]] = found.get(which[0], False) | cells
+        seen = dict(surroundings(before)) if given.shape == made.shape else {}
+        for name, table in self._tables.items() if seen else ():
+            both = zip(seen[name], made.ravel().tolist(), strict=True)
+            found[name] = np.array([table.get(one, c) != c for one, c in both]).reshape(made.shape)
+        return {name: cells for name, cells in found.items() if cells.any()}
 
 
 @lru_cache(128)

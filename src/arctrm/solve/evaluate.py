@@ -3,8 +3,8 @@
 Answers are set aside before any model sees a task; only `arctrm.solve.scoring` reads them. In the
 order of the run: (1) tasks, weights, and what is answered already; (2) questions, shared by all
 processes, written by the reader and refined by TRM; (3) a ranking for everything, and one for each
-ablation; (4) submission.json, scores.json, a table. With `submission` a file that was written
-before is scored, without a model.
+ablation; (4) submission.json, scores.json, a table, a page. With `submission` a file that was
+written before is scored, without a model.
 """
 
 import json
@@ -20,13 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from arctrm.config import EvalConfig
 from arctrm.console import console, note, plain, progress_console
+from arctrm.data.parse import load_json
 from arctrm.data.task import Grid, Task
 from arctrm.errors import ConfigError, DataError
 from arctrm.solve import results, scoring
 from arctrm.solve.propose import Advance, Candidate, by_key, refine, to_refine, write, written
 from arctrm.solve.questions import Key, Question, all_questions, keys_of, load_test_set
-from arctrm.solve.rank import Grids, Scores, judged, rank
-from arctrm.solve.report import dry_run_table
+from arctrm.solve.rank import Grids, Ranked, Scores, judged, rank
+from arctrm.solve.report import dry_run_table, write_gallery
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import new_accelerator, write_bytes_atomically
@@ -37,20 +38,25 @@ FINISHED = (SCORES, results.SUBMISSION)  # files that an evaluation leaves when 
 
 
 def evaluate(
-    config: EvalConfig, *, solver: Solver | None = None, resume: bool = False, dry_run: bool = False
+    config: EvalConfig,
+    *,
+    solver: Solver | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    report: Path | None = None,
 ) -> scoring.Scores | None:
     """Write scores.json, submission.json and config.json to `config.out`; print the score table.
 
     `solver` answers instead of `config.checkpoint`. With `resume`, answer what an interrupted
-    evaluation has left; with `dry_run`, only print what would be done. Returns the scores; None
-    where no answer is known (the submission is written all the same), after a dry run, and in all
-    processes but the main one.
+    evaluation has left; with `dry_run`, only print what would be done; `report` is the file of a
+    page to look at. Returns the scores; None where no answer is known (the submission is written
+    all the same), after a dry run, and in all processes but the main one.
     """
     # 1. Tasks, weights, and what is answered already. Every process reads before any writes.
     if (out := config.out) is None:
         raise ConfigError("out: names no folder for scores.json and submission.json; give --out")
     if config.submission is not None:
-        return _score_submission(config, config.submission, out, dry_run)
+        return _score_submission(config, config.submission, out, dry_run, report)
     tasks, known = load_test_set(config.evaluation)
     accelerator = new_accelerator()
     store = results.open_store(out / results.UNFINISHED, config, tasks, resume, FINISHED)
@@ -59,7 +65,7 @@ def evaluate(
     if len(rows) > 1 and not solver.speaks_both:
         voices = ", ".join(solver.voices)
         raise ConfigError(f"evaluation.ablate: {solver.name} has only {voices}; leave nothing out")
-    run = _Run(config, solver, accelerator, tasks, known, store, rows, out)
+    run = _Run(config, solver, accelerator, tasks, known, store, rows, out, report)
     if dry_run:
         run.print_plan()
         return None
@@ -105,6 +111,7 @@ class _Run:
     store: Store
     rows: Sequence[str]
     out: Path
+    page: Path | None  # to look at
     many: bool = False  # are there parts: finished bars would fill the screen, and go
 
     def parts(self) -> list[list[Task]]:
@@ -151,7 +158,7 @@ class _Run:
         refiner = voices.alone if drafts is None else voices.refiner
         if refiner is None:
             return []
-        options = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
+        options: Any = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
         say = lambda told: refine(refiner, mine, drafts, **options, advance=told)
         return self.work("refining", len(to_refine(mine, drafts)), say)
 
@@ -195,7 +202,15 @@ class _Run:
         results.write_submission(out, tasks, ranked[EVERYTHING])
         if config.evaluation.keep_candidates:
             results.write_candidates(out / results.CANDIDATES, tasks, ranked[EVERYTHING])
+        content = {
+            "checkpoint": solver.name,
+            "voices": solver.voices,
+            "views": config.inference.views,
+            "steps": self.max_steps,
+        }
         if not scoring.num_known(self.known):
+            if self.page is not None:
+                write_gallery(self.page, content, tasks, ranked[EVERYTHING], self.known)
             note(f"no answers are known: nothing is scored, the submission is in {plain(out)}")
             return None
         scores = {
@@ -207,11 +222,7 @@ class _Run:
         steps, answers = (
             sum(record.get("trm_steps", (0, 0))[i] for record in done) for i in (0, 1)
         )
-        content = {
-            "checkpoint": solver.name,
-            "voices": solver.voices,
-            "views": config.inference.views,
-            "steps": self.max_steps,
+        content |= {
             "avg_trm_steps": steps / answers if answers else None,
             "judge": config.judge.model_dump() if solver.reader is not None else None,
             "seed": config.seed,
@@ -219,9 +230,12 @@ class _Run:
             "seconds_per_task": per_task,
         }
         _write_scores(out, content, everything)
+        by_row = {row: scoring.scores_dict(one) for row, one in scores.items()}
         if len(self.rows) > 1:
-            _write_json(out / ABLATIONS, {r: scoring.scores_dict(one) for r, one in scores.items()})
+            _write_json(out / ABLATIONS, by_row)
             console().print(scoring.comparison_table(scores))
+        if self.page is not None:
+            write_gallery(self.page, content, tasks, ranked[EVERYTHING], self.known, by_row)
         kind = "GPU" if solver.device.type == "cuda" else "CPU"
         note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
         return everything
@@ -251,9 +265,11 @@ def _record(
 
 
 def _score_submission(
-    config: EvalConfig, given: Path, out: Path, dry_run: bool
+    config: EvalConfig, given: Path, out: Path, dry_run: bool, page: Path | None
 ) -> scoring.Scores | None:
-    """Score a submission, as in a competition; tasks that it does not answer are not solved."""
+    """Score a submission, as in a competition; tasks that it does not answer are not solved. The
+    page shows what else the folder of an evaluation has: candidates, ablations.
+    """
     results.refuse_finished(out, [SCORES])
     tasks, known = load_test_set(config.evaluation)
     path = given / results.SUBMISSION if given.is_dir() else given
@@ -267,10 +283,21 @@ def _score_submission(
         rows = {"submission": given, "tasks, answered there": f"{len(tasks)}, {len(found)}"}
         console().print(dry_run_table("eval", rows | {"answers known": scoring.num_known(known)}))
         return None
+    best: Any = {name: [[Ranked(g, 0, 0.0) for g in own] for own in v] for name, v in found.items()}
+    by_row: Any = None
+    if page is not None and (kept := path.with_name(results.CANDIDATES)).is_file():
+        best = results.read_candidates(kept)
+    if page is not None and (kept := path.with_name(ABLATIONS)).is_file():
+        by_row = load_json(kept)
     scores = scoring.score(found, known)
     results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
     told = {"submission": str(given), "test_set": test_set}
     _write_scores(out, told, scores, scoring.ATTEMPTS)
+    if page is not None:
+        own = {
+            Key(name, i): grids for name, inputs in best.items() for i, grids in enumerate(inputs)
+        }
+        write_gallery(page, told, tasks, own, known, by_row)
     missing = len(tasks) - len(found)
     rest = f"; {missing} of {len(tasks)} tasks are not in the submission: not solved"
     note(f"written to {plain(out)}{rest if missing else ''}")

@@ -28,10 +28,17 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.errors import ArctrmError, ConfigError, Interrupted
 from arctrm.model.layout import pair_length
+from arctrm.report.pages import solution_page, write_page
 from arctrm.solve import results, scoring
 from arctrm.solve.adapt import require_adaptable
 from arctrm.solve.questions import keys_of, require_test_inputs
-from arctrm.solve.report import dry_run_table, progress_bar, solution_json, solution_report
+from arctrm.solve.report import (
+    dry_run_table,
+    progress_bar,
+    solution_json,
+    solution_report,
+    write_gallery,
+)
 from arctrm.solve.results import EVERYTHING, INTERRUPTED, SUBMISSION, UNFINISHED, Store
 from arctrm.solve.solution import Answer, Progress, Solution
 from arctrm.solve.solve import Stopped, solve_task
@@ -50,6 +57,7 @@ def solve(
     json: bool = False,
     resume: bool = False,
     dry_run: bool = False,
+    report: Path | None = None,
     began: float | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -57,7 +65,8 @@ def solve(
 
     `check` says whether the answers are right, where they are known; `verbose` adds the numbers and
     the planner's attempts; `json` prints a line of JSON for each task, and all else to stderr;
-    `resume` answers what an earlier run has left; `dry_run` only says what would be done.
+    `resume` answers what an earlier run has left; `dry_run` only says what would be done; `report`
+    is the file of a page to look at, of one task with its evidence or of many.
     `began`: monotonic time at which the clock started; `is_stopped` is asked whether to end.
     With `keep_going` a bad task is left out. One of several that fails is answered by its inputs,
     and the ArctrmError comes at the end.
@@ -65,8 +74,8 @@ def solve(
     # 1. Tasks, and what is answered already.
     began = time.monotonic() if began is None else began
     rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    report = lambda error: None if rank else note(plain(f"left out: {error}"))
-    tasks = load_tasks(target, on_error=report if config.keep_going else None)
+    left_out = lambda error: None if rank else note(plain(f"left out: {error}"))
+    tasks = load_tasks(target, on_error=left_out if config.keep_going else None)
     require_test_inputs(tasks, target)
     out, store = config.out, Store(Path(UNFINISHED))
     if out is not None:
@@ -77,7 +86,8 @@ def solve(
     starts = out is not None and "RANK" not in os.environ
     gpus = min(torch.cuda.device_count(), len(store.left(tasks))) if starts else 1
     if gpus > 1 and not dry_run:
-        options = dict(check=check, verbose=verbose, json=json, resume=resume, began=began)
+        options = dict(check=check, verbose=verbose, json=json, resume=resume, report=report)
+        options |= {"began": began}
         return _start(gpus, config, target, options)
     device = torch.device("cpu")
     if torch.cuda.is_available() and not dry_run:
@@ -85,7 +95,7 @@ def solve(
         torch.cuda.set_device(device)
     solver = load_solver(config.checkpoint, config.inference, device)
     require_adaptable(solver, "solve", "`arctrm eval` takes any checkpoint")
-    shown = (check, verbose, json)
+    shown = (check, verbose, json, report)
     run = _Run(config, tasks, store, solver, began, rank, count, *shown, is_stopped)
     if dry_run:
         return run.print_plan(max(count, gpus))
@@ -102,6 +112,7 @@ def solve(
     try:
         run.answer()
     except KeyboardInterrupt:
+        run.draw_all()
         if out is None or len(tasks) == 1:
             raise
         done = f"{len(tasks) - len(store.left(tasks))} of {len(tasks)} tasks"
@@ -124,6 +135,7 @@ class _Run:
     check: bool
     verbose: bool
     json: bool
+    page: Path | None
     is_stopped: Callable[[], bool]
     failed: list[str] = field(default_factory=list)  # task ids
     late: list[str] = field(default_factory=list)  # for which there was no time
@@ -247,6 +259,16 @@ class _Run:
             console().print(solution_json(solution, correct), soft_wrap=True)
         else:
             self.say(solution_report(solution, correct, verbose=self.verbose))
+        if self.page is not None and len(self.tasks) == 1:
+            write_page(self.page, solution_page(solution, correct, self.solver.name))
+            note(f"the page is {plain(self.page)}")
+
+    def draw_all(self) -> None:
+        """Draw the page of several tasks."""
+        if self.page is not None and len(self.tasks) > 1:
+            ranked, known = self.store.rankings(self.tasks), self.known if self.check else {}
+            head = {"checkpoint": self.solver.name}
+            write_gallery(self.page, head, self.tasks, ranked, known)
 
     def say(self, text: RenderableType) -> None:
         """Print for people."""
@@ -256,6 +278,8 @@ class _Run:
         """Say how it ended; the process that ends last has the answers of all."""
         tasks, out = self.tasks, self.out
         is_complete = not self.store.left(tasks)
+        if is_complete or self.late or self.count == 1:
+            self.draw_all()
         if is_complete and out is not None:
             self.store.finish(tasks)
         if self.check and (is_complete or self.count == 1):

@@ -9,6 +9,7 @@ passes from the reader to TRM: no draft, no states, no size.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +42,8 @@ class Candidate:
     steps: int | None = None  # supervision steps behind it, where TRM proposed it
     probe: float | None = None
     """Score (0..1) of the held-out demonstrations in the planner's attempt that gave it."""
+    history: tuple[Grid | None, ...] = ()
+    """The draft (None: hidden cells) and TRM's grid after each supervision step, where kept."""
 
 
 def by_key(candidates: Iterable[Candidate]) -> dict[Key, list[Candidate]]:
@@ -127,17 +130,20 @@ def refine(
     *,
     num_steps: int | None = None,
     tokens_per_batch: int | None = None,
+    keep_history: bool = False,
     advance: Advance = lambda done: None,
 ) -> list[Candidate]:
     """TRM's candidates, turned back, with `drafts` of the reader or without any.
 
     A question with a draft gives two candidates (from the draft, and from hidden cells of the
-    draft's size), one without gives one. Raises ResourceError where there is too little memory.
+    draft's size), one without gives one. `keep_history` is about those of the first view.
+    Raises ResourceError where there is too little memory.
     """
     asked = to_refine(questions, drafts)
     try:
         own = [one for _, one in asked]
-        answers = refiner.refine(own, num_steps, tokens_per_batch=tokens_per_batch, advance=advance)
+        more: dict[str, Any] = {"keep_history": keep_history, "advance": advance}
+        answers = refiner.refine(own, num_steps, tokens_per_batch=tokens_per_batch, **more)
     except torch.OutOfMemoryError as error:
         now = tokens_per_batch or GPU_TOKENS
         raise ResourceError(
@@ -147,8 +153,11 @@ def refine(
     found = []
     for (question, one), answer in zip(asked, answers, strict=True):
         source = TRM if one.draft is None else JOINT
-        more = (source, question.number, answer.log_p, answer.steps)
-        found.append(Candidate(question.key, question.turned_back(answer.grid), answer.q, *more))
+        grid, steps = question.turned_back(answer.grid), (one.draft, *answer.history)
+        is_kept = keep_history and question.number == 0
+        history = tuple(map(question.turned_back, steps)) if is_kept else ()
+        how = (source, question.number, answer.log_p, answer.steps, None, history)
+        found.append(Candidate(question.key, grid, answer.q, *how))
     return found
 
 

@@ -189,6 +189,14 @@ def counted(ranked: Sequence[Ranked]) -> list[Ranked]:
     return found
 
 
+def first_views(ranked: Sequence[Ranked], count: int) -> list[Ranked]:
+    """The grids that the first `count` views proposed, best first by votes alone."""
+    seen = lambda one: {s: tuple(v for v in own if v < count) for s, own in one.views_by.items()}
+    cut = [replace(one, views_by={s: v for s, v in seen(one).items() if v}) for one in ranked]
+    found = counted([one for one in cut if one.views_by])
+    return sorted(found, key=lambda one: (COPY in one.broken, -one.votes, -one.mean_q))
+
+
 def by_experts(ranked: Sequence[Ranked], scores: Sequence[Sequence[float]]) -> list[Ranked]:
     """The first of `ranked` reordered by the reader: `scores` has a list of grids' scores per view.
     What was not scored keeps its order behind them.

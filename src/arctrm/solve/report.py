@@ -7,20 +7,26 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
+from typing import Any
 
 from rich import progress
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arctrm.console import plain, printable, progress_console
+from arctrm.console import note, plain, printable, progress_console
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
-from arctrm.data.task import Grid
+from arctrm.data.task import Grid, Task
 from arctrm.invariants.task import broken
 from arctrm.planner import PlannerResult
+from arctrm.report.pages import evaluation_page, write_page
+from arctrm.solve import scoring
 from arctrm.solve.plan import PLANNER
 from arctrm.solve.propose import JOINT, READER, TRM
-from arctrm.solve.results import ATTEMPT_NAMES
+from arctrm.solve.questions import keys_of
+from arctrm.solve.rank import first_views
+from arctrm.solve.results import ATTEMPT_NAMES, EVERYTHING, Rankings, predictions
 from arctrm.solve.solution import Answer, Certainty, OnProgress, Progress, Solution
 
 Verdicts = Sequence[Sequence[bool | None]]  # `scoring.verdicts`: test input -> attempt -> right
@@ -209,3 +215,35 @@ def dry_run_table(command: str, rows: Mapping[str, object]) -> Table:
     for name, value in rows.items():
         table.add_row(name, plain(value))
     return table
+
+
+def write_gallery(
+    path: Path,
+    told: Mapping[str, Any],
+    tasks: Sequence[Task],
+    ranked: Rankings,
+    known: scoring.Answers,
+    by_row: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """The page of many tasks: `told` is its heading, `by_row` scores as in ablations.json (default:
+    those of `ranked`).
+    """
+    known = {task.id: known.get(task.id, [None] * len(task.test)) for task in tasks}
+    own = {task.id: [ranked.get(key, ()) for key in keys_of([task])] for task in tasks}
+    grids = {name: [[one.grid for one in best] for best in inputs] for name, inputs in own.items()}
+    right = {name: scoring.verdicts(inputs, known[name]) for name, inputs in grids.items()}
+    curves: dict[str, dict[int, float]] = {}
+    if scoring.num_known(known):
+        all_grids = [one for inputs in own.values() for best in inputs for one in best]
+        most = 1 + max((max(v) for one in all_grids for v in one.views_by.values()), default=0)
+        for count in sorted({most, *(2**i for i in range(most.bit_length()))}):
+            voted = {key: first_views(best, count) for key, best in ranked.items()}
+            shares = scoring.score(predictions(tasks, voted), known).task_fraction
+            for allowed, name in ((2, "two grids"), (10, "ten grids")):
+                curves.setdefault(f"{name}, by votes alone", {})[count] = shares[allowed]
+        scores = scoring.score(grids, known)
+        curves["two grids, by the whole ranking"] = {most: scores.task_fraction[2]}
+        by_row = by_row or {EVERYTHING: scoring.scores_dict(scores)}
+    page = evaluation_page(told, by_row or {}, tasks, own, known, right, curves)
+    write_page(path, page)
+    note(f"the page is {plain(path)}")

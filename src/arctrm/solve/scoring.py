@@ -20,6 +20,7 @@ NAMED_SCORES = {
     "pair_fraction": "share of all test pairs solved",
     "whole_task": "share of tasks with every test pair solved",
 }
+Verdicts = Sequence[Sequence[bool | None]]  # test input -> grid -> right; None: not known
 # Task id -> test outputs in the order of the test inputs; None where not known.
 Answers = Mapping[str, Sequence[Grid | None]]
 
@@ -66,9 +67,7 @@ def is_right(grid: Grid | None, answer: Grid | None) -> bool | None:
     return grid is not None and grid.size > 0 and np.array_equal(grid, answer)
 
 
-def verdicts(
-    attempts: Sequence[Sequence[Grid]], known: Sequence[Grid | None]
-) -> list[tuple[bool | None, ...]]:
+def verdicts(attempts: Sequence[Sequence[Grid]], known: Sequence[Grid | None]) -> Verdicts:
     """For each test input, whether each of its grids is right (None: answer not known)."""
     both = zip(attempts, known, strict=True)
     return [tuple(is_right(grid, answer) for grid in grids) for grids, answer in both]

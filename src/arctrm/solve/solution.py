@@ -1,7 +1,7 @@
 """What solving a task gives: two grids for every test input, their evidence, and a time line."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from arctrm.data.task import Grid, Task
@@ -73,6 +73,9 @@ class Answer:
     ranked: Sequence[Ranked] = ()  # best first
     num_candidates: int = 0  # proposals, malformed ones included
     history: PlannerResult | None = None  # the planner's attempts, where it made some
+    refined: Mapping[str, Sequence[Grid | None]] = field(default_factory=dict)
+    """TRM's steps under the first view, by source: the draft (None: hidden cells), then the grid
+    after each supervision step."""
 
     @property
     def attempts(self) -> tuple[Grid, Grid]:
@@ -134,3 +137,9 @@ class Solution:
             return Certainty("likely right" if many else "a guess", reason)
         solved, whole = counts = COUNTS[reason := reason_of(self.leave_one_out)]
         return Certainty("likely right" if solved / whole >= LIKELY else "a guess", reason, counts)
+
+    def to_html(self) -> str:
+        """A page to look at, one self-contained HTML file."""
+        from arctrm.report.pages import solution_page
+
+        return solution_page(self)

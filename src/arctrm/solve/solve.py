@@ -113,12 +113,13 @@ class Answers:
             spares = rank(other.session.solver, [task], spare, session.config)
             ranked = {key: filled(own, spares[key]) for key, own in ranked.items()}
         plans = self.histories or [None] * len(task.test)
-        answers = tuple(
-            Answer(pair.input, ranked[key], len(found.get(key, ())), plan)
-            for key, pair, plan in zip(keys_of([task]), task.test, plans, strict=True)
-        )
+        answers = []
+        for key, pair, tried in zip(keys_of([task]), task.test, plans, strict=True):
+            own = found.get(key, ())
+            refined = {one.source: one.history for one in own if one.history}
+            answers.append(Answer(pair.input, ranked[key], len(own), tried, refined))
         how = (self.leave_one_out, self.steps, clock.elapsed(), session.known)
-        return Solution(task, answers, *how)
+        return Solution(task, tuple(answers), *how)
 
 
 def answer_first(answers: Answers) -> None:
@@ -243,7 +244,8 @@ def _refine(answers: Answers, asked: Asked, steps: int | None, given: Drafts | N
     refiner = voices.alone if given is None else voices.refiner
     assert refiner is not None
     tokens = session.config.inference.tokens_per_batch
-    answers.add(refine(refiner, asked, given, num_steps=steps, tokens_per_batch=tokens))
+    how: Any = {"num_steps": steps, "tokens_per_batch": tokens, "keep_history": True}
+    answers.add(refine(refiner, asked, given, **how))
     work = refining_work(asked, steps or session.most_steps, 1 if given is None else 2)
     session.clock.record("refine", work, time.monotonic() - begin)
 

@@ -1,0 +1,1 @@
+"""Pages to look at: tasks, a solution, an evaluation, each one HTML file without a network."""
