@@ -47,8 +47,9 @@ def test_the_wheel_solves_a_task_and_knows_the_shipped_configurations(arctrm, tm
     where = run(arctrm.with_name("python"), "-c", "import arctrm; print(*arctrm.__path__)", cwd="/")
     assert Path(where.strip()).is_relative_to(arctrm.parents[1])
     example = shutil.copy(ROOT / "examples/45737921.json", tmp_path)
-    said = run(arctrm, "solve", example, "--check", cwd=tmp_path)
+    said = run(arctrm, "solve", example, "--check", "--report", "page.html", cwd=tmp_path)
     assert "1 of 1 test inputs with a known answer solved" in " ".join(said.split())
     planned = run(arctrm, "joint", "--config", "arc1_1h", "--dry-run", cwd=tmp_path)
     assert "dry run" in planned
-    assert [path.name for path in tmp_path.iterdir()] == ["45737921.json"]
+    assert "45737921</title>" in (tmp_path / "page.html").read_text().replace(" · arctrm", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"45737921.json", "page.html"}
