@@ -284,6 +284,11 @@ def test_the_flags_of_solve_reach_their_keys(run, monkeypatch):
     assert named.pop("target") == "x.json"
     quiet = dict.fromkeys(("verbose", "json", "resume", "dry_run"), False)
     assert named == {"check": True, "report": None} | quiet
+    assert run("solve", "x.json", "--total-budget", "11h", "--out", "x", "--resume")[0] == 0
+    config, named = calls[1]
+    assert (config.total_budget, config.out, named["resume"]) == (39600, Path("x"), True)
+    assert run("solve", "x.json", "--total-budget", "11h")[0] == 2  # nothing would be kept
+    assert run("solve", "x.json", "--total-budget", "11h", "--budget", "5m", "--out", "x")[0] == 2
 
 
 def test_the_version_is_that_of_the_package(run):

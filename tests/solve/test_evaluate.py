@@ -86,12 +86,12 @@ def test_the_submission_is_what_is_scored(settings, scores, trained, tmp_path):
 
 
 def test_a_page_shows_every_task_and_what_the_folder_has(settings, scores, trained, tmp_path):
-    again = config(None, trained.folder, tmp_path / "late")
     told = []
     for name, given in (("whole", settings.out), ("bare", settings.out / "submission.json")):
         if name == "bare":
             given = Path(shutil.copy(given, tmp_path / "alone.json"))
         page = tmp_path / "pages" / f"{name}.html"
+        again = config(None, trained.folder, tmp_path / name)
         evaluate(again.model_copy(update={"submission": given}), report=page)
         told.append(page.read_text(encoding="utf-8"))
     for html in told:

@@ -86,8 +86,8 @@ def solve(
     starts = out is not None and "RANK" not in os.environ
     gpus = min(torch.cuda.device_count(), len(store.left(tasks))) if starts else 1
     if gpus > 1 and not dry_run:
-        options = dict(check=check, verbose=verbose, json=json, resume=resume, report=report)
-        options |= {"began": began}
+        shown = dict(check=check, verbose=verbose, json=json, report=report)
+        options: dict[str, Any] = {"resume": resume, "began": began} | shown
         return _start(gpus, config, target, options)
     device = torch.device("cpu")
     if torch.cuda.is_available() and not dry_run:
@@ -95,8 +95,8 @@ def solve(
         torch.cuda.set_device(device)
     solver = load_solver(config.checkpoint, config.inference, device)
     require_adaptable(solver, "solve", "`arctrm eval` takes any checkpoint")
-    shown = (check, verbose, json, report)
-    run = _Run(config, tasks, store, solver, began, rank, count, *shown, is_stopped)
+    how = (check, verbose, json, report, is_stopped)
+    run = _Run(config, tasks, store, solver, began, rank, count, *how)
     if dry_run:
         return run.print_plan(max(count, gpus))
     # 3. Every process has read the folder before the first one writes; then they part.
