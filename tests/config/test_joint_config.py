@@ -60,7 +60,8 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
         (["trm_halt_max_steps=0"], ["trm_halt_max_steps", "trm.halt_max_steps = 0"]),
         (["llama_frozen=maybe"], ["llama_frozen", "boolean"]),
         (["hub.name=a/b"], ["llama_model = 'tiny'", "the table hub"]),
-        (["llama_frozen=true"], ["llama_model = 'tiny'", "llama_frozen = true"]),
+        (["llama_frozen=true"], ["llama_frozen = true", "trm_checkpoint"]),
+        (["trunk.own_layers=5"], ["trunk.own_layers = 5", "trunk.num_layers = 4"]),
         (["reader_checkpoint=x"], ["llama_model = 'tiny'", "reader_checkpoint = 'x'"]),
         (["llama_model=a/b", "hub.name=c/d"], ["llama_model = a/b", "hub.name = c/d"]),
         (

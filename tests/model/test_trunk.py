@@ -300,6 +300,28 @@ def test_the_readers_loss_reaches_all_that_the_reader_uses_and_nothing_else():
     assert untouched == {*own, "feedback.layers.0.weight", "voice_emb"}
 
 
+def test_layers_of_trms_own_are_used_in_its_passes_only():
+    given, results = batch(pairs(2)), []
+    plain, trunk = new_trunk(), new_trunk(INJECTED.model_copy(update={"own_layers": 1}))
+    trunk.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(logits_of(trunk, given), logits_of(plain, given))
+    seen = spans(given.offsets, max(given.lengths), torch.float32)
+    x = trunk.embed(given.tokens, trunk.condition(given.conditions)[given.row])
+    for begun in (False, True):
+        if begun:
+            trunk.begin_trm()
+        results.append(trunk.hidden(x, given.positions, seen, own=True))
+    expected = plain.hidden(x, given.positions, seen, own=True)
+    torch.testing.assert_close(results[1], expected)
+    assert (results[0] - expected).norm() > 0.1 * expected.norm()
+    (gradient,) = torch.autograd.grad(
+        trunk.hidden(x, given.positions, seen, own=True).sum(),
+        trunk.layers[-1].o_proj.weight,
+        allow_unused=True,
+    )
+    assert gradient is None
+
+
 def test_a_cast_copy_is_frozen_and_computes_in_its_dtype():
     trunk, given = new_trunk(), batch(pairs(2))
     before = logits_of(trunk, given).detach()

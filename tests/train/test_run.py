@@ -112,6 +112,31 @@ def test_a_trm_that_starts_from_a_reader_tells_colours_as_the_reader_does(folder
     assert torch.equal(trunk.own_head.weight, trunk.head.weight[:10])
 
 
+def test_a_frozen_reader_stays_as_it_is_and_trm_learns_by_its_own_layers(folder, tmp_path):
+    pretrain(small(tmp_path / "reader", own(folder, voice="reader")))
+    start = {"trm_checkpoint": str(tmp_path / "reader"), "llama_frozen": True}
+    frozen = own(folder, **start, **{"trunk.own_layers": 1, "trm.draft_share": 0.5})
+    joint(small_joint(tmp_path / "both", frozen))
+    before, after = (read_trunk(tmp_path / name)[0] for name in ("reader", "both"))
+    own_parts, kept = after.trm_parameters(), before.state_dict()
+    assert any(name.startswith("own.layers.0.") for name in own_parts)
+    for name, tensor in after.state_dict().items():
+        if name not in own_parts:
+            assert torch.equal(tensor, kept[name]), name
+    for number, (one, its_start) in enumerate(
+        zip(after.own.layers[0].parameters(), before.layers[-1].parameters(), strict=True)
+    ):
+        assert not torch.equal(one, its_start), number
+    assert read_meta(latest_checkpoint(tmp_path / "both")).voices == ("reader", "trm")
+
+
+def test_a_frozen_reader_has_to_be_there(folder, tmp_path):
+    pretrain(small(tmp_path / "trm", own(folder, voice="trm")))
+    start = {"trm_checkpoint": str(tmp_path / "trm"), "llama_frozen": True}
+    with pytest.raises(CheckpointError, match="holds no reader to be frozen"):
+        joint(small_joint(tmp_path / "both", own(folder, **start)))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

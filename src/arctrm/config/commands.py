@@ -105,7 +105,8 @@ class JointConfig(_RunConfig):
     llama_model: str = Field(model.TINY, min_length=1)
     """"tiny": the reader's voice of the trunk; or a hub id or folder of a causal language model."""
     llama_frozen: bool = False
-    """Train adapters and TRM only; else hub.mode = "lora" or "full" says what of a hub model is."""
+    """Leave the reader as it is. Of the tiny one: train TRM's own parts of `trm_checkpoint` only.
+    Of a hub model: adapters and TRM; else hub.mode = "lora" or "full" says what of it."""
     trm_checkpoint: Path | None = Field(None, json_schema_extra=FREE)
     """Checkpoint, run or bundle folder that the trunk, and adapters if it has any, start from."""
     trm_hidden_size: int | None = Field(None, json_schema_extra=FREE)
@@ -174,14 +175,16 @@ class JointConfig(_RunConfig):
     def _problems(self) -> Iterator[str]:
         kind, given = "the tiny reader", {"the table reader": self.reader != model.ReaderConfig()}
         if self.is_tiny:
-            kind, given = "a hub model", {"llama_frozen = true": self.llama_frozen}
-            given[f"reader_checkpoint = '{self.reader_checkpoint}'"] = bool(self.reader_checkpoint)
+            named = f"reader_checkpoint = '{self.reader_checkpoint}'"
+            kind, given = "a hub model", {named: bool(self.reader_checkpoint)}
             given["the table hub"] = self.hub != model.HubConfig()
         for key in (key for key, is_given in given.items() if is_given):
             said = f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}"
             yield f"{said}; leave one of them out"
         if self.is_tiny:
             yield from self._batch_problem()
+            if self.llama_frozen and self.trm_checkpoint is None:
+                yield "llama_frozen = true: there is no reader yet; give trm_checkpoint, too"
             return
         width, coupling = self.trunk.hidden_size, self.coupling
         if width % coupling.adapter_heads:

@@ -25,6 +25,8 @@ class TrunkConfig(StrictModel):
     """Times that a token goes through all layers (a looped transformer)."""
     injection: bool = True
     """Add a token's embedding again before every layer, each time by another matrix."""
+    own_layers: int = Field(0, ge=0, le=256)
+    """Layers of TRM's own, which take the place of the last ones in its passes."""
     num_heads: int = Field(8, ge=1, le=1024)
     """Attention heads; hidden_size / num_heads must be a multiple of 8."""
     expansion: float = Field(8 / 3, gt=0, le=64)
@@ -35,6 +37,9 @@ class TrunkConfig(StrictModel):
     """Keep only the input of each layer in training: less memory, a third more time."""
 
     def _problems(self) -> Iterator[str]:
+        if self.own_layers > self.num_layers:
+            said = f"trunk.own_layers = {self.own_layers} is more than trunk.num_layers"
+            yield f"{said} = {self.num_layers}; use {self.num_layers} or less"
         step = 8 * self.num_heads
         if self.hidden_size % step:
             said = f"trunk.hidden_size = {self.hidden_size} is not a multiple of 8 x"

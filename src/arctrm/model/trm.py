@@ -82,7 +82,7 @@ def supervision_step(
         condition = condition + added_TD
     back = F.rms_norm(state.z, state.z.shape[-1:], eps=EPS)
     x = trunk.embed(state.y, condition) + linear(back, trunk.feedback.layers[0])
-    hidden = trunk.hidden(x, rows.positions, rows.seen)
+    hidden = trunk.hidden(x, rows.positions, rows.seen, own=True)
     logits = linear(hidden, trunk.own_head).float()
     q_halt = _mean_of_cells(linear(hidden, trunk.halt_head)[:, 0].float(), rows, num_rows)
     with torch.no_grad():

@@ -8,7 +8,8 @@ task, one for the view and one for the scale are added to every token (mdlARC's 
 a task instead of its demonstrations).
 
 One forward serves training, decoding and refining; what a token sees is a parameter. The reader
-voice is `head`, the TRM voice `own_head`, `halt_head`, `feedback` and `voice_emb`.
+voice is `head`; the TRM voice is `own_head`, `halt_head`, `feedback`, `voice_emb`, and, with
+`own_layers`, blocks that stand in its passes for the last ones of the reader.
 
 Legend: T tokens, R rows (sequences), D width, A heads, K head width, I inner width, V vocabulary.
 """
@@ -40,6 +41,7 @@ EPS = 1e-6
 HALT_BIAS = -5.0  # first halting logit, as in TRM: no row is done before the head has learned
 END_OF_CHOICES = len(CHOICES) - 1  # all choices but the last are the first tokens
 TASK_TABLES = ("task_emb", "inverse_emb")  # one row a task
+TRM_PARTS = ("own", "own_head", "halt_head", "feedback", "voice_emb")  # of no use to the reader
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, K] each, of the rotary positions
 
@@ -81,10 +83,9 @@ class Trunk(nn.Module):
         self.dtype = torch.float32
         width = config.hidden_size
         self.embed_tokens = _table(VOCABULARY, width)
-        self.layers = nn.ModuleList(
-            Block(width, config.inner_size, config.num_heads) for _ in range(config.num_layers)
-        )
-        self.injections = _Layers(config.depth if config.injection else 0, width)
+        sizes = width, config.inner_size, config.num_heads
+        self.layers = nn.ModuleList(Block(*sizes) for _ in range(config.num_layers))
+        self.injections = _squares(config.depth if config.injection else 0, width)
         self.norm = nn.Parameter(torch.ones(width))
         self.head = _matrix(VOCABULARY, width)
         self.task_emb = _table(num_tasks, width)
@@ -92,11 +93,12 @@ class Trunk(nn.Module):
         self.dihedral_emb = _table(NUM_DIHEDRALS, width)
         self.colours_emb = _table(2, width)
         self.scale_emb = _table(num_scales, width)
+        self.own = _Named(Block(*sizes) for _ in range(config.own_layers))
         self.own_head = _matrix(NUM_COLOURS, width)
         self.halt_head = nn.Linear(width, 1)
         nn.init.zeros_(self.halt_head.weight)
         nn.init.constant_(self.halt_head.bias, HALT_BIAS)
-        self.feedback = _Layers(1, width)
+        self.feedback = _squares(1, width)
         self.voice_emb = nn.Parameter(torch.zeros(width))
 
     @property
@@ -108,6 +110,27 @@ class Trunk(nn.Module):
     def width(self) -> int:
         """Width D of the hidden states."""
         return self.config.hidden_size
+
+    def blocks(self, own: bool = False) -> list[nn.Module]:
+        """The blocks of one loop: the reader's, or (`own`) TRM's."""
+        shared = len(self.layers) - self.config.own_layers
+        return [*self.layers[:shared], *self.own.layers] if own else [*self.layers]
+
+    def trm_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter, of those that the reader does not use."""
+        return {n: p for n, p in self.named_parameters() if n.partition(".")[0] in TRM_PARTS}
+
+    @torch.no_grad()
+    def begin_trm(self) -> None:
+        """Start TRM from the reader: its blocks, and its head, which tells colours apart; moving
+        averages too.
+        """
+        given = [(self.own_head.weight, self.head.weight[:NUM_COLOURS])]
+        for new, block in zip(self.own.layers[::-1], self.layers[::-1], strict=False):
+            given += zip(new.parameters(), block.parameters(), strict=True)
+        for parameter, value in given:
+            for tensor in (parameter, getattr(parameter, "average", parameter)):
+                tensor.copy_(value)
 
     def condition(self, rows: Tensor) -> Tensor:
         """Vectors [R, D] added to every token of each row; `rows` int64 [R, 5], see `Condition`."""
@@ -133,16 +156,18 @@ class Trunk(nn.Module):
             cells = shown.to(self.dtype) @ self.embed_tokens.to(self.dtype)
         return cells + condition_TD.to(self.dtype)
 
-    def hidden(self, x_TD: Tensor, positions_T: Tensor, seen: Seen) -> Tensor:
-        """Hidden states [T, D], after the final norm, of embedded tokens at packed positions."""
+    def hidden(self, x_TD: Tensor, positions_T: Tensor, seen: Seen, *, own: bool = False) -> Tensor:
+        """Hidden states [T, D], after the final norm, of embedded tokens at packed positions; by
+        TRM's own blocks where it has some (`own`).
+        """
         turn = self.rotary(positions_T)
         source = F.rms_norm(x_TD, x_TD.shape[-1:], eps=EPS).to(x_TD.dtype)
-        x, num_blocks = x_TD, len(self.layers)
+        x, blocks = x_TD, self.blocks(own)
         keeps_inputs_only = self.config.gradient_checkpointing and torch.is_grad_enabled()
         for number in range(self.config.depth):
             if self.config.injection:
                 x = x + linear(source, self.injections.layers[number])
-            block = self.layers[number % num_blocks]
+            block = blocks[number % len(blocks)]
             if keeps_inputs_only:  # nothing in a block is random
                 given = (x, turn, seen, number)
                 x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
@@ -181,7 +206,7 @@ class Trunk(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile of every block, in place."""
-        for block in self.layers:
+        for block in (*self.layers, *self.own.layers):
             block.compile(dynamic=False)
 
     def holding(self, state: Mapping[str, Tensor]) -> "Trunk":
@@ -209,14 +234,20 @@ class Trunk(nn.Module):
         return other.requires_grad_(False).eval()
 
 
-class _Layers(nn.Module):
-    """Square matrices, zero at first, named so that they are optimised as those of blocks."""
+class _Named(nn.Module):
+    """Modules whose names say that their matrices are optimised as those of `Trunk.layers`."""
 
-    def __init__(self, count: int, width: int):
+    def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
-        self.layers = nn.ModuleList(_matrix(width, width) for _ in range(count))
-        for weight in self.parameters():
-            nn.init.zeros_(weight)
+        self.layers = nn.ModuleList(layers)
+
+
+def _squares(count: int, width: int) -> _Named:
+    """Square matrices, zero at first."""
+    named = _Named(_matrix(width, width) for _ in range(count))
+    for weight in named.parameters():
+        nn.init.zeros_(weight)
+    return named
 
 
 def llama_state(trunk: Trunk) -> dict[str, Tensor]:

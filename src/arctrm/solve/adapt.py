@@ -194,7 +194,10 @@ def _copy(solver: Solver, row: int) -> Trunk:
     dtype = trunk.dtype if solver.reader is None else solver.reader.dtype
     # Small gradients are zero in float16.
     other.dtype = torch.float32 if dtype == torch.float16 else dtype
-    return other.requires_grad_(True).eval()
+    other.requires_grad_(True)
+    for parameter in other.trm_parameters().values() if solver.reader else ():
+        parameter.requires_grad_(False)
+    return other.eval()
 
 
 def _hub_copy(hybrid: nn.Module) -> Any:

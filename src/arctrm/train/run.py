@@ -23,7 +23,6 @@ from arctrm.console import console, note, plain
 from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
-from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import CheckpointError, ConfigError
 from arctrm.model.attention import has_packed_kernel
 from arctrm.model.trunk import TASK_TABLES, Trunk
@@ -232,11 +231,13 @@ def _start_trunk(
     meta = checkpoints.read_meta(folder)
     for key in TrunkConfig.model_fields.keys() - {"gradient_checkpointing"}:
         there, here = (getattr(one.trunk, key) for one in (meta.trained, config))
-        if there != here:
+        if there != here and (key, there) != ("own_layers", 0):
             raise CheckpointError(
                 f"{folder}: trunk.{key} = {there!r} there, {here!r} here; use the former"
             )
-    weights, own = _part(checkpoints.read_model(folder), "trunk."), trunk.state_dict()
+    own = trunk.state_dict()
+    weights = {n: t for n, t in own.items() if n.startswith("own.")}
+    weights |= _part(checkpoints.read_model(folder), "trunk.")
     rows = meta.rows_of(base.task_fingerprints())
     for name in TASK_TABLES:
         if name in weights:
@@ -248,9 +249,14 @@ def _start_trunk(
         weights["scale_emb"] = own["scale_emb"]
     checkpoints.check_names(own, weights, folder)
     trunk.load_state_dict(weights)
-    if "trm" not in meta.voices:  # the reader's head tells colours apart
-        with torch.no_grad():
-            trunk.own_head.weight.copy_(trunk.head.weight[:NUM_COLOURS])
+    if "trm" not in meta.voices or meta.trained.trunk.own_layers != config.trunk.own_layers:
+        trunk.begin_trm()
+    if isinstance(config, JointConfig) and config.is_tiny and config.llama_frozen:
+        if "reader" not in meta.voices:
+            raise CheckpointError(f"{folder}: holds no reader to be frozen; give one with a reader")
+        trained = trunk.trm_parameters()
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad_(name in trained)
     known = sum(row is not None for row in rows)
     anew = "; the vectors of data.scaling, which differs, start anew" if other_ways else ""
     if is_main:

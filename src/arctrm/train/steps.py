@@ -14,7 +14,6 @@ from torch import Tensor
 
 from arctrm.config import JointConfig, PretrainConfig, TRMConfig
 from arctrm.data.base_set import BaseSet
-from arctrm.data.task import NUM_COLOURS
 from arctrm.model.attention import BLOCK
 from arctrm.model.trm import supervision_steps
 from arctrm.model.trunk import Trunk
@@ -109,7 +108,7 @@ class ReaderStep(Step):
 @dataclass(eq=False)
 class TrmStep(Step):
     """The TRM voice: the colour of every answer cell, after each supervision step. Where it begins
-    later than the run, the own-cell head starts from the reader's head, which tells colours apart.
+    later than the run, it starts from the reader's head and blocks.
     """
 
     config: TRMConfig
@@ -124,11 +123,9 @@ class TrmStep(Step):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Give the own-cell head (and its moving average) its start, once; draft now and then."""
+        """Give TRM its start, once; draft now and then."""
         if self.begin and not self.has_begun:
-            own, colours = self.trunk.own_head.weight, self.trunk.head.weight[:NUM_COLOURS]
-            for weight in (own, getattr(own, "average", own)):
-                weight.copy_(colours)
+            self.trunk.begin_trm()
         self.has_begun.fill_(1)
         super().prepare()
 
@@ -208,7 +205,9 @@ def voice_steps(
     alone = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
     after, rest = trm.begin, 1 - trm.share
     both = [(READER, 1.0, 0.0, after), (READER, rest, after, 1.0), (TRM, trm.share, after, 1.0)]
-    parts = alone.get(config.voice, [part for part in both if part[2] < part[3]])
+    is_frozen = isinstance(config, JointConfig) and config.llama_frozen
+    chosen = "trm" if is_frozen else config.voice
+    parts = alone.get(chosen, [part for part in both if part[2] < part[3]])
     # 3. A step for each.
     steps: list[Step] = []
     bound = config.batch_size if isinstance(config, JointConfig) else None
