@@ -7,6 +7,7 @@ answer (tests/test_readme.py runs these).
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,7 @@ FEW = {"inference.views": 2, "judge.scored_candidates": 2, "judge.scoring_views"
 # dev/ is history; tests/test_python.py runs docs/python.md beside a server of the hub.
 SHOWN = [page for page in PAGES if "dev" not in page.parts and page.name != "python.md"]
 NOT_HERE = re.compile(r"torchrun|--version|published/")
+ERROR = re.compile(r"\$ arctrm (.*)\n(error: .*)")
 MODEL = re.compile(r"(meta-llama|Qwen|HuggingFaceTB)/[\w.-]+")
 
 
@@ -113,15 +115,15 @@ def prepared(tmp_path_factory) -> Path:
     return folder
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str], code: int = 0) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
-    assert stop.value.code == 0, words
+    assert stop.value.code == code, words
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=[str(p.relative_to(ROOT)) for p in SHOWN])
 def test_the_commands_and_python_of_a_page_run_one_after_another(
-    page, prepared, tmp_path, monkeypatch
+    page, prepared, tmp_path, monkeypatch, capfd
 ):
     folder, names = tmp_path / "page", {"__name__": "page"}
     shutil.copytree(prepared, folder)
@@ -129,6 +131,13 @@ def test_the_commands_and_python_of_a_page_run_one_after_another(
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python" and page.name != "README.md":  # of which see tests/test_readme.py
             exec(compile(MODEL.sub("models/llama", block), str(page), "exec"), names)
+        if language == "console" and (shown := ERROR.search(block)):
+            capfd.readouterr()
+            run(shlex.split(shown[1]), code=2)
+            pattern = re.escape(shown[2]).replace(r"\.\.\.", ".*")
+            assert re.fullmatch(pattern, capfd.readouterr().err.strip())
+        elif block.startswith("$ arctrm pretrain"):
+            run(shlex.split(block.partition("\n")[0])[2:])
         for line in shell_lines(f"```bash\n{block}```\n") if language == "bash" else ():
             words = arctrm_words(line)
             if not words or NOT_HERE.search(line):
