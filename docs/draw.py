@@ -10,7 +10,9 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from arctrm.console import ARC_PALETTE
+import numpy as np
+
+from arctrm.report.pictures import GRID_STYLE, HIDDEN, grid_svg
 
 ROOT = Path(__file__).parents[1]
 STYLE = """
@@ -27,7 +29,6 @@ text{font:14px system-ui,sans-serif;fill:var(--ink)}
 """
 START, END, ROW, SEPARATOR = "START", "END", "row", "SEP"
 SMALL_INPUT, SMALL_OUTPUT = [[8, 0, 3], [0, 8, 0]], [[3, 0, 8], [0, 8, 0]]
-HIDDEN = -1
 
 
 def pictures(systems: dict[str, Any]) -> dict[str, str]:
@@ -53,7 +54,8 @@ def svg(width: float, height: float, says: str, parts: Iterable[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     paper = f'<rect class="bg" width="{width:g}" height="{height:g}"/>'
     body = "\n".join([paper, *parts])
-    return f"{head}\n<title>{escape(says)}</title>\n<style>{STYLE}</style>\n{body}\n</svg>\n"
+    style = STYLE + GRID_STYLE
+    return f"{head}\n<title>{escape(says)}</title>\n<style>{style}</style>\n{body}\n</svg>\n"
 
 
 def text(x: float, y: float, words: object, kind: str = "") -> str:
@@ -86,17 +88,10 @@ def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
     return f'{line}<polygon class="arrow" points="{tip} {wings}"/>'
 
 
-def grid(x: float, y: float, cells: Sequence[Sequence[int]], side: float = 16) -> str:
-    """A grid in ARC's colours; `HIDDEN` cells are empty."""
-    drawn = [
-        rect(x + side * c, y + side * r, side, side, "box", 'stroke-width="1"')
-        if colour == HIDDEN
-        else f'<rect x="{x + side * c:g}" y="{y + side * r:g}" width="{side:g}" height="{side:g}" '
-        f'fill="{ARC_PALETTE[colour]}" stroke="#777" stroke-width=".5"/>'
-        for r, row in enumerate(cells)
-        for c, colour in enumerate(row)
-    ]
-    return "\n".join(drawn)
+def grid(x: float, y: float, cells: Sequence[Sequence[int]], side: int = 16) -> str:
+    """A grid as on the pages of `--report`."""
+    shown = np.array(cells, dtype=np.uint8)
+    return f'<g transform="translate({x:g} {y:g})">{grid_svg(shown, side * max(shown.shape))}</g>'
 
 
 # --- README

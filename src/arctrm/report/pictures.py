@@ -15,11 +15,11 @@ from arctrm.console import ARC_PALETTE
 from arctrm.data.task import Grid
 
 HIDDEN = len(ARC_PALETTE)  # a cell that shows nothing yet
-MAX_CELL = 30  # pixels
+MAX_CELL = 40  # pixels
 GRID_STYLE = (
-    ".grid rect{fill:#555}.grid g{fill:none;transform:translate(.03px,.5px)}"
-    ".grid g path{stroke-width:.94;stroke-dasharray:.94 .06}"
-    ".grid .mark{transform:translate(.5px,.5px);stroke:#000;stroke-linecap:round}"
+    ".grid rect{fill:#555}.grid g{fill:none}"
+    ".grid path{stroke-width:.94;stroke-dasharray:.94 .06}"
+    ".grid .mark{stroke:#000;stroke-linecap:round}"
     ".grid .mark path{stroke-width:.56;stroke-dasharray:none}"
     ".grid .mark path+path{stroke:#fff;stroke-width:.34}"
     + "".join(f".c{n}{{stroke:{shade}}}" for n, shade in enumerate((*ARC_PALETTE, "#777")))
@@ -43,11 +43,13 @@ def grid_svg(grid: Grid, side: int = 160, marks: Mapping[str, np.ndarray] | None
     for name, mask in (marks or {}).items():
         path = "".join(f"M{x} {y}h0" for y, x in np.argwhere(mask).tolist())
         twice = f'<path d="{path}"/>' * 2  # a ring and its middle
-        dots += f'<g class="mark" data-name="{escape(name)}">{twice}</g>' if path else ""
+        head = f'<g class="mark" data-name="{escape(name)}" transform="translate(.5 .5)">'
+        dots += f"{head}{twice}</g>" if path else ""
     return Markup(
         f'<svg class="grid" viewBox="0 0 {width} {height}" width="{width * cell}" '
         f'height="{height * cell}" role="img" aria-label="grid, {height} by {width}">'
-        f'<rect width="{width}" height="{height}"/><g>{lines}</g>{dots}</svg>'
+        f'<rect width="{width}" height="{height}"/>'
+        f'<g transform="translate(.03 .5)">{lines}</g>{dots}</svg>'
     )
 
 
