@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from html import unescape
 
 import pytest
 
@@ -39,6 +40,9 @@ def test_a_task_is_solved_and_told_of_on_the_way(loaded, trained):
     assert not any(pair.output is not None for pair in solution.task.test)
     assert {one.budget for one in told} == {30.0}
     assert solution.adaptation_steps == 2
+    assert task.id in solution.to_html()
+    shown = solution._repr_html_()  # in a notebook: the page within a frame
+    assert unescape(shown.split('"')[1]) == solution.to_html()
 
 
 def test_a_solver_is_shown_in_a_line(loaded, trained):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Literal
 
 from arctrm.data.task import Grid, Task
@@ -143,3 +144,6 @@ class Solution:
         from arctrm.report.pages import solution_page
 
         return solution_page(self)
+
+    def _repr_html_(self) -> str:  # in a notebook, apart from its styles
+        return f'<iframe srcdoc="{escape(self.to_html())}" width="100%" height="700"></iframe>'
