@@ -72,7 +72,9 @@ def tiny(words: list[str]) -> list[str]:
         words += ["--set", f"{key}={json.dumps(value)}"]
     if command in ("eval", "baseline") and "--resume" not in words and "--submission" not in words:
         words += ["--max-tasks", "1", *(["--views", "1"] if command == "baseline" else [])]
-    if command == "solve":
+    if "--total-budget" in words:
+        words[words.index("--total-budget") + 1] = "6s"
+    elif command == "solve":
         words += ["--budget", "3s"]
     answers = command in ("eval", "baseline", "solve") and "--submission" not in words
     if answers and not {"--checkpoint", "--model", "--resume"} & set(words):

@@ -1,5 +1,6 @@
 """The wheel alone, in an environment elsewhere, does what the clone does."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -23,23 +24,35 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def arctrm(tmp_path_factory) -> Path:
-    """The command of a fresh environment that has the wheel, and sees this one's dependencies."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("elsewhere")
+def wheels(tmp_path_factory) -> Path:
+    """A folder with the wheel."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheels")
     for name in PARTS:  # a build leaves files beside its sources
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    pip = (sys.executable, "-m", "pip")
     build = ("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    run(*pip, *build, cwd=folder)
+    run(sys.executable, "-m", "pip", *build, cwd=folder)
     shutil.rmtree(source)
+    return folder
+
+
+def new_environment(folder: Path) -> Path:
+    """The Python of a fresh environment that sees this one's dependencies, and not arctrm."""
     venv.create(folder / "venv", with_pip=False)
     paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    own = folder / "venv/bin/python"
-    run(*pip, "--python", own, "install", "-q", "--no-deps", *folder.glob("*.whl"), cwd=folder)
-    return folder / "venv/bin/arctrm"
+    return folder / "venv/bin/python"
+
+
+@pytest.fixture(scope="module")
+def arctrm(tmp_path_factory, wheels) -> Path:
+    """The command of a fresh environment that has the wheel."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    own = new_environment(folder)
+    install = ("install", "-q", "--no-deps", *wheels.glob("*.whl"))
+    run(sys.executable, "-m", "pip", "--python", own, *install, cwd=folder)
+    return own.with_name("arctrm")
 
 
 @pytest.mark.slow
@@ -53,3 +66,44 @@ def test_the_wheel_solves_a_task_and_knows_the_shipped_configurations(arctrm, tm
     assert "dry run" in planned
     assert "45737921</title>" in (tmp_path / "page.html").read_text().replace(" · arctrm", "")
     assert {path.name for path in tmp_path.iterdir()} == {"45737921.json", "page.html"}
+
+
+# -- the notebook of a competition
+
+
+def cells() -> list[dict]:
+    return json.loads((ROOT / "examples/kaggle.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def test_the_notebook_has_no_outputs():
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    assert len(code) >= 3
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+@pytest.mark.slow
+def test_the_notebook_installs_from_the_wheels_and_leaves_a_submission(wheels, tmp_path):
+    """Its cells in an environment without arctrm, where pip has no network to ask."""
+    own = new_environment(tmp_path)
+    places = {"/kaggle/input": tmp_path / "input", "/kaggle/working": tmp_path / "working"}
+    shutil.copytree(wheels, places["/kaggle/input"] / "wheels")
+    places["/kaggle/working"].mkdir()
+    task = json.loads((ROOT / "examples/45737921.json").read_text())
+    task["test"] = [{"input": pair["input"]} for pair in task["test"]]
+    other = {"train": task["train"][1:], "test": task["test"]}  # which the weights do not know
+    file = places["/kaggle/input"] / "arc/arc-agi_test_challenges.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"known": task, "new": other}))
+    script = ["import re, subprocess", "def shell(line, names):"]
+    script += ["    line = re.sub(r'{(.+?)}', lambda found: str(eval(found[1], names)), line)"]
+    script += ["    subprocess.run(line, shell=True, check=True)"]
+    for cell in cells():
+        for line in "".join(cell["source"] * (cell["cell_type"] == "code")).splitlines():
+            script.append(f"shell({line[1:]!r}, globals())" if line.startswith("!") else line)
+    text = "\n".join(script).replace(" 11h ", " 40s ")
+    for there, here in places.items():
+        text = text.replace(there, str(here))
+    (tmp_path / "cells.py").write_text(text)
+    assert "2 tasks" in run(own, tmp_path / "cells.py", cwd=tmp_path)
+    submission = json.loads((tmp_path / "working/submission.json").read_text())
+    assert submission["known"][0]["attempt_1"] != task["test"][0]["input"]

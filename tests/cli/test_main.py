@@ -3,8 +3,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.table import Table
 
@@ -106,7 +108,7 @@ def test_every_kind_of_failure_has_its_line_and_exit_code():
         (ArctrmError("diverged"), "error: diverged", 1),
         (KeyboardInterrupt(), "interrupted", 130),
         (KeyboardInterrupt("saved in runs/a"), "saved in runs/a", 130),
-        (OSError(*full), "error: no space left on the disk; free some or give another --out", 1),
+        (OSError(*full), "error: no space left on the disk; free some or give another --out", 2),
         (
             PermissionError(errno.EACCES, "Permission denied", "a.json"),
             "error: a.json: permission denied; check the path and its permissions",
@@ -282,6 +284,8 @@ def test_the_flags_of_solve_reach_their_keys(run, monkeypatch):
     assert (config.budget, config.inference.views, config.max_attempts) == (120, 3, 4)
     assert (config.keep_going, config.out) == (True, None)
     assert named.pop("target") == "x.json"
+    age = time.time() - psutil.Process().create_time()
+    assert time.monotonic() - named.pop("began") == pytest.approx(age, abs=1)
     quiet = dict.fromkeys(("verbose", "json", "resume", "dry_run"), False)
     assert named == {"check": True, "report": None} | quiet
     assert run("solve", "x.json", "--total-budget", "11h", "--out", "x", "--resume")[0] == 0

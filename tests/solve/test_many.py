@@ -1,9 +1,16 @@
 """`solve` over many tasks: every task is answered into one submission, whatever happens."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from arctrm.config import SolveConfig
@@ -268,3 +275,104 @@ def test_for_scripts_stdout_has_a_line_of_json_for_each_task(trained, capsys):
     assert "test inputs with a known answer solved" in err
     solve(quick(trained), str(trained.folder), json=True, dry_run=True)
     assert capsys.readouterr().out == ""
+
+
+# -- real processes
+
+
+def many_tasks(trained, write_tasks, tmp_path):
+    """A folder of nine tasks, and the command that solves them within a total budget."""
+    own = [*trained.known, *trained.others]
+    more = [replace(task, id=f"{task.id}-{n}") for n in range(2) for task in trained.others]
+    folder = write_tasks(tmp_path / "tasks", [*own, *more][:9])
+    command = [sys.executable, "-m", "arctrm", "solve", str(folder), "--out", str(tmp_path / "out")]
+    for key in ("inference.views=3", "inference.dtype=float32", "judge.scoring_views=2"):
+        command += ["--set", key]
+    return [*command, "--checkpoint", str(trained.run)]
+
+
+def is_whole(out):
+    submitted = read_submission(out / SUBMISSION)
+    return len(submitted) == 9 and all(map(all, map(flat_sizes, submitted.values())))
+
+
+def flat_sizes(answers):
+    return [grid.size for grid in flat(answers)]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_resumed_nothing_is_lost(trained, write_tasks, tmp_path):
+    """With a submission of all tasks at any moment; the time used is known."""
+    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+    command += ["--budget", "1s"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    num_seen = 0
+    while running.poll() is None:
+        if (out / SUBMISSION).exists():
+            assert is_whole(out)
+            num_seen += 1
+            if len(records(out)) >= 2:
+                running.kill()
+                running.wait()
+        time.sleep(0.02)
+    assert running.returncode == -signal.SIGKILL
+    assert num_seen > 1
+    kept, before = records(out), read_submission(out / SUBMISSION)
+    used = max(json.loads(line).get("used", 0) for line in (out / UNFINISHED).open())
+    assert used > 0
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, "add --resume" in refused.stderr) == (2, True)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    after = read_submission(out / SUBMISSION)
+    assert is_whole(out)
+    assert not (out / UNFINISHED).exists()
+    for name in (one["task"] for one in kept):
+        assert [g.tolist() for g in flat(after[name])] == [g.tolist() for g in flat(before[name])]
+
+
+def started_by_itself(command, tmp_path):
+    """The command where two GPUs are pretended: it starts two processes, which find none."""
+    script = "import sys, torch; torch.cuda.device_count = lambda: 2\n"
+    script += "if __name__ == '__main__': from arctrm.cli import main; main()"
+    (tmp_path / "two.py").write_text(script)
+    return [command[0], str(tmp_path / "two.py"), *command[3:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "its own"])
+def test_two_processes_divide_the_tasks(trained, write_tasks, tmp_path, launcher):
+    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+    command += ["--budget", "1s"]
+    if launcher == "torchrun":
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    else:
+        command = started_by_itself(command, tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert is_whole(out)
+    assert not (out / UNFINISHED).exists()
+    answered = re.findall(r"^task \d of 9: (\S+),", done.stderr, re.M)
+    assert len(answered) == len(set(answered)) == 9  # no task by both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(trained, write_tasks, tmp_path, how):
+    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+    command = [*started_by_itself(command, tmp_path), "--total-budget", "10m"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / UNFINISHED).exists() or not records(out):
+        assert running.poll() is None
+        time.sleep(0.1)
+    others = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(how)  # to this process alone
+    said = running.communicate()[1]
+    if how == signal.SIGINT:
+        assert running.returncode == 130
+        assert f"stopped; go on with --resume --out {out}" in said
+    _, alive = psutil.wait_procs(others, timeout=60)
+    assert not alive
+    assert is_whole(out)
+    assert 1 <= len(records(out)) < 9

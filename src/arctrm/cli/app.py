@@ -7,6 +7,7 @@ Typer's own way out (a box of several lines, `sys.exit`) is switched off: `run_a
 
 import inspect
 import re
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import datetime
@@ -24,7 +25,7 @@ from arctrm.cli.threads import wait_politely
 from arctrm.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
-    from arctrm.config import DataBuildConfig, DataShowConfig
+    from arctrm.config import DataBuildConfig, DataShowConfig, SolveConfig
 
 # Typer has its own copy of click since 0.26 and imports the installed one before: the class is
 # found through the name that both export.
@@ -253,6 +254,16 @@ def show(
         settings.out.write_text(f"{Text.from_ansi(captured.get()).plain}\n", encoding="utf-8")
 
 
+def solve(settings: "SolveConfig", **given: Any) -> None:
+    """`arctrm solve`, whose clock starts with the process: its imports take seconds, too."""
+    from psutil import Process
+
+    began = time.monotonic() - (time.time() - Process().create_time())
+    from arctrm.solve import many
+
+    many.solve(settings, **given, began=began)
+
+
 _command(
     "data build",
     "cli.app.build",
@@ -317,7 +328,7 @@ _command(
 )
 _command(
     "solve",
-    "solve.many.solve",
+    "cli.app.solve",
     (
         Flag("target", str, f"{_PATHS[0].upper()}{_PATHS[1:]}."),
         WEIGHTS,

@@ -11,9 +11,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ def solve(
     store.writes = out is not None
     # 4. Task by task.
     try:
-        run.answer()
+        with run.on_the_clock():
+            run.answer()
     except KeyboardInterrupt:
         run.draw_all()
         if out is None or len(tasks) == 1:
@@ -221,7 +223,8 @@ class _Run:
 
                 def on_progress(now: Progress) -> None:
                     shown(now)
-                    self.follow()
+                    if self.is_stopped():
+                        raise KeyboardInterrupt
 
                 solution = solve_task(self.solver, task, config, on_progress)
         except Stopped as error:
@@ -242,14 +245,24 @@ class _Run:
         if stop is not None:
             raise stop
 
-    def follow(self) -> None:
-        """While a task is solved: whether to stop, and what time it is."""
-        if self.is_stopped():
-            raise KeyboardInterrupt
-        total, now = self.config.total_budget, self.clock()
-        if total is not None and now - self.store.used >= max(1.0, total / TIMES_NOTED):
-            with self.store.exclusive():
-                self.store.keep_time(now)
+    @contextmanager
+    def on_the_clock(self) -> Iterator[None]:
+        """Write down the time now and then: a run that is killed has used it all the same."""
+        ended, total = threading.Event(), self.config.total_budget or 0.0
+
+        def tick() -> None:
+            with suppress(ArctrmError):  # a full disk, which the next answer finds; all is finished
+                while not ended.wait(max(1.0, total / TIMES_NOTED)):
+                    self.store.keep_time(self.clock())
+                self.store.keep_time(self.clock())
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def show(self, solution: Solution) -> None:
         """Print a solved task."""

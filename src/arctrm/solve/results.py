@@ -148,7 +148,12 @@ class Store:
 
     def _append(self, lines: str) -> None:
         if self.writes:
-            with disk_errors(self.path.parent), self.path.open("a", encoding="utf-8") as file:
+            # A file that another process has finished with does not come back.
+            there = lambda path, flags: os.open(path, flags & ~os.O_CREAT)
+            with (
+                disk_errors(self.path.parent),
+                open(self.path, "a", encoding="utf-8", opener=there) as file,
+            ):
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
