@@ -33,8 +33,8 @@ class CheckpointError(UserError):
     """A checkpoint is missing, truncated, or made for another configuration or id map."""
 
 
-class ResourceError(UserError):
-    """The machine ran out of something the user can ask less of (memory, disk)."""
+class ResourceError(ArctrmError):
+    """The machine ran out of memory or disk; the message names the key to lower. Exit code 1."""
 
 
 class Interrupted(ArctrmError):

@@ -4,7 +4,7 @@ A checkpoint on the hub is a bundle: `checkpoint.json`, `model.safetensors`, and
 from the metadata.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from arctrm.errors import CheckpointError, ConfigError
 # Types of errors by name, as the HTTP library changes.
 UNREACHABLE = "LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "TransportError"
 UNSEEN = "RepositoryNotFoundError", "HFValidationError"
-CARD = "README.md"
+CARD, CONNECT = "README.md", "connect to the network (unset HF_HUB_OFFLINE)"
 
 
 def download(name: str) -> Path:
@@ -41,7 +41,7 @@ def download(name: str) -> Path:
 
     Raises CheckpointError: there is none, or the hub gives none.
     """
-    with _talking(name):
+    with _talking(name, refusal):
         folder = Path(snapshot_download(name, allow_patterns=[META, MODEL]))
     if not (folder / META).is_file():
         raise CheckpointError(f"{name}: is on the hub, but is no checkpoint: it has no {META}")
@@ -59,7 +59,7 @@ def push(checkpoint: Path, name: str, *, private: bool = False, token: str | Non
         raise ConfigError(f"{name}: uploading needs a login to the Hugging Face hub; {login}")
     folder, api = resolve_checkpoint(checkpoint), HfApi(token=token)
     meta = read_meta(folder)
-    with TemporaryDirectory() as temporary, _talking(name):
+    with TemporaryDirectory() as temporary, _talking(name, _refused_upload):
         if set(meta.files) != {MODEL}:
             folder = export_bundle(folder, Path(temporary) / "bundle")
         address = api.create_repo(name, private=private or None, exist_ok=True)
@@ -82,12 +82,12 @@ def model_card(meta: CheckpointMeta, name: str) -> str:
     )
     rows = {
         "voices": " and ".join(meta.voices),
-        "reader": base or "the trunk's voice",
+        **({"reader": base} if base else {}),
         "trunk": f"width {trained.trunk.hidden_size}, {trained.trunk.num_layers} layers gone "
         f"through {trained.trunk.loops} times",
         "trained": f"{meta.step:,} steps, {meta.examples:,} rows, {meta.elapsed:,.0f} s",
-        "tasks": ", ".join(map(subset_label, trained.data.subsets)),
-        "never trained on": f"test outputs of {trained.data.test_set}",
+        "trained on": ", ".join(map(subset_label, trained.data.subsets)),
+        "never trained on": f"test outputs of {trained.data.test_set or 'no set'}",
         "task embeddings": f"{len(meta.task_ids):,}",
         "code": f"arctrm {meta.arctrm_version}, revision {meta.git_revision}",
         "data fingerprint": meta.data_fingerprint or "unknown",
@@ -119,8 +119,8 @@ def refusal(error: BaseException, name: str) -> str | None:
         licence = f"accept its licence at https://huggingface.co/{name}"
         return f"access is restricted; {licence} and log in with `hf auth login`"
     if is_unreachable(error):
-        missing = f"is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached"
-        return f"{missing}; connect to the network (unset HF_HUB_OFFLINE), or give a local folder"
+        missing = f"is no local folder, is not in the cache {constants.HF_HUB_CACHE}"
+        return f"{missing}, and the hub cannot be reached; {CONNECT}, or give a local folder"
     if _is(error, UNSEEN):
         unseen = "is no local folder, and no model on the Hugging Face hub that you may see"
         return f"{unseen}; check the spelling, or log in with `hf auth login`"
@@ -132,12 +132,16 @@ def is_unreachable(error: BaseException) -> bool:
     return _is(error, UNREACHABLE)
 
 
+def _refused_upload(error: BaseException, name: str) -> str | None:
+    return f"the hub cannot be reached; {CONNECT}" if is_unreachable(error) else None
+
+
 @contextmanager
-def _talking(name: str) -> Iterator[None]:
+def _talking(name: str, refused_for: Callable[[BaseException, str], str | None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problem = refusal(error, name)
+        problem = refused_for(error, name)
         if problem is None and not _is(error, ("HfHubHTTPError",)):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

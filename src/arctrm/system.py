@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -144,6 +144,18 @@ def disk_errors(folder: Path) -> Iterator[None]:
             f"{folder}: the disk is full ({shutil.disk_usage(there).free / 2**20:.1f} MiB free); "
             "free some space, lower training.keep_last or choose another --out"
         ) from error
+
+
+@contextmanager
+def memory_errors(sentence: Callable[[], str]) -> Iterator[None]:
+    """Turn a lack of memory, of a GPU or of the machine, into a ResourceError with a sentence."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has a class for it on a GPU only
+        told = "allocate memory" in str(error) or "not enough memory" in str(error)
+        if told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            raise ResourceError(sentence()) from error
+        raise
 
 
 def git_revision() -> str:

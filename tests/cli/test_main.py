@@ -108,7 +108,7 @@ def test_every_kind_of_failure_has_its_line_and_exit_code():
         (ArctrmError("diverged"), "error: diverged", 1),
         (KeyboardInterrupt(), "interrupted", 130),
         (KeyboardInterrupt("saved in runs/a"), "saved in runs/a", 130),
-        (OSError(*full), "error: no space left on the disk; free some or give another --out", 2),
+        (OSError(*full), "error: no space left on the disk; free some or give another --out", 1),
         (
             PermissionError(errno.EACCES, "Permission denied", "a.json"),
             "error: a.json: permission denied; check the path and its permissions",

@@ -74,7 +74,7 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     point_to(monkeypatch, tmp_path, f"http://127.0.0.1:{port}")
-    assert "is not in the cache" in sentence("org/model")
+    assert "is no local folder, is not in the cache" in sentence("org/model")
     assert "cannot be reached; connect to the network" in sentence("org/model")
 
 

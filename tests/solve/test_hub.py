@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from arctrm import Solver
 from arctrm.checkpoints import META, MODEL, export_bundle
+from arctrm.cli import main
 from arctrm.errors import UserError
 from hub_server import TOKEN, new_hub, point_to, serving
 
@@ -57,6 +58,14 @@ def test_a_run_goes_to_the_hub_as_a_bundle_and_comes_back(trained, repos, tmp_pa
     assert repos[NAME][MODEL] == (tmp_path / "bundle" / MODEL).read_bytes()
 
 
+def test_a_command_takes_a_checkpoint_of_the_hub(trained, repos, capsys):
+    loaded(trained.run).push_to_hub(NAME, token=TOKEN)
+    with pytest.raises(SystemExit) as stop:
+        main(["solve", str(trained.folder), "--checkpoint", NAME, "--dry-run"])
+    assert stop.value.code == 0
+    assert f"{NAME}, reader and trm" in capsys.readouterr().out
+
+
 def test_the_model_card_says_what_the_metadata_says(trained, repos, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     loaded(trained.run).push_to_hub(NAME)
@@ -90,11 +99,10 @@ def test_without_a_network_what_was_loaded_before_loads_and_the_rest_is_refused(
         loaded(trained.run).push_to_hub(NAME, token=TOKEN)
         loaded(NAME)
     assert loaded(NAME).name == NAME
-    assert "the hub cannot be reached" in refused(
-        lambda: loaded(trained.run).push_to_hub(NAME, token=TOKEN)
-    )
+    said = refused(lambda: loaded(trained.run).push_to_hub(NAME, token=TOKEN))
+    assert said.startswith(f"{NAME}: the hub cannot be reached; connect")
     shutil.rmtree(tmp_path / "cache")
-    assert "the hub cannot be reached" in refused(lambda: loaded(NAME))
+    assert "is no local folder, is not in the cache" in refused(lambda: loaded(NAME))
 
 
 def test_a_path_that_is_misspelt_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

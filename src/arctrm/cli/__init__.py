@@ -54,7 +54,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {name}" if name else ""
-        return f"error: no space left on the disk{where}; free some or give another --out", 2
+        return f"error: no space left on the disk{where}; free some or give another --out", 1
     if isinstance(error, OSError) and name and error.strerror:
         return f"error: {name}: {error.strerror.lower()}; check the path and its permissions", 2
     text = f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -17,8 +17,8 @@ Legend: R rows of a batch, T tokens fed at once or tokens of an output, 12 choic
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from arctrm.data.task import MAX_SIDE, Grid
-from arctrm.errors import ResourceError
 from arctrm.model.layout import Prompt, groups
 from arctrm.reader import grammar
 from arctrm.reader.grammar import END, MAX_OUTPUT_TOKENS, NUM_CHOICES, ROW_END, GridState
 from arctrm.reader.protocol import Reader, Store
 from arctrm.reader.store import PackedStore, content
+from arctrm.system import memory_errors
 
 CHECK_EVERY = 8
 """Output tokens between two looks at which rows have ended: each look waits for the device."""
@@ -128,16 +128,12 @@ def by_length(prompts: Sequence[Prompt], room: Sequence[int]) -> list[int]:
     return sorted(range(len(prompts)), key=keys.__getitem__)
 
 
-@contextmanager
-def memory_guard(batch_size: int) -> Iterator[None]:
-    """Turn running out of device memory into a sentence that names `judge.batch_size`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        cure = f"; lower it, for example --set judge.batch_size={batch_size // 2}"
-        if batch_size == 1:
-            cure = ", which is the least; use a smaller model, a narrower dtype or a shorter prompt"
-        raise ResourceError(f"out of memory with judge.batch_size = {batch_size}{cure}") from error
+def memory_guard(batch_size: int) -> AbstractContextManager[None]:
+    """Turn running out of memory into a sentence that names `judge.batch_size`."""
+    cure = f"; lower it, for example --set judge.batch_size={batch_size // 2}"
+    if batch_size == 1:
+        cure = ", which is the least; use a smaller model, a narrower dtype or a shorter prompt"
+    return memory_errors(lambda: f"out of memory with judge.batch_size = {batch_size}{cure}")
 
 
 class _Row:

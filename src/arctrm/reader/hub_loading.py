@@ -21,10 +21,10 @@ from transformers.utils import logging
 
 from arctrm import hub
 from arctrm.config import HubConfig
-from arctrm.errors import ArctrmError, CheckpointError, ConfigError, ResourceError
+from arctrm.errors import ArctrmError, CheckpointError, ConfigError
 from arctrm.reader.hub import HubReader
 from arctrm.reader.hub_prompts import check_chat_template, find_spelling
-from arctrm.system import compute_dtype
+from arctrm.system import compute_dtype, memory_errors
 
 META = "meta-llama/Llama-3"
 
@@ -141,15 +141,12 @@ def _only_cached(name: str, revision: str) -> bool:
 @contextmanager
 def _reading(name: str, problem: str) -> Iterator[None]:
     """Turn whatever is raised into one sentence."""
+    cure = "set hub.dtype = 'bfloat16', hub.device_map = 'auto' or use a smaller model"
     try:
-        yield
+        with memory_errors(lambda: f"{name}: does not fit into memory; {cure}"):
+            yield
     except ArctrmError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{name}: does not fit into the memory of the GPU; set dtype = 'bfloat16', "
-            "device_map = 'auto' or use a smaller model"
-        ) from error
     except Exception as error:  # the tokenizers library raises nothing more precise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         problem = hub.refusal(error, name) or f"{problem} ({lines[0].rstrip('.:')})"

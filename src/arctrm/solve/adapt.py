@@ -19,7 +19,7 @@ from torch import nn
 from arctrm.config import AdaptationConfig, DataConfig, JointConfig, OptimiserConfig, TRMConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.task import Pair, Task
-from arctrm.errors import CheckpointError, ResourceError
+from arctrm.errors import CheckpointError
 from arctrm.model.layout import pair_length
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.solve import budget
@@ -27,6 +27,7 @@ from arctrm.solve.budget import RESERVE, Session
 from arctrm.solve.propose import refine, write, written
 from arctrm.solve.scoring import is_right
 from arctrm.solve.weights import Solver
+from arctrm.system import memory_errors
 from arctrm.train.joint_hub import JointStep
 from arctrm.train.optim import FlatGradients, Optimisers, Update, trained_parameters
 from arctrm.train.sequences import Sequences
@@ -75,7 +76,8 @@ def adapt(session: Session, share: float) -> Adapted | None:
     most, tell = config.adaptation.max_steps, lambda n: clock.tell(f"step {n}")
     # A task that the model was trained on has no demonstration left to hold out.
     index, score = None if session.known else held_out(task, config.seed), None
-    try:
+    cure = "lower adaptation.tokens_per_batch, or --set adaptation.enabled=false"
+    with memory_errors(lambda: f"{solver.name}: out of memory for a copy; {cure}"):
         adapter = Adapter(solver, task, config.adaptation, config.seed)
         passes = budget.TRAINING_PASSES * adapter.num_tokens
         adapter.seconds_per_step = session.pass_seconds(passes)
@@ -86,9 +88,6 @@ def adapt(session: Session, share: float) -> Adapted | None:
                 asking = replace(session, solver=adapter.answering(), task=probe)
                 score = _probe(asking, task.demonstrations[index], until)
         adapter.train(task, until, most, tell)
-    except torch.OutOfMemoryError as error:
-        cure = "lower adaptation.tokens_per_batch, or --set adaptation.enabled=false"
-        raise ResourceError(f"{solver.name}: out of memory for a copy; {cure}") from error
     return Adapted(adapter.answering(), adapter.steps, score) if adapter.steps else None
 
 

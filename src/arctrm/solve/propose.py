@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from arctrm.data.task import Grid
-from arctrm.errors import ResourceError
 from arctrm.model import layout
 from arctrm.model.layout import Prompt
 from arctrm.model.trm import GPU_TOKENS, Asked, Refiner
 from arctrm.reader.decoding import Decoded, decode
 from arctrm.reader.protocol import Reader
 from arctrm.solve.questions import Key, Question
+from arctrm.system import memory_errors
 
 # Sources of candidates: written by the reader, refined from hidden cells, refined from a draft.
 READER, TRM, JOINT = "reader", "trm", "joint"
@@ -140,16 +138,12 @@ def refine(
     Raises ResourceError where there is too little memory.
     """
     asked = to_refine(questions, drafts)
-    try:
+    now = tokens_per_batch or GPU_TOKENS
+    cure = f"lower it, for example --set inference.tokens_per_batch={now // 2}"
+    with memory_errors(lambda: f"out of memory with inference.tokens_per_batch = {now}; {cure}"):
         own = [one for _, one in asked]
         more: dict[str, Any] = {"keep_history": keep_history, "advance": advance}
         answers = refiner.refine(own, num_steps, tokens_per_batch=tokens_per_batch, **more)
-    except torch.OutOfMemoryError as error:
-        now = tokens_per_batch or GPU_TOKENS
-        raise ResourceError(
-            f"out of memory with inference.tokens_per_batch = {now}; lower it, for example --set "
-            f"inference.tokens_per_batch={now // 2}"
-        ) from error
     found = []
     for (question, one), answer in zip(asked, answers, strict=True):
         source = TRM if one.draft is None else JOINT

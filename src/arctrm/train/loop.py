@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from arctrm import checkpoints
 from arctrm.config import ScheduleConfig, TrainingConfig
-from arctrm.errors import ArctrmError, CheckpointError, ResourceError
-from arctrm.system import clear_abandoned, disk_errors
+from arctrm.errors import ArctrmError, CheckpointError
+from arctrm.system import clear_abandoned, disk_errors, memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
@@ -123,7 +123,13 @@ def train_step(run: Run) -> bool:
     """Gradients of the active steps, one update; whether something was captured before."""
     active = run.active()
     new = [number for number in active if run.captures and number not in run.graphs]
-    try:
+    tokens, accumulated = run.config.tokens_per_batch, run.config.grad_accum
+    cure = (
+        f"out of memory with training.tokens_per_batch = {tokens}; for example --set "
+        f"training.tokens_per_batch={tokens // 2} --set training.grad_accum={accumulated * 2}, "
+        "or trunk.gradient_checkpointing=true"
+    )
+    with memory_errors(lambda: cure):
         for number in new:
             run.steps[number].prepare()
             run.graphs[number] = graph_of(run.steps[number])
@@ -133,13 +139,6 @@ def train_step(run: Run) -> bool:
             run.graphs[number].replay() if run.captures else run.steps[number]()
         run.gradients.average()
         run.update(run.schedule.factor(run.step, run.elapsed), run.step + 1)
-    except torch.OutOfMemoryError as error:
-        tokens, accumulated = run.config.tokens_per_batch, run.config.grad_accum
-        raise ResourceError(
-            f"out of memory with training.tokens_per_batch = {tokens}; for example --set "
-            f"training.tokens_per_batch={tokens // 2} --set training.grad_accum={accumulated * 2}, "
-            "or trunk.gradient_checkpointing=true"
-        ) from error
     run.step += 1
     return bool(new)
 

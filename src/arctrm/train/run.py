@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from rich.table import Table
@@ -23,7 +24,7 @@ from arctrm.console import console, note, plain
 from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
-from arctrm.errors import CheckpointError, ConfigError
+from arctrm.errors import CheckpointError, ConfigError, ResourceError
 from arctrm.model.attention import has_packed_kernel
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.system import (
@@ -158,6 +159,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     """Model, steps and optimisers of a fresh run; `began_at`: monotonic time of its start."""
     assert config.out is not None
     training, device = config.training, accelerator.device
+    _check_memory(config, base, device)
     torch.manual_seed(config.seed)
     trunk = new_trunk(config, base).to(device)
     trunk.dtype = compute_dtype(training.dtype, device)
@@ -213,6 +215,21 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     )
     captures = captures and training.cuda_graph != "off"
     return Run(config.out, training, accelerator, model, steps, of_counts, meta, began_at, captures)
+
+
+def _check_memory(config: Config, base: BaseSet, device: torch.device) -> None:
+    """Refuse a model whose weights, gradients, moments and average exceed all memory: on a CPU the
+    system would end the process, or others.
+    """
+    with torch.device("meta"):
+        count = sum(p.numel() for p in new_trunk(config, base).parameters())
+    wanted, there = 4 * 5 * count, psutil.virtual_memory().total
+    if device.type == "cpu" and wanted > there:
+        raise ResourceError(
+            f"out of memory with trunk.hidden_size = {config.trunk.hidden_size} and "
+            f"trunk.num_layers = {config.trunk.num_layers}: {count:,} parameters take "
+            f"{wanted / 2**30:.0f} GiB of {there / 2**30:.0f}; lower them"
+        )
 
 
 def new_trunk(config: Config, base: BaseSet) -> Trunk:
