@@ -160,6 +160,12 @@ def test_generated_pages_and_pictures_are_up_to_date():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run python docs/make.py"
 
 
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in ROOT.glob("docs/**/*.md"):
+        assert f"({page.relative_to(ROOT)})" in text, page.name
+
+
 def test_every_picture_is_shown_somewhere():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for picture in ROOT.glob("docs/pictures/*.svg"):
