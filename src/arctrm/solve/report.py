@@ -237,7 +237,7 @@ def write_gallery(
         all_grids = [one for inputs in own.values() for best in inputs for one in best]
         most = 1 + max((max(v) for one in all_grids for v in one.views_by.values()), default=0)
         for count in sorted({most, *(2**i for i in range(most.bit_length()))}):
-            voted = {key: first_views(best, count) for key, best in ranked.items()}
+            voted = {key: first_views(ranked.get(key, ()), count) for key in keys_of(tasks)}
             shares = scoring.score(predictions(tasks, voted), known).task_fraction
             for allowed, name in ((2, "two grids"), (10, "ten grids")):
                 curves.setdefault(f"{name}, by votes alone", {})[count] = shares[allowed]
