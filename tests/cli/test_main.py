@@ -374,6 +374,9 @@ def test_a_page_is_written_for_the_tasks_shown_and_not_over_a_folder(run, tmp_pa
     assert code == 0
     assert "00d62c1b" in out
     assert page.read_text(encoding="utf-8").count('<svg class="grid"') == 2 * 5 + 2
+    code, _, err = run("data", "show", "training", "--statistics", "--report", page)
+    assert code == 2
+    assert "--report contradicts --statistics" in err
     code, _, err = run("data", "show", "training", "00d62c1b", "--report", tmp_path)
     assert code == 2
     assert err == f"error: --report: {tmp_path} is a folder; name a file, {page} say\n"

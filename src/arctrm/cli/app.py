@@ -236,6 +236,8 @@ def show(
     from arctrm.data.sources import load_tasks
 
     ids = list(task_ids or ())
+    if report is not None and settings.statistics and not ids:
+        raise ConfigError("--report contradicts --statistics, which shows no task; leave one out")
     if not ids and (dry_run or settings.seed is not None):
         ids = [task.id for task in load_tasks(source)]
         if settings.seed is not None:

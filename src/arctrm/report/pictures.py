@@ -15,7 +15,7 @@ from arctrm.console import ARC_PALETTE
 from arctrm.data.task import Grid
 
 HIDDEN = len(ARC_PALETTE)  # a cell that shows nothing yet
-MAX_CELL = 40  # pixels
+MAX_CELL = 72  # pixels
 GRID_STYLE = (
     ".grid rect{fill:#555}.grid g{fill:none}"
     ".grid path{stroke-width:.94;stroke-dasharray:.94 .06}"
