@@ -203,7 +203,7 @@ def test_a_total_budget_is_shared_by_need_and_used_up(trained, write_tasks, tmp_
     folder = write_tasks(tmp_path / "tasks", tasks)
     solve(timed(trained, tmp_path / "out", 100.0), str(folder))
     given = clock.budgets
-    assert sum(given.values()) == pytest.approx(100.0)
+    assert sum(given.values()) == pytest.approx(98.0)  # the rest is for the end
     small = given[trained.others[0].id]
     assert 2 * small < given["large"] < 8 * small
     assert all(given[task.id] < small for task in trained.known)  # of much the same size
@@ -230,7 +230,7 @@ def test_time_that_tasks_leave_goes_to_later_ones_and_what_they_overrun_is_taken
     assert len(read_submission(tmp_path / "late" / SUBMISSION)) == 3
     clock.use, clock.budgets = (lambda budget: budget), {}
     solve(timed(trained, tmp_path / "late", 300.0), folder, resume=True)
-    assert sum(clock.budgets.values()) == pytest.approx(100.0)
+    assert sum(clock.budgets.values()) == pytest.approx(300.0 - 5.0 - 200.0)
     assert len(clock.budgets) == 2
 
 
@@ -243,7 +243,7 @@ def test_a_resumed_run_has_the_time_that_is_left(trained, write_tasks, tmp_path,
     [used] = clock.budgets.values()
     clock.is_killed, clock.budgets, clock.now = False, {}, 5000.0
     solve(timed(trained, out, 90.0), folder, resume=True)
-    assert sum(clock.budgets.values()) == pytest.approx(90.0 - used, abs=0.1)
+    assert sum(clock.budgets.values()) == pytest.approx(88.2 - used, abs=0.1)
 
 
 # -- the folder

@@ -46,6 +46,8 @@ from arctrm.solve.solve import Stopped, solve_task
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 
 TIMES_NOTED = 200  # the clock of a total budget is written down so often, once a second at most
+END_SHARE, END_SECONDS = 0.02, 5.0
+"""Of a total budget, at most, kept for a last task that ends late and for the process to end."""
 MOST_NAMED = 3  # failed tasks that are named
 
 
@@ -192,6 +194,8 @@ class _Run:
     def answer(self) -> None:
         """Answer this process's part of the tasks, each in its share of the time."""
         adapts, total = self.config.adaptation, self.config.total_budget
+        if total is not None:
+            total -= min(total * END_SHARE, END_SECONDS)
         known_weight, needs = 1 - adapts.share + adapts.known_share, dict[str, float]()
         left = self.store.left(self.tasks)
         for task in left:
