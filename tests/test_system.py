@@ -18,9 +18,11 @@ from arctrm.model.attention import has_packed_kernel
 from arctrm.reader.last_token import has_kernel
 from arctrm.solve.weights import here_and_now
 from arctrm.system import (
+    LOCK,
     clear_abandoned,
     compute_dtype,
     disk_errors,
+    hold,
     temporary,
     write_bytes_atomically,
     write_run_record,
@@ -179,3 +181,18 @@ def test_a_cpu_trains_in_float32_and_answers_in_what_is_faster(
     assert compute_dtype("auto", CPU) == torch.float32
     assert compute_dtype("auto", CPU, trains=False) == answering
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_a_folder_is_held_by_one_process_and_not_by_a_dead_one(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from arctrm.system import hold\n"
+        "file = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=f"process {other.pid} works there; wait for it"):
+            hold(tmp_path / "out")
+        other.kill()
+    with hold(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).read_text() == str(os.getpid())

@@ -3,6 +3,7 @@ loads no torch itself.
 """
 
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
 from safetensors import SafetensorError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 TEMPORARY = ".tmp-"  # begins the name of what is being written: .tmp-<process>-<name>
+LOCK = ".lock"  # holds the number of the process that works in the folder
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
 # Compute capability from which a GPU has bfloat16 and torch's packed attention, and Triton.
 PACKED, COMPILED = (8, 0), (7, 0)
@@ -115,6 +117,29 @@ def clear_abandoned(folder: Path) -> None:
         process, _, _ = path.name.removeprefix(TEMPORARY).partition("-")
         if not (process.isdecimal() and is_alive(int(process))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def hold(folder: Path) -> TextIO:
+    """Keep a folder for this process until the file is closed; the system lets go of it when the
+    process dies. Raises CheckpointError where another process works.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        if (who := file.read().strip() or "?") != str(os.getpid()):  # its own was interrupted
+            file.close()
+            problem = f"process {who} works there; wait for it, or choose another --out"
+            raise CheckpointError(f"{folder}: {problem}") from None
+    else:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    clear_abandoned(folder)
+    return file
 
 
 def is_alive(process: int) -> bool:

@@ -97,7 +97,7 @@ def test_a_stopped_process_resumes_to_the_same_bytes(how, whole, tmp_path):
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_does_not_hold_it(tmp_path):
     process = start(tmp_path, LONG)
     wait_for_checkpoint(tmp_path, process)
-    with pytest.raises(CheckpointError, match=f"process {process.pid} trains there"):
+    with pytest.raises(CheckpointError, match=f"process {process.pid} works there"):
         pretrain(small(tmp_path, LONG), resume=True)
     process.kill()
     process.wait()

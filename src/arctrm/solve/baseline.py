@@ -40,7 +40,7 @@ from arctrm.solve.results import (
     write_submission,
 )
 from arctrm.solve.weights import Solver, Voices, load_solver, weights_fingerprint
-from arctrm.system import disk_errors, write_bytes_atomically, write_run_record
+from arctrm.system import hold, write_bytes_atomically, write_run_record
 
 # A chat answer has at most so many times the tokens of the largest plausible grid, and so many
 # more; after every few it is looked at whether its grid is closed.
@@ -80,8 +80,7 @@ def baseline(
     left = store.left(tasks)
     if left and not any(ask(solver, task, config)[0] for task in left):
         raise ConfigError(ask(solver, left[0], config)[1][0])
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    store.held = hold(path.parent)
     write_run_record(path.parent, config)
     store.begin(config, solver.name, weights_fingerprint(solver.model))
     for line in solver.notes_on(tasks, config.evaluation):

@@ -30,7 +30,7 @@ from arctrm.solve.rank import Grids, Ranked, Scores, judged, rank
 from arctrm.solve.report import dry_run_table, write_gallery
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
-from arctrm.system import new_accelerator, write_bytes_atomically
+from arctrm.system import LOCK, new_accelerator, write_bytes_atomically
 
 PROMPTS_AT_ONCE = 64  # of a part of the tasks: some batches of a CPU, or of a hub model
 SCORES, ABLATIONS = "scores.json", "ablations.json"
@@ -72,7 +72,7 @@ def evaluate(
     accelerator.wait_for_everyone()
     is_main = accelerator.is_main_process
     if is_main:
-        results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
+        store.held = results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
         for line in solver.notes_on(tasks, config.evaluation):
             note(plain(line))
     store.begin(config, solver.name, weights_fingerprint(solver.model), writes=is_main)
@@ -290,9 +290,10 @@ def _score_submission(
     if page is not None and (kept := path.with_name(ABLATIONS)).is_file():
         by_row = load_json(kept)
     scores = scoring.score(found, known)
-    results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
     told = {"submission": str(given), "test_set": test_set}
-    _write_scores(out, told, scores, scoring.ATTEMPTS)
+    with results.open_folder(out, config, (ABLATIONS, results.CANDIDATES)):
+        _write_scores(out, told, scores, scoring.ATTEMPTS)
+    (out / LOCK).unlink(missing_ok=True)
     if page is not None:
         own = {
             Key(name, i): grids for name, inputs in best.items() for i, grids in enumerate(inputs)

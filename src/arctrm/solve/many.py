@@ -179,7 +179,7 @@ class _Run:
         """Check that the weights are those that began; the first process begins the folder."""
         writes = self.out is not None and self.rank == 0
         if self.out is not None and writes:
-            results.open_folder(self.out, self.config)
+            self.store.held = results.open_folder(self.out, self.config)
         weights = weights_fingerprint(self.solver.model)
         self.store.begin(self.config, self.solver.name, weights, writes=writes)
         if writes:

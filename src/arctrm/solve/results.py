@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pydantic import BaseModel, Field
 
@@ -27,7 +27,9 @@ from arctrm.errors import CheckpointError, DataError, TaskError
 from arctrm.solve.questions import Key, keys_of
 from arctrm.solve.rank import Ranked, attempts, counted
 from arctrm.system import (
+    LOCK,
     disk_errors,
+    hold,
     parse_json,
     read_json,
     read_limited,
@@ -73,6 +75,7 @@ class Store:
 
     def __init__(self, path: Path, lines: Sequence[str] = ()):
         self.path, self.writes, self.num_read = path, False, 0
+        self.held: TextIO | None = None  # the folder, until this object goes
         head, *records = map(parse_json, lines or ["{}"])
         self.head: dict[str, Any] = head  # `config`, name and fingerprint of the weights
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}  # row -> task id -> record
@@ -161,7 +164,8 @@ class Store:
     def finish(self, tasks: Iterable[Task]) -> None:
         """All `tasks` are scored: nothing is unfinished, unless others were answered, too."""
         if self.rows.get(EVERYTHING, {}).keys() <= {task.id for task in tasks}:
-            self.path.unlink(missing_ok=True)
+            for path in (self.path, self.path.with_name(LOCK)):
+                path.unlink(missing_ok=True)
 
 
 def refuse_finished(out: Path, names: Iterable[str]) -> None:
@@ -213,15 +217,16 @@ def open_store(
     return store
 
 
-def open_folder(out: Path, config: BaseModel, older: Iterable[str] = ()) -> None:
-    """Begin a result folder: the record of this command, and none of the `older` files in it."""
+def open_folder(out: Path, config: BaseModel, older: Iterable[str] = ()) -> TextIO:
+    """Hold a result folder and begin it: the record of this command, none of the `older` files."""
     if (out / "checkpoints").is_dir():
         raise DataError(f"{out}: is the folder of a training run; choose another --out")
+    held = hold(out)
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
         for name in older:
             (out / name).unlink(missing_ok=True)
     write_run_record(out, config)
+    return held
 
 
 def content_of(task: Task) -> str:

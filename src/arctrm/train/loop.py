@@ -5,8 +5,6 @@ processes read one clock: process 0's, shared every few steps and extrapolated i
 left of a killed run is its last checkpoint; going on is exact.
 """
 
-import fcntl
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +20,14 @@ from torch import Tensor, nn
 
 from arctrm import checkpoints
 from arctrm.config import ScheduleConfig, TrainingConfig
-from arctrm.errors import ArctrmError, CheckpointError
-from arctrm.system import clear_abandoned, disk_errors, memory_errors
+from arctrm.errors import ArctrmError
+from arctrm.system import clear_abandoned, hold, memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
 
 SYNC_EVERY = 20  # optimiser steps between two looks at the clock and at the interrupt flag
 MAX_WARMUP = 0.5  # warm-up ends at this fraction of the run at the latest
-LOCK = ".lock"
 
 
 @dataclass
@@ -218,22 +215,8 @@ def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep the run folder for this process; the system lets go of it when the process dies."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            who = f"process {file.read().strip() or '?'}"
-            problem = f"{folder}: {who} trains there; wait for it, or choose another --out"
-            raise CheckpointError(problem) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        clear_abandoned(folder)
+    """Keep the run folder for this process (see `hold`)."""
+    with hold(folder):
         clear_abandoned(folder / "checkpoints")
         yield
 
