@@ -6,9 +6,11 @@ imports torch, numpy or pydantic, so that `--help` is instant.
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -16,6 +18,7 @@ from arctrm.errors import ArctrmError, Interrupted
 
 DEBUG_FLAG = "--debug"
 DEBUG_VARIABLE = "ARCTRM_DEBUG"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a closed terminal
 LONGEST = 640  # characters of a sentence
 
 
@@ -28,16 +31,50 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Taken out before Typer parses, so that the flag works before and after the command's name.
     debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    before = {number: signal.getsignal(number) for number in STOPS}
+    waiting = _Waiting()
     try:
-        from arctrm.cli.app import run_app  # here, where Ctrl-C is handled
+        for number in (n for n, handler in before.items() if handler is not signal.SIG_IGN):
+            signal.signal(number, waiting)  # but for those that `nohup` and `&` ignore
+        from arctrm.cli.app import run_app
 
         code = run_app([word for word in words if word != DEBUG_FLAG])
+        stop_at_once()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
         sentence, code = describe_error(error)
-        print(sentence, file=sys.stderr)
+        with suppress(OSError):  # the terminal may be closed
+            print(sentence, file=sys.stderr, flush=True)
+    finally:
+        for number, handler in before.items():
+            # At its end the process has nothing left to say.
+            signal.signal(number, signal.SIG_DFL if arguments is None else handler)
     raise SystemExit(code)
+
+
+class _Waiting(list[int]):
+    """Collects signals: an interrupt in the middle of an import may be lost, or leave half of it.
+    A second one is not waited for.
+    """
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.append(number)
+        if self[1:]:
+            raise KeyboardInterrupt
+
+
+def stop_at_once() -> None:
+    """From now on a signal raises KeyboardInterrupt; so does one that came before."""
+    waiting = [own for n in STOPS if isinstance(own := signal.getsignal(n), _Waiting)]
+    for number in STOPS:
+        if isinstance(signal.getsignal(number), _Waiting):
+            signal.signal(number, signal.default_int_handler)
+    if any(waiting):
+        raise KeyboardInterrupt
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:

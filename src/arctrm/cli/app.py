@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from arctrm import __version__
-from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE
+from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE, stop_at_once
 from arctrm.cli.threads import wait_politely
 from arctrm.errors import ConfigError, Interrupted, UserError
 
@@ -197,7 +197,9 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
             )
         wait_politely()
         module, _, function = call.rpartition(".")
-        getattr(import_module(f"arctrm.{module}"), function)(settings, **given)
+        work = getattr(import_module(f"arctrm.{module}"), function)
+        stop_at_once()
+        work(settings, **given)
 
     parameters = [flag.parameter for flag in flags]
     setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010
