@@ -4,7 +4,9 @@ A traceback appears only with `--debug` or `ARCTRM_DEBUG=1`.  Nothing here or in
 imports torch, numpy or pydantic, so that `--help` is instant.
 """
 
+import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, TextIOWrapper):
             # A terminal or file of another encoding than UTF-8 shows \u2580 instead of failing.
             stream.reconfigure(errors="backslashreplace")
+    # The last collection would look at all objects of torch, which takes a second or more.
+    atexit.register(gc.freeze)
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Taken out before Typer parses, so that the flag works before and after the command's name.
     debug = DEBUG_FLAG in words or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
