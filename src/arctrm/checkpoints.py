@@ -292,7 +292,7 @@ def write_checkpoint(
     rank, barrier = processes.process_index, processes.wait_for_everyone
     own = {f"rank_{rank}.safetensors": rank_state}
     try:
-        with disk_errors(parent):
+        with disk_errors(parent, ", lower training.keep_last"):
             if rank == 0:
                 clear_abandoned(parent)
                 aside.mkdir(parents=True)

@@ -155,8 +155,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn refusals while writing in `folder` into a sentence; a full disk is a ResourceError."""
+def disk_errors(folder: Path, cure: str = "") -> Iterator[None]:
+    """Turn refusals while writing in `folder` into a sentence; a full disk is a ResourceError.
+    `cure`: advice of the command beside the usual.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors tells the system's errors as text
@@ -167,7 +169,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise ResourceError(
             f"{folder}: the disk is full ({shutil.disk_usage(there).free / 2**20:.1f} MiB free); "
-            "free some space, lower training.keep_last or choose another --out"
+            f"free some space{cure} or choose another --out"
         ) from error
 
 

@@ -281,3 +281,10 @@ def test_a_submission_of_other_tasks_is_refused(settings, scores, trained, tmp_p
     own = late.evaluation.model_copy(update={"test_set": str(folder)})
     with pytest.raises(DataError, match="other test inputs of"):
         evaluate(late.model_copy(update={"evaluation": own}))
+
+
+def test_one_seed_and_one_number_of_threads_give_the_same_bytes_twice(settings, scores, tmp_path):
+    again = elsewhere(settings, tmp_path / "again")
+    evaluate(again)
+    for name in (CANDIDATES, "submission.json", "ablations.json"):
+        assert (again.out / name).read_bytes() == (settings.out / name).read_bytes(), name
