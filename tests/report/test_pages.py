@@ -201,7 +201,9 @@ def test_the_keyboard_goes_from_task_to_task_and_opens_one(opened, gallery):
     assert here() == "task00"
     assert page.locator("#task00 .candidate:visible").count() == 0
     page.keyboard.press("Enter")
+    page.locator("#task00 .candidate:visible").first.wait_for()
     assert page.locator("#task00 .candidate:visible").count() == 2
+    assert page.locator("#task00 svg.grid").count() == 3 + 2 * 3 + 2
     assert "the right one is number 1" in page.inner_text("#task00")
 
 

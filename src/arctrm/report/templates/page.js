@@ -41,6 +41,14 @@
     all(".mark", row).forEach((mark) => mark.classList.toggle("shown", on && mark.dataset.name === button.dataset.mark));
   }));
 
+  // What is folded is packed until it is opened, so that hundreds of tasks open at once.
+  all("details").forEach((more) => more.addEventListener("toggle", async () => {
+    const packed = more.querySelector("script");
+    const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    packed.outerHTML = await new Response(stream).text();
+  }, { once: true }));
+
   // The gallery: filters that a link can carry, search, next and last task.
   const cards = all(".card"), search = document.querySelector("#search"), chips = all("button[data-filter]");
   const chosen = new URLSearchParams(location.hash.slice(1));
@@ -80,5 +88,4 @@
     else if (event.key === "/" && search) { event.preventDefault(); search.focus(); }
     else if (event.key === "Enter" && event.target.matches(".card")) { const more = event.target.querySelector("details"); if (more) more.open = !more.open; }
   });
-  addEventListener("beforeprint", () => all("main > section details").forEach((more) => { more.open = true; }));
 })();
