@@ -282,7 +282,7 @@ def trm() -> str:
         parts += [text(x, 24, name, "bold"), grid(x, 36, cells, 26)]
         if n < 3:
             parts += [arrow(x + 112, 88, x + 172, 88), text(x + 142, 80, "y, z", "soft mid")]
-        q = ("", "q = -3", "q = -0.5", "q = 4: halt")[n]
+        q = ("", "q = -3", "q = -0.5", "q = 4")[n]
         parts += [text(x, 160, q, "soft")]
     parts += [text(20, 190, "The same trunk runs in every step; all cells see all cells.", "soft")]
     return svg(720, 204, "TRM refines a whole answer in supervision steps", parts)

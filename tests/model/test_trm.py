@@ -196,26 +196,19 @@ def test_batches_of_any_composition_give_the_same_answers(trunk):
     assert refiner.refine([]) == []
 
 
-def test_a_row_that_halts_keeps_its_answer_while_the_others_go_on(trunk):
-    """At the first positive halting logit, as if it had been asked for so many steps."""
-    asked = questions(8)
-    refiner = TrunkRefiner(trunk, 6)
-    every = [refiner.refine(asked, steps) for steps in range(1, 7)]
-    q = np.array([[one.q for one in answers] for answers in every])
-    middle = float(np.median(q))
+def test_an_answer_takes_all_steps_and_its_history_has_each(trunk):
+    """Also where the halting logit is positive at once, as in the evaluation of the TRM paper."""
     with torch.no_grad():
-        trunk.halt_head.bias.sub_(middle)
-    found = refiner.refine(asked, keep_history=True)
-    steps = [one.steps for one in found]
-    assert len(set(steps)) > 1
-    for number, one in enumerate(found):
-        positive = (q[:, number] - middle > 0).nonzero()[0]
-        assert one.steps == (positive[0] + 1 if len(positive) else 6)
-        assert len(one.history) == one.steps
-        other = every[one.steps - 1][number]
-        assert np.array_equal(one.grid, other.grid)
-        assert one.q == pytest.approx(other.q - middle, abs=1e-4)
-        assert one.log_p == pytest.approx(other.log_p, abs=1e-4)
+        trunk.halt_head.bias.fill_(100.0)
+    asked, refiner = questions(8), TrunkRefiner(trunk, 4)
+    every = [refiner.refine(asked, steps) for steps in range(1, 5)]
+    for number, one in enumerate(refiner.refine(asked, keep_history=True)):
+        assert one.steps == len(one.history) == 4
+        for step, grid in enumerate(one.history):
+            assert np.array_equal(grid, every[step][number].grid)
+        assert one.q == pytest.approx(every[3][number].q, abs=1e-4)
+        assert one.log_p == pytest.approx(every[3][number].log_p, abs=1e-4)
+    assert len({one.q for answers in every for one in answers}) > 8
 
 
 def test_aligned_states_of_a_draft_change_the_answer(trunk):

@@ -77,8 +77,11 @@ class TRMConfig(StrictModel):
     """Fraction of the run from which both voices are trained; before it the reader alone."""
     supervision_steps: int = Field(1, ge=1, le=64)
     """Supervision steps of a training step, with a loss after each and no gradient between them."""
+    later_share: Share = 0.5
+    """Share of the training rows that begin after a supervision step without gradient: without
+    any, one step of training teaches nothing about the later steps of an answer."""
     halt_max_steps: int = Field(8, ge=1, le=4096)
-    """Supervision steps in answering, at most; halting ends them earlier."""
+    """Supervision steps of an answer."""
     hidden_whole: Share = 0.25
     """Share of the training rows whose answer is hidden as a whole; of others some cells are."""
     noise: Part = 0.1

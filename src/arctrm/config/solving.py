@@ -28,7 +28,7 @@ class InferenceConfig(StrictModel):
     invariant_weight: Weight = 1.5
     """How much it counts against a grid that it breaks what all demonstrations keep; 0: nothing."""
     steps: int | None = Field(None, ge=1, le=4096)
-    """Supervision steps of TRM, at most; by default trm.halt_max_steps of the checkpoint."""
+    """Supervision steps of TRM's answers; by default trm.halt_max_steps of the checkpoint."""
     tokens_per_batch: int | None = Field(None, ge=1024, le=2**24, json_schema_extra=FREE)
     """Tokens of TRM in one batch; by default 131072 on a GPU (hub reader: 8192), 1024 on a CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -13,7 +13,7 @@ Legend: T tokens of a packed batch, R rows (questions), D width, V vocabulary, C
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -132,7 +132,7 @@ class Refined:
     """A refiner's answer."""
 
     grid: Grid
-    q: float  # Halting logit of the step that it comes from
+    q: float  # Halting logit of the last step
     log_p: float  # Sum over the cells of the log-probability (nats) of the answered colour
     steps: int  # Supervision steps behind it
     history: tuple[Grid, ...] = ()  # The answer after each step, where it was asked for
@@ -141,7 +141,7 @@ class Refined:
 class Refiner(Protocol):
     """Who answers as a TRM: the trunk, a hybrid, or a published checkpoint."""
 
-    halt_max_steps: int  # Supervision steps of an answer, unless it halts before
+    halt_max_steps: int  # Supervision steps of an answer
 
     def refine(
         self,
@@ -152,14 +152,14 @@ class Refiner(Protocol):
         keep_history: bool = False,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[Refined]:
-        """An answer to each question; `num_steps` steps, by default up to `halt_max_steps`."""
+        """An answer to each question after `num_steps` steps (default: `halt_max_steps`)."""
 
 
 class TrunkRefiner:
     """Answers with a trunk alone.
 
-    Where `aligned`, the reader's states of a draft are the first z. Without a number of steps a
-    row halts at the first positive halting logit; with one, it takes exactly so many.
+    Where `aligned`, the reader's states of a draft are the first z. No row halts early: as in the
+    TRM paper, halting counts in training only, where it says how many steps a row would take.
     """
 
     def __init__(self, trunk: Trunk, halt_max_steps: int, *, aligned: bool = True):
@@ -180,7 +180,7 @@ class TrunkRefiner:
         for batch in batches(asked, tokens_per_batch or usual_tokens(self.trunk.device)):
             chosen = [asked[index] for index in batch]
             steps, rows = self.steps(chosen, num_steps or self.halt_max_steps)
-            answers = read_off(rows, steps, chosen, halts=num_steps is None, history=keep_history)
+            answers = read_off(rows, steps, chosen, history=keep_history)
             found |= zip(batch, answers, strict=True)
             advance(len(batch))
         return [found[index] for index in range(len(asked))]
@@ -239,44 +239,23 @@ def read_off(
     predictions: Iterator[Prediction],
     asked: Sequence[Asked],
     *,
-    halts: bool,
     history: bool = False,
 ) -> list[Refined]:
-    """The answer of each row after its last step, or after the first with q > 0 where it `halts`:
-    then it keeps that answer while others of its batch go on.
-    """
-    num_rows, device = len(asked), rows.tokens.device
-    done = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    steps = torch.zeros(num_rows, dtype=torch.long, device=device)
-    q, log_p = torch.zeros(2, num_rows, device=device).unbind()
-    colours = torch.zeros_like(rows.tokens)
-    after: list[Tensor] = []
+    """The answer of each row after the last step; with `history` after every one, too."""
+    sizes, each = [one.shape[0] * one.shape[1] for one in asked], []
+    steps = 0
     for prediction in predictions:
-        best = prediction.logits.log_softmax(-1).max(-1)
-        sums = torch.zeros(num_rows, device=device)
-        sums = sums.index_add(0, rows.row, torch.where(rows.cells, best.values, 0.0))
-        going = ~done
-        colours = torch.where(going[rows.row], best.indices, colours)
-        q = torch.where(going, prediction.q_halt, q)
-        log_p = torch.where(going, sums, log_p)
-        steps += going
+        steps += 1
         if history:
-            after.append(colours[rows.cells].cpu())
-        if halts:
-            done = done | (prediction.q_halt > 0)
-            if bool(done.all()):
-                break
-    last = colours[rows.cells].cpu()
-    sizes = [one.shape[0] * one.shape[1] for one in asked]
-    grids = _grids(last, sizes, asked)
-    told = zip(grids, q.tolist(), log_p.tolist(), steps.tolist(), strict=True)
-    found = [Refined(*one) for one in told]
-    if not history:
-        return found
-    each = [_grids(cells, sizes, asked) for cells in after]
+            each.append(_grids(prediction.logits[rows.cells].argmax(-1).cpu(), sizes, asked))
+    best = prediction.logits.log_softmax(-1).max(-1)
+    log_p = torch.zeros(len(asked), device=rows.tokens.device)
+    log_p = log_p.index_add(0, rows.row, torch.where(rows.cells, best.values, 0.0))
+    grids = _grids(best.indices[rows.cells].cpu(), sizes, asked)
+    told = zip(grids, prediction.q_halt.tolist(), log_p.tolist(), strict=True)
     return [
-        replace(one, history=tuple(after[i] for after in each[: one.steps]))
-        for i, one in enumerate(found)
+        Refined(grid, q, own, steps, tuple(after[i] for after in each))
+        for i, (grid, q, own) in enumerate(told)
     ]
 
 

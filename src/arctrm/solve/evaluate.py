@@ -251,7 +251,7 @@ class _Run:
             "in the id map": sum(self.solver.row_of(t) is not None for t in self.tasks),
             "answers known": scoring.num_known(self.known),
             "questions": f"{inputs * views:,} ({views} views)",
-            "supervision steps, at most": self.max_steps or "none",
+            "supervision steps": self.max_steps or "none",
         }
         console().print(dry_run_table("eval", rows))
 

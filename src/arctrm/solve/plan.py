@@ -125,5 +125,5 @@ class _Row:
             rows, _ = lay_out([asked], hybrid.trunk.device, hybrid.trunk.dtype)
             said = list(hybrid.steps(rows, hybrid.listen([asked], len(rows.tokens)), steps))
             self.soft = hybrid.soft_prefix(rows, said[-1])[0]
-            self.answers += read_off(rows, iter(said), [asked], halts=False)
+            self.answers += read_off(rows, iter(said), [asked])
         return self.answers[-1]

@@ -135,7 +135,8 @@ class TrmStep(Step):
         with torch.no_grad():
             asked = questions(batch, self.sequences, self.config, self.drafts)
             has_states = self.config.aligned and self.drafts is not None
-            state = start(self.trunk, asked, aligned=has_states)
+            later = self.config.later_share
+            state = start(self.trunk, asked, aligned=has_states, later_share=later)
         num_steps, num_rows = self.config.supervision_steps, len(batch.rows)
         taken = torch.zeros(num_rows, device=batch.row.device)
         going = torch.ones_like(taken)
