@@ -9,9 +9,11 @@ import json
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import hub_models
@@ -72,8 +74,9 @@ def tiny(words: list[str]) -> list[str]:
         words += ["--set", f"{key}={json.dumps(value)}"]
     if command in ("eval", "baseline") and "--resume" not in words and "--submission" not in words:
         words += ["--max-tasks", "1", *(["--views", "1"] if command == "baseline" else [])]
-    if "--total-budget" in words:
-        words[words.index("--total-budget") + 1] = "6s"
+    if "--total-budget" in words:  # which counts from the start of this process
+        age = time.time() - psutil.Process().create_time()
+        words[words.index("--total-budget") + 1] = f"{age + 12:.0f}s"
     elif command == "solve":
         words += ["--budget", "3s"]
     answers = command in ("eval", "baseline", "solve") and "--submission" not in words
