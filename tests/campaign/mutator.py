@@ -80,7 +80,10 @@ def some_json(rng: random.Random, text: bytes) -> bytes:
     """A file of JSON with other bytes, or with another tree."""
     if rng.random() < 0.3:
         return some_bytes(rng, text)
-    found = json.dumps(some_tree(rng, json.loads(text)))
+    try:
+        found = json.dumps(some_tree(rng, json.loads(text)))
+    except RecursionError:  # wrapped too often to be written
+        return b"[" * 2000
     return found.replace("1e+30", DIGITS).encode()
 
 

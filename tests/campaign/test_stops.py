@@ -115,7 +115,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(command, place, capsys)
         if code == 2:  # nothing to go on with, or nothing left to do
             code, _, err = finished(words)
         if code == 2:  # it had ended before the kill
-            assert any(s in err for s in ("finished run", "earlier run", "already holds")), (before, err)
+            ended = ("finished run", "earlier run", "already holds")
+            assert any(said in err for said in ended), (before, err)
         else:
             assert code == 0, (before, err)
         if command != "solve":  # whose answers depend on the clock

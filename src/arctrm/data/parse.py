@@ -79,5 +79,8 @@ def parse_grid(obj: Any, where: str) -> Grid:
 
 def _shown(obj: Any) -> str:
     """The beginning of a JSON value, which may be a nested list or a 400-digit number."""
-    text = json.dumps(obj, default=str)
+    try:
+        text = json.dumps(obj, default=str)
+    except RecursionError:
+        text = "a value nested too deep"
     return text if len(text) <= 40 else text[:37] + "..."
