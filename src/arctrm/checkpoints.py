@@ -414,4 +414,10 @@ def _load(
 
 
 if __name__ == "__main__":
-    print(export_bundle(Path(sys.argv[1]), Path(sys.argv[2])))
+    try:
+        run, out = map(Path, sys.argv[1:])
+        print(export_bundle(run, out))
+    except (CheckpointError, ValueError) as error:
+        usage = "usage: python -m arctrm.checkpoints RUN OUT"
+        print(error if isinstance(error, CheckpointError) else usage, file=sys.stderr)
+        sys.exit(2)

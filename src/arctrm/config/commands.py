@@ -182,8 +182,9 @@ class JointConfig(_RunConfig):
             said = f"llama_model = {self.llama_model!r} contradicts {key}, which is for {kind}"
             yield f"{said}; leave one of them out"
         if self.is_tiny:
-            yield from self._batch_problem()
-            if self.llama_frozen and self.trm_checkpoint is None:
+            if not self.llama_frozen:  # else TRM has the whole batch
+                yield from self._batch_problem()
+            elif self.trm_checkpoint is None:
                 yield "llama_frozen = true: there is no reader yet; give trm_checkpoint, too"
             return
         width, coupling = self.trunk.hidden_size, self.coupling
