@@ -16,7 +16,7 @@ COMMANDS = {
     | {"--checkpoint", "--bundled", "--submission", "--views", "--ablate", "--resume"}
     | {"--test-set", "--max-tasks", "--report"},
     "baseline": SHARED
-    | {"--checkpoint", "--model", "--views", "--attempts", "--resume"}
+    | {"--checkpoint", "--model", "--server", "--views", "--attempts", "--resume"}
     | {"--test-set", "--max-tasks"},
     "solve": SHARED
     | {"--checkpoint", "--budget", "--views", "--attempts", "--check", "--keep-going"}

@@ -11,7 +11,7 @@ from arctrm.errors import ConfigError
 from arctrm.model.layout import PREFIX, output_tokens
 from arctrm.reader import grammar
 from arctrm.reader.decoding import decode
-from arctrm.reader.hub import with_soft
+from arctrm.reader.hub import RoomyLayer, halve_linear_layers, with_soft
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.scoring import score
 from helpers import random_grid
@@ -161,6 +161,32 @@ def test_a_soft_prefix_is_read_packed_as_behind_a_prompt(architecture, folder):
     lengths = [grammar.num_tokens(answer) for answer in ANSWERS]
     last = reader.last_states(with_soft(prompts_of(reader), vectors), [(), (), ()])
     near(packed[offsets[1:] - torch.tensor(lengths) - 1], last)
+
+
+@pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="needs an x86 CPU"
+)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
+def test_linear_layers_of_half_the_size_give_the_same_but_for_rounding(architecture, folder):
+    reader = load(folder(architecture))
+    before = reader.store(prompts_of(reader), [BOUND] * 3).read()
+    halve_linear_layers(reader)
+    after = reader.store(prompts_of(reader), [BOUND] * 3).read()
+    near(after, before, 2e-2)
+    assert not torch.equal(after, before)
+    assert not any(type(m) is torch.nn.Linear for m in reader.model.get_decoder().modules())
+
+
+def test_a_cache_with_free_places_holds_what_was_appended_row_by_row():
+    layer, new = RoomyLayer(), torch.randn(3, 2, 400, 8)
+    for begin, end in ((0, 5), (5, 6), (6, 300), (300, 400)):
+        keys, values = layer.update(new[:, :, begin:end], -new[:, :, begin:end])
+        assert torch.equal(keys, new[:, :, :end])
+        assert torch.equal(values, -new[:, :, :end])
+    layer.keys, layer.values = keys[:, :, :2], values[:, :, :2]
+    layer.reorder_cache(torch.tensor([2, 0]))
+    keys, _ = layer.update(new[:2, :, 7:8], new[:2, :, 7:8])
+    assert torch.equal(keys, torch.cat((new[[2, 0], :, :2], new[:2, :, 7:8]), 2))
 
 
 def test_a_prompt_leaves_room_for_the_largest_grid_unless_bounded(folder):

@@ -205,6 +205,8 @@ def test_a_query_that_is_too_long_for_the_model_is_refused(model, trained, tmp_p
         ("<think>012\n345\nno", False),
         ("<think>1\nno</think>\n012\n3", False),
         ("<think>1\nno</think>\n012\n345\nDone", True),
+        ("so:\n" + "[0, 1],\n" * 30, False),
+        ("so:\n" + "[0, 1],\n" * 31, True),  # more rows than a grid may have
         ("", False),
     ],
 )

@@ -320,6 +320,9 @@ _command(
 )
 _BASELINE = (
     Flag("--model", TEXT, "Hugging Face id or folder of a model.", "hub.name"),
+    Flag(
+        "--server", TEXT, "Address of a server that has the model: http://host:8000/v1.", "server"
+    ),
     Flag("--attempts", NUMBER, "Grids kept of each test input.", "attempts"),
     VIEWS._replace(key="views"),
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -285,6 +286,11 @@ class BaselineConfig(_Command):
     """Bound on the tokens of an answer in plain language (hub.prompt = "chat")."""
     batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
     """Prompts answered side by side, at most; by default as many as `judge.batch_size` of eval."""
+    server: str | None = None
+    """Address of an OpenAI-compatible server, such as http://localhost:8000/v1, that answers in
+    plain language as the model hub.name; its key, if it wants one, is in OPENAI_API_KEY."""
+    server_timeout: Seconds = Field(600.0, json_schema_extra=FREE)
+    """Time for one answer of the server, before it is asked again."""
     hub: BaselineHubConfig = BaselineHubConfig()
     evaluation: solving.TaskChoiceConfig = solving.TaskChoiceConfig()
 
@@ -292,6 +298,14 @@ class BaselineConfig(_Command):
         if self.checkpoint is not None and self.hub.name:
             said = f"checkpoint = '{self.checkpoint}' contradicts hub.name = {self.hub.name!r}"
             yield f"{said}: one model answers; leave one of them out"
+        if self.server is not None:
+            if not self.hub.name:
+                yield f"server = {self.server!r} needs the name of its model; give --model"
+            address = urlsplit(self.server)
+            if address.scheme not in ("http", "https") or not address.hostname:
+                yield f"server = {self.server!r} is no address such as http://localhost:8000/v1"
+            if "@" in address.netloc:
+                yield "server: has a password, which would be written; set OPENAI_API_KEY instead"
         if self.hub.prompt == "chat" and not self.hub.name:
             yield "hub.prompt = 'chat' needs a chat model; set hub.name"
 

@@ -133,18 +133,23 @@ def chat_prompt(
     between = " " if merges else ""
 
     def ids(kept: Sequence[int]) -> list[int]:
-        shown = [INSTRUCTIONS]
-        for number, pair in enumerate((pairs[index] for index in kept), 1):
-            shown.append(f"Demonstration {number}\nInput:\n{grid_text(pair.input, between)}")
-            if pair.output is not None:
-                shown[-1] += f"\nOutput:\n{grid_text(pair.output, between)}"
-        asked = "\n\n".join([*shown, f"Test\nInput:\n{grid_text(query, between)}\nOutput:"])
+        asked = chat_text(query, [pairs[index] for index in kept], between)
         message = {"role": "user", "content": asked}
         text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     sizes = [pair.input.size + (0 if pair.output is None else pair.output.size) for pair in pairs]
     return new_prompt(ids(_keep(sizes, lambda kept: len(ids(kept)), max_tokens, name)))
+
+
+def chat_text(query: Grid, pairs: Sequence[Pair], between: str = "") -> str:
+    """The request in plain language; `between` stands between cells."""
+    shown = [INSTRUCTIONS]
+    for number, pair in enumerate(pairs, 1):
+        shown.append(f"Demonstration {number}\nInput:\n{grid_text(pair.input, between)}")
+        if pair.output is not None:
+            shown[-1] += f"\nOutput:\n{grid_text(pair.output, between)}"
+    return "\n\n".join([*shown, f"Test\nInput:\n{grid_text(query, between)}\nOutput:"])
 
 
 def check_chat_template(tokenizer: Any, name: str) -> None:

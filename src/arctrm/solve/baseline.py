@@ -1,29 +1,33 @@
 """`arctrm baseline`: a language model alone answers a test set, task by task, ranked by votes.
 
-The tiny reader of a checkpoint, or a hub model that spells grids token by token or is asked in
-plain language. results.json has config, model, scores, {task id: seconds, tokens, notes, prompts
-with what was written, and for each test input the grids that were kept, best first}; until then
-answers are in <results>.unfinished.jsonl. Test outputs are set aside before a model sees a task.
+The tiny reader of a checkpoint, a hub model that spells grids token by token or is asked in plain
+language, or a server (`solve.server`). results.json has config, model, scores, {task id: seconds,
+tokens, notes, prompts with what was written, and for each test input the grids that were kept, best
+first}; until then answers are in <results>.unfinished.jsonl. Test outputs are set aside before a
+model sees a task.
 """
 
 import json
+import re
 import time
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import isinf
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from rich.progress import track
+from torch import nn
 
 from arctrm.config import BaselineConfig, EvalConfig, InferenceConfig
 from arctrm.console import console, note, plain, progress_console
-from arctrm.data.task import Task
+from arctrm.data.task import MAX_SIDE, Task
 from arctrm.errors import CheckpointError, ConfigError, DataError
 from arctrm.reader.grammar import END
+from arctrm.reader.hub_prompts import chat_text
 from arctrm.reader.text import GridText, grid_text, parse_grid_text
 from arctrm.solve import scoring
 from arctrm.solve.propose import READER, Candidate, as_logit, by_key, prompt_of, write
@@ -45,7 +49,8 @@ from arctrm.system import hold, write_bytes_atomically, write_run_record
 # A chat answer has at most so many times the tokens of the largest plausible grid, and so many
 # more; after every few it is looked at whether its grid is closed.
 CHAT_FACTOR, CHAT_EXTRA, LOOK_EVERY = 3, 128, 16
-Said = namedtuple("Said", "text grid new_tokens log_probability", defaults=[None])
+ROW = r"[\s,|\[\]]*\d[\d\s,|\[\]]*"
+Said = namedtuple("Said", "text grid prompt_tokens new_tokens log_probability note")
 
 
 def baseline(
@@ -83,6 +88,14 @@ def baseline(
     store.held = hold(path.parent)
     write_run_record(path.parent, config)
     store.begin(config, solver.name, weights_fingerprint(solver.model))
+    if (
+        not config.server
+        and config.hub.name
+        and (config.hub.mode, config.hub.dtype) == ("frozen", "auto")
+    ):
+        from arctrm.reader.hub import halve_linear_layers
+
+        halve_linear_layers(cast(Any, solver.reader))
     for line in solver.notes_on(tasks, config.evaluation):
         note(plain(line))
     # 2. Task by task.
@@ -121,7 +134,11 @@ def baseline(
 
 
 def load_language_model(config: BaselineConfig) -> Solver:
-    """The hub model that is named, else the reader of the checkpoint; nobody else answers."""
+    """The server or hub model that is named, else the reader of the checkpoint; nobody else."""
+    if config.server:
+        name = f"{config.hub.name} at {config.server}"
+        none = Voices(None, None, None)
+        return Solver(none, nn.Module(), lambda _: none, {}, True, 0, name, reads_pairs=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.hub.name:
         from arctrm.reader.hub_loading import load_hub_reader
@@ -142,7 +159,7 @@ def ask(solver: Solver, task: Task, config: BaselineConfig) -> tuple[list[Questi
     for index, pair in enumerate(task.test):
         try:
             own = questions(solver, replace(task, test=(pair,)), config.views, config.seed)
-            if config.hub.prompt == "chat":
+            if config.hub.prompt == "chat" and not config.server:
                 reader: Any = solver.reader
                 own = [replace(q, prompt=reader.chat_prompt(q.query, q.pairs)) for q in own]
         except ConfigError as error:
@@ -155,16 +172,25 @@ def ask(solver: Solver, task: Task, config: BaselineConfig) -> tuple[list[Questi
 def answer_task(solver: Solver, task: Task, config: BaselineConfig) -> dict[str, Any]:
     """Ask about every test input of a task: its record, as results.json has it."""
     asked, notes = ask(solver, task, config)
-    answers = (chat if config.hub.prompt == "chat" else spell)(solver, asked, config)
+    if config.server:
+        answers = serve(asked, config)
+    else:
+        answers = (chat if config.hub.prompt == "chat" else spell)(solver, asked, config)
     candidates, prompts = [], []
     decode = getattr(getattr(solver.reader, "tokenizer", None), "decode", None)
     for question, said in zip(asked, answers, strict=True):
         grid, log_p = question.turned_back(said.grid), said.log_probability
         q = 0.0 if log_p is None else as_logit(log_p)
         candidates.append(Candidate(question.key, grid, q, READER, question.number))
-        tokens, view = prompt_of(question).tokens.tolist(), question.view
-        prompt = decode(tokens) if decode else f"input\n{grid_text(question.query)}\noutput\n"
-        where: Any = {"test": question.key.index, "dihedral": view.dihedral, "prompt": prompt}
+        view, index = question.view, question.key.index
+        if question.prompt is None:
+            prompt = chat_text(question.query, question.pairs, " ")
+        elif decode:
+            prompt = decode(question.prompt.tokens.tolist())
+        else:
+            prompt = f"input\n{grid_text(question.query)}\noutput\n"
+        notes += [f"task {task.id}, test input {index}: {said.note}"] if said.note else []
+        where: Any = {"test": index, "dihedral": view.dihedral, "prompt": prompt}
         more = {"colours": list(view.colours), "grid": None if grid is None else grid.tolist()}
         more["log_probability"] = None if log_p is None or isinf(log_p) else log_p
         prompts.append(where | said._asdict() | more)
@@ -172,7 +198,7 @@ def answer_task(solver: Solver, task: Task, config: BaselineConfig) -> dict[str,
     settings = EvalConfig(seed=config.seed, inference=InferenceConfig(invariant_weight=0.0))
     ranked = rank(solver, [task], by_key(candidates), settings)
     return {
-        "prompt_tokens": sum(len(prompt_of(question).tokens) for question in asked),
+        "prompt_tokens": sum(said.prompt_tokens for said in answers),
         "new_tokens": sum(said.new_tokens for said in answers),
         "notes": notes,
         "prompts": prompts,
@@ -185,8 +211,10 @@ def spell(solver: Solver, asked: Sequence[Question], config: BaselineConfig) -> 
     reader: Any = solver.reader
     spelt = lambda one: GridText(reader).text_of([c for c in one.choices if c != END])
     return [
-        Said(spelt(one), one.grid, one.num_tokens, one.log_probability)
-        for one in write(reader, asked, batch_size=config.batch_size)
+        Said(
+            spelt(one), one.grid, len(prompt_of(q).tokens), one.num_tokens, one.log_probability, ""
+        )
+        for q, one in zip(asked, write(reader, asked, batch_size=config.batch_size), strict=True)
     ]
 
 
@@ -222,14 +250,30 @@ def chat(solver: Solver, asked: Sequence[Question], config: BaselineConfig) -> l
                 last = store.append_states(chosen[:, None], there)[:, 0]
         for i, tokens in zip(batch, new, strict=True):
             text = decode(tokens)
-            found[i] = Said(text, parse_grid_text(text), len(tokens))
+            read = len(prompt_of(asked[i]).tokens)
+            found[i] = Said(text, parse_grid_text(text), read, len(tokens), None, "")
     return [found[i] for i in range(len(asked))]
 
 
+def serve(asked: Sequence[Question], config: BaselineConfig) -> list[Said]:
+    """Free text of a server."""
+    from arctrm.solve.server import Server
+
+    replies = Server(config).answer([chat_text(one.query, one.pairs, " ") for one in asked])
+    grid = lambda text: parse_grid_text(text.rpartition("</think>")[2])
+    return [
+        Said(r.text, grid(r.text), r.prompt_tokens, r.new_tokens, None, r.note) for r in replies
+    ]
+
+
 def is_closed(text: str) -> bool:
-    """Whether a text has a grid, outside of what a model thinks aloud, and goes on behind it."""
+    """Whether a text has a grid, outside of what a model thinks aloud, and goes on behind it; or
+    ends with more rows than a grid may have.
+    """
     if "<think>" in text and "</think>" not in text:
         return False
     *lines, last = text.rpartition("</think>")[2].split("\n")
+    if len(lines) > MAX_SIDE and all(re.fullmatch(ROW, line) for line in lines[-MAX_SIDE - 1 :]):
+        return True
     ends = bool(last.strip(" ,|[]0123456789")) or (not last and lines[-1:] == [""])
     return ends and parse_grid_text("\n".join(lines)) is not None
