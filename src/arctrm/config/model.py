@@ -102,7 +102,7 @@ class HubConfig(StrictModel):
     """Which causal language model reads, how it is loaded, and what of it is trained."""
 
     name: str = Field("meta-llama/Llama-3.2-1B", min_length=1)
-    """Id on the Hugging Face hub, or a local folder; in joint, llama_model says the same."""
+    """Id on the Hugging Face hub, a folder or a GGUF file; in joint, llama_model says the same."""
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     mode: Literal["frozen", "lora", "full"] = "frozen"

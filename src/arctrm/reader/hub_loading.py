@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import HfApi
 from torch import nn
@@ -26,7 +27,7 @@ from arctrm.reader.hub import HubReader
 from arctrm.reader.hub_prompts import check_chat_template, find_spelling
 from arctrm.system import compute_dtype, memory_errors
 
-META = "meta-llama/Llama-3"
+META, GGUF = "meta-llama/Llama-3", ".gguf"
 
 
 def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> HubReader:
@@ -51,6 +52,8 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
         check_chat_template(tokenizer, config.name)
     narrow = place.type == "cuda" and config.mode != "full"
     usual = compute_dtype("auto", place) if narrow else torch.float32
+    dtype = usual if config.dtype == "auto" else getattr(torch, config.dtype)
+    _require_memory(config, dtype, place)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # no tables of missing tensors: they become one sentence
     try:
@@ -58,7 +61,7 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source,
                 config=settings,
-                dtype=usual if config.dtype == "auto" else getattr(torch, config.dtype),
+                dtype=dtype,
                 device_map=config.device_map,
                 use_safetensors=True,  # nothing is unpickled
                 ignore_mismatched_sizes=True,  # and then refused, by name
@@ -99,11 +102,34 @@ def empty_hub_model(config: HubConfig) -> tuple[nn.Module, int]:
     return model, settings.get_text_config(decoder=True).hidden_size
 
 
+def _require_memory(config: HubConfig, dtype: torch.dtype, place: torch.device) -> None:
+    """Raise ConfigError where the weights alone are more than the free memory."""
+    if config.device_map:
+        return  # it may have several devices
+    with _reading(config.name, "its configuration cannot be used"):
+        model, _ = empty_hub_model(config)
+    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    on_gpu = place.type == "cuda"
+    free = torch.cuda.mem_get_info(place)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"{config.name}: its weights take {needed / 2**30:.1f} GiB as {dtype}, and "
+            f"{free / 2**30:.1f} GiB are free on {place}; use a smaller model"
+            f"{', or hub.device_map = ' + repr('auto') if on_gpu else ''}"
+        )
+
+
 def _found(config: HubConfig) -> tuple[dict[str, Any], Any]:
     """Where a model is read from, and its configuration, which is one of a causal model."""
     name, revision = config.name, config.revision or "main"
-    path, problem = Path(name).expanduser(), ""
-    if path.exists() and not (path / "config.json").is_file():
+    path, problem, file = Path(name).expanduser(), "", None
+    if name.endswith(GGUF) and (path.is_file() or name.count("/") == 2):
+        file, path = path.name, path.parent
+        name = str(path)
+        if importlib.util.find_spec("gguf") is None:
+            problem = "needs the package gguf, which is not installed; run "
+            problem += "`pip install 'arctrm[gguf]'`"
+    elif path.exists() and not (path / "config.json").is_file():
         problem = "is not the folder of a model: it has no config.json"
     elif not path.exists() and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         problem = f"there is no such folder; give one, or an id such as {META}.2-1B"
@@ -111,21 +137,22 @@ def _found(config: HubConfig) -> tuple[dict[str, Any], Any]:
         kind = name.removeprefix(f"{META}.2-8B")
         problem = f"does not exist; use {META}.2-1B{kind}, {META}.2-3B{kind} or {META}.1-8B{kind}"
     if problem:
-        raise ConfigError(f"{name}: {problem}")
+        raise ConfigError(f"{config.name}: {problem}")
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path) if path.is_dir() else name,
         "revision": revision,
         "local_files_only": path.is_dir() or _only_cached(name, revision),
         "trust_remote_code": config.trust_remote_code,
+        **({"gguf_file": file} if file else {}),
     }
-    with _reading(name, "its config.json cannot be read"):
+    with _reading(config.name, f"its {'header' if file else 'config.json'} cannot be read"):
         settings = AutoConfig.from_pretrained(**source)
     classes = getattr(settings, "architectures", None) or []
     masked = any(one.endswith("ForMaskedLM") for one in classes)
     known = type(settings) in CAUSAL
     if masked or not (known or "AutoModelForCausalLM" in getattr(settings, "auto_map", {})):
         kind = f"a model of type {settings.model_type}, not a causal language model"
-        raise ConfigError(f"{name}: is {kind}; use one that is, such as {META}.2-1B")
+        raise ConfigError(f"{config.name}: is {kind}; use one that is, such as {META}.2-1B")
     return source, settings
 
 
