@@ -41,7 +41,12 @@ def new_environment(folder: Path) -> Path:
     venv.create(folder / "venv", with_pip=False)
     paths = {"base": str(folder / "venv"), "platbase": str(folder / "venv")}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    shown = folder / "dependencies"
+    shown.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "arctrm" not in path.name:  # an installed one would do instead of the wheel
+            (shown / path.name).symlink_to(path)
+    (site / "dependencies.pth").write_text(str(shown))
     return folder / "venv/bin/python"
 
 
