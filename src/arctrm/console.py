@@ -2,7 +2,7 @@
 
 Text is printed as it stands: brackets are no markup, colons no emoji, and control characters are
 shown as escapes. Style comes from `rich.text.Text` alone, whose text from outside goes through
-`plain`.
+`printable`.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ ARC_PALETTE = tuple(f"#{shade}" for shade in _SHADES.split())
 class _Console(Console):
     def render_str(self, text: str, **how: Any) -> Text:
         """Every string that is printed, in a table or alone, comes here."""
-        return super().render_str(plain(text), **(how | {"markup": False, "emoji": False}))
+        return super().render_str(printable(text), **(how | {"markup": False, "emoji": False}))
 
 
 @cache
@@ -51,8 +51,3 @@ def printable(text: object, limit: int | None = None) -> str:
         last = (limit - 1) // 3
         shown = f"{shown[: limit - 1 - last]}…{shown[len(shown) - last :]}"
     return shown
-
-
-def plain(text: object, limit: int | None = None) -> str:
-    """The same; strings on their way to the console need it not."""
-    return printable(text, limit)

@@ -233,7 +233,7 @@ def show(
     """`arctrm data show`."""
     from rich.text import Text
 
-    from arctrm.console import console, plain
+    from arctrm.console import console
     from arctrm.data import render
     from arctrm.data.sources import load_tasks
 
@@ -246,7 +246,7 @@ def show(
             ids = sorted(Random(settings.seed).sample(ids, min(settings.limit, len(ids))))
         ids = ids[: settings.limit]
     if dry_run:
-        console().print(plain(f"{source}: would show {', '.join(ids)}"))
+        console().print(f"{source}: would show {', '.join(ids)}")
         return
     with nullcontext() if settings.out is None else console().capture() as captured:
         shown = render.show(source, ids, settings.statistics, settings.limit)

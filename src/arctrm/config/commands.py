@@ -64,6 +64,9 @@ class _RunConfig(_Command):
 class PretrainConfig(_RunConfig):
     """`arctrm pretrain`."""
 
+    is_tiny: ClassVar[bool] = True
+    llama_frozen: ClassVar[bool] = False
+
     voice: Literal["reader", "trm", "both"] = "both"
     """Which voices of the trunk are trained: the reader, TRM, or both in every optimiser step."""
     checkpoint: Path | None = Field(None, json_schema_extra=FREE)

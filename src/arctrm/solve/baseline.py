@@ -23,7 +23,7 @@ from rich.progress import track
 from torch import nn
 
 from arctrm.config import BaselineConfig, EvalConfig, InferenceConfig
-from arctrm.console import console, note, plain, progress_console
+from arctrm.console import console, note, progress_console
 from arctrm.data.task import MAX_SIDE, Task
 from arctrm.errors import CheckpointError, ConfigError, DataError
 from arctrm.reader.grammar import END
@@ -97,7 +97,7 @@ def baseline(
 
         halve_linear_layers(cast(Any, solver.reader))
     for line in solver.notes_on(tasks, config.evaluation):
-        note(plain(line))
+        note(line)
     # 2. Task by task.
     try:
         for task in track(left, "answering", console=progress_console()):
@@ -105,7 +105,7 @@ def baseline(
             record = answer_task(solver, task, config)
             store.add(EVERYTHING, [(task, record)], time.monotonic() - begin)
             for line in record["notes"]:
-                note(plain(line))
+                note(line)
     except KeyboardInterrupt:
         done = len(tasks) - len(store.left(tasks))
         kept = f"stopped after {done} of {len(tasks)} tasks, which are kept in {path.parent}"
@@ -129,7 +129,7 @@ def baseline(
     total = lambda kind: sum(own.get(kind, 0) for own in records.values())
     said = "" if scores else "no answers are known, so nothing is scored; "
     said += f"seconds per task: {total('seconds') / len(tasks):.2f}; {total('prompt_tokens'):,} "
-    note(f"{said}prompt tokens, {total('new_tokens'):,} new; written: {plain(path)}")
+    note(f"{said}prompt tokens, {total('new_tokens'):,} new; written: {path}")
     return scores
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from arctrm.config import EvalConfig
-from arctrm.console import console, note, plain, progress_console
+from arctrm.console import console, note, progress_console
 from arctrm.data.parse import load_json
 from arctrm.data.task import Grid, Task
 from arctrm.errors import ConfigError, DataError
@@ -74,7 +74,7 @@ def evaluate(
     if is_main:
         store.held = results.open_folder(out, config, (ABLATIONS, results.CANDIDATES))
         for line in solver.notes_on(tasks, config.evaluation):
-            note(plain(line))
+            note(line)
     store.begin(config, solver.name, weights_fingerprint(solver.model), writes=is_main)
     # 2. and 3. Part by part; what is ranked is kept.
     try:
@@ -211,7 +211,7 @@ class _Run:
         if not scoring.num_known(self.known):
             if self.page is not None:
                 write_gallery(self.page, content, tasks, ranked[EVERYTHING], self.known)
-            note(f"no answers are known: nothing is scored, the submission is in {plain(out)}")
+            note(f"no answers are known: nothing is scored, the submission is in {out}")
             return None
         scores = {
             row: scoring.score(results.predictions(tasks, own), self.known)
@@ -237,7 +237,7 @@ class _Run:
         if self.page is not None:
             write_gallery(self.page, content, tasks, ranked[EVERYTHING], self.known, by_row)
         kind = "GPU" if solver.device.type == "cuda" else "CPU"
-        note(f"{kind}-seconds per task: {per_task:.2f}; written to {plain(out)}")
+        note(f"{kind}-seconds per task: {per_task:.2f}; written to {out}")
         return everything
 
     def print_plan(self) -> None:
@@ -301,7 +301,7 @@ def _score_submission(
         write_gallery(page, told, tasks, own, known, by_row)
     missing = len(tasks) - len(found)
     rest = f"; {missing} of {len(tasks)} tasks are not in the submission: not solved"
-    note(f"written to {plain(out)}{rest if missing else ''}")
+    note(f"written to {out}{rest if missing else ''}")
     return scores
 
 

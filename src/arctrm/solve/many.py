@@ -24,7 +24,7 @@ from rich.console import RenderableType
 from torch import distributed
 
 from arctrm.config import SolveConfig
-from arctrm.console import console, note, plain, progress_console
+from arctrm.console import console, note, progress_console
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.errors import ArctrmError, ConfigError, Interrupted
@@ -77,7 +77,7 @@ def solve(
     # 1. Tasks, and what is answered already.
     began = time.monotonic() if began is None else began
     rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    left_out = lambda error: None if rank else note(plain(f"left out: {error}"))
+    left_out = lambda error: None if rank else note(f"left out: {error}")
     tasks = load_tasks(target, on_error=left_out if config.keep_going else None)
     require_test_inputs(tasks, target)
     out, store = config.out, Store(Path(UNFINISHED))
@@ -215,7 +215,7 @@ class _Run:
             if len(self.tasks) > 1:
                 number = len(self.tasks) - len(self.store.left(self.tasks)) + len(self.failed) + 1
                 told = f"task {number} of {len(self.tasks)}: {task.id}, about {seconds:.0f} s"
-                note(plain(told))
+                note(told)
             self.solve_one(task, seconds)
 
     def solve_one(self, task: Task, seconds: float) -> None:
@@ -237,7 +237,7 @@ class _Run:
             if len(self.tasks) == 1:
                 raise
             said = f"failed ({type(error).__name__}: {error}); its inputs are submitted"
-            note(plain(f"{task.id}: {said}"))
+            note(f"{task.id}: {said}")
             self.failed.append(task.id)
             answers = tuple(Answer(pair.input) for pair in task.test)
             return self.show(Solution(task.without_answers(), answers))
@@ -278,7 +278,7 @@ class _Run:
             self.say(solution_report(solution, correct, verbose=self.verbose))
         if self.page is not None and len(self.tasks) == 1:
             write_page(self.page, solution_page(solution, correct, self.solver.name))
-            note(f"the page is {plain(self.page)}")
+            note(f"the page is {self.page}")
 
     def draw_all(self) -> None:
         """Draw the page of several tasks."""
@@ -310,7 +310,7 @@ class _Run:
             self.say(told if right else "no answer is known, so nothing is checked")
         if self.late:
             what = f"no time was left for {len(self.late)} tasks; their inputs are submitted"
-            note(plain(f"{what}; --resume with a longer --total-budget goes on"))
+            note(f"{what}; --resume with a longer --total-budget goes on")
         if self.failed:
             names = ", ".join(self.failed[:MOST_NAMED]) + ", ..." * (len(self.failed) > MOST_NAMED)
             told = f"{len(self.failed)} of {len(tasks)} tasks failed ({names})"
@@ -356,5 +356,5 @@ def _process(
     except KeyboardInterrupt:
         sys.exit(Interrupted.exit_code)
     except ArctrmError as error:
-        note(plain(f"error: {error}"))
+        note(f"error: {error}")
         sys.exit(error.exit_code)

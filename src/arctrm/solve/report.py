@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arctrm.console import note, plain, printable, progress_console
+from arctrm.console import note, printable, progress_console
 from arctrm.data.render import MAX_WIDE, grid_panel, pair_row, side_by_side
 from arctrm.data.task import Grid, Task
 from arctrm.invariants.task import broken
@@ -213,7 +213,7 @@ def dry_run_table(command: str, rows: Mapping[str, object]) -> Table:
     """What a command would do, for `--dry-run`."""
     table = Table(title=f"{command} (dry run)", title_justify="left", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, plain(value))
+        table.add_row(name, str(value))
     return table
 
 
@@ -246,4 +246,4 @@ def write_gallery(
         by_row = by_row or {EVERYTHING: scoring.scores_dict(scores)}
     page = evaluation_page(told, by_row or {}, tasks, own, known, right, curves)
     write_page(path, page)
-    note(f"the page is {plain(path)}")
+    note(f"the page is {path}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from arctrm import checkpoints
 from arctrm.config import DataConfig, JointConfig, PretrainConfig, TrunkConfig, differences
-from arctrm.console import console, note, plain
+from arctrm.console import console, note
 from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
@@ -125,7 +125,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
             write_run_record(config.out, config, data_fingerprint=base.meta.fingerprint)
             count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
             note(
-                f"{'resuming' if resume else 'training'} in {plain(config.out)}: "
+                f"{'resuming' if resume else 'training'} in {config.out}: "
                 f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {count:,} parameters; "
                 f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
             )
@@ -133,7 +133,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
         with Tracker(config.out, config.tracking, told, resume_step=step, is_main=is_main) as to:
             train(run, to)
         if is_main:
-            note(f"checkpoint: {plain(checkpoints.latest_checkpoint(config.out))}")
+            note(f"checkpoint: {checkpoints.latest_checkpoint(config.out)}")
     return accelerator
 
 
@@ -149,7 +149,7 @@ def _restore(run: Run, checkpoint: Path, config: Config) -> None:
     now = run.accelerator.num_processes
     if meta.world_size != now and run.accelerator.is_main_process:
         note(
-            f"{plain(checkpoint)}: written by {meta.world_size} process(es), resumed with {now}: "
+            f"{checkpoint}: written by {meta.world_size} process(es), resumed with {now}: "
             "the run goes on with other batches than it would have had"
         )
     restore(run, checkpoint, meta)
@@ -268,7 +268,7 @@ def _start_trunk(
     trunk.load_state_dict(weights)
     if "trm" not in meta.voices or meta.trained.trunk.own_layers != config.trunk.own_layers:
         trunk.begin_trm()
-    if isinstance(config, JointConfig) and config.is_tiny and config.llama_frozen:
+    if config.is_tiny and config.llama_frozen:
         if "reader" not in meta.voices:
             raise CheckpointError(f"{folder}: holds no reader to be frozen; give one with a reader")
         trained = trunk.trm_parameters()
@@ -277,7 +277,7 @@ def _start_trunk(
     known = sum(row is not None for row in rows)
     anew = "; the vectors of data.scaling, which differs, start anew" if other_ways else ""
     if is_main:
-        note(f"trunk from {plain(folder)}, which knows {known} of {base.num_tasks} tasks{anew}")
+        note(f"trunk from {folder}, which knows {known} of {base.num_tasks} tasks{anew}")
     run = {"step": meta.step, "elapsed": meta.elapsed, "git_revision": meta.git_revision}
     return {"start": run | {"data_fingerprint": meta.data_fingerprint, "notes": meta.notes}}
 
@@ -374,7 +374,7 @@ def describe(config: Config) -> Table:
         rows["evaluation"] = config.evaluation.test_set if config.evaluate else "none"
     table = Table(title="dry run", title_justify="left", show_header=False)
     for name, value in rows.items():
-        table.add_row(name, plain(value))
+        table.add_row(name, str(value))
     return table
 
 

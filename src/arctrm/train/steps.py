@@ -206,8 +206,7 @@ def voice_steps(
     alone = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
     after, rest = trm.begin, 1 - trm.share
     both = [(READER, 1.0, 0.0, after), (READER, rest, after, 1.0), (TRM, trm.share, after, 1.0)]
-    is_frozen = isinstance(config, JointConfig) and config.llama_frozen
-    chosen = "trm" if is_frozen else config.voice
+    chosen = "trm" if config.llama_frozen else config.voice
     parts = alone.get(chosen, [part for part in both if part[2] < part[3]])
     # 3. A step for each.
     steps: list[Step] = []
