@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ class _Run:
         refiner = voices.alone if drafts is None else voices.refiner
         if refiner is None:
             return []
+        first = [one.number < chosen.trm_views for one in mine]
+        mine, drafts = [*compress(mine, first)], drafts and [*compress(drafts, first)]
         options: Any = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
         say = lambda told: refine(refiner, mine, drafts, **options, advance=told)
         return self.work("refining", len(to_refine(mine, drafts)), say)

@@ -183,7 +183,8 @@ def answer_later(answers: Answers) -> None:
             read_views(answers, asked, kept())
     if session.solver.refiner is not None:
         with clock.during("refining"):
-            refine_views(answers, asked, kept())
+            first = [one for one in asked if one.number < session.config.inference.trm_views]
+            refine_views(answers, first, kept())
     if can_plan(session.solver):
         with clock.during("planning"):
             answers.histories, found = plan(session, session.judging_seconds(share=1.0))
