@@ -6,12 +6,12 @@ they are, through views. Nothing waits for the device, and on a GPU what changes
 (rates, the decay of the average) stands in tensors, so that a CUDA graph can replay it.
 """
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -275,12 +275,12 @@ def graph_of(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `work`, which is not run; graphs share memory, as they leave nothing."""
     graph = torch.cuda.CUDAGraph()
+    pool = next(iter(_graphs)).pool() if _graphs else None  # it ends with the last of its graphs
     # Other threads (NCCL's watchdog) may touch CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
+    _graphs.add(graph)
     return graph
 
 
-@functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+_graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
