@@ -390,7 +390,13 @@ def test_a_tiny_reader_of_version_1_is_a_trunk_whose_trm_voice_is_untrained(tmp_
         assert torch.equal(new[name], old[there]), name
     assert torch.equal(new["own_head.weight"], old["llama.lm_head.weight"][:10])
     fresh = Trunk(trunk.config, 2).state_dict()
-    for name in ("halt_head.weight", "halt_head.bias", "feedback.layers.0.weight", "voice_emb"):
+    for name in (
+        "halt_head.weight",
+        "halt_head.bias",
+        "feedback.layers.0.weight",
+        "voice_emb",
+        "own_task_emb",
+    ):
         assert torch.equal(new[name], fresh[name]), name
 
 

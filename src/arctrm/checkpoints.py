@@ -270,6 +270,7 @@ def _trunk_of_version_1(told: dict[str, Any], old: Mapping[str, Tensor]) -> dict
         "halt_head.bias": norm.new_full((1,), HALT_BIAS),
         "feedback.layers.0.weight": norm.new_zeros(len(norm), len(norm)),
         "voice_emb": torch.zeros_like(norm),
+        "own_task_emb": torch.zeros_like(tasks),
     }
     return {f"trunk.{name}": tensor for name, tensor in trunk.items()}
 

@@ -12,6 +12,7 @@ from arctrm.model import layout
 from arctrm.model.layout import Condition, output_tokens
 from arctrm.model.trm import (
     Asked,
+    State,
     TrunkRefiner,
     batches,
     first_state,
@@ -71,6 +72,7 @@ def step_by_hand(trunk, one, y, z):
     _, places = output_tokens(one.shape, one.draft)
     positions = torch.from_numpy(np.append(one.prompt.positions, places))
     condition = trunk.condition(torch.tensor([one.prompt.condition])) + trunk.voice_emb
+    condition = condition + trunk.own_task_emb[one.prompt.condition.task]
     back = z / (z.square().mean(-1, keepdim=True) + EPS).sqrt()
     x = y @ trunk.embed_tokens + condition + back @ trunk.feedback.layers[0].weight.T
     hidden = trunk.hidden(x, positions, dense)
@@ -209,6 +211,36 @@ def test_an_answer_takes_all_steps_and_its_history_has_each(trunk):
         assert one.q == pytest.approx(every[3][number].q, abs=1e-4)
         assert one.log_p == pytest.approx(every[3][number].log_p, abs=1e-4)
     assert len({one.q for answers in every for one in answers}) > 8
+
+
+def test_where_z_does_not_pass_every_step_hears_the_first(trunk):
+    asked = questions(3, drafted=True)
+    rows, prompts, _ = prepared(trunk, asked)
+    z = reader_states(trunk, rows, prompts)
+    state = first_state(trunk, rows, z)
+    for answer in supervision_steps(trunk, rows, state, 3, passes_z=False):
+        expected = supervision_step(trunk, rows, state)
+        torch.testing.assert_close(answer.logits, expected.logits)
+        state = State(expected.state.y, z)
+    answers = [TrunkRefiner(trunk, 3, passes_z=own).refine(asked) for own in (True, False)]
+    assert all(one.log_p != other.log_p for one, other in zip(*answers, strict=True))
+    cells = rows.cells & (rows.row == 0)
+    log_p = float(answer.logits[cells].log_softmax(-1).detach().amax(-1).sum())
+    assert answers[1][0].log_p == pytest.approx(log_p, abs=1e-4)
+
+
+def test_a_task_has_a_vector_that_only_trm_hears(trunk):
+    rows, prompts, state = prepared(trunk, questions(3))
+    said = lambda: (
+        supervision_step(trunk, rows, state).logits,
+        reader_states(trunk, rows, prompts),
+    )
+    before = said()
+    with torch.no_grad():
+        trunk.own_task_emb += torch.randn_like(trunk.own_task_emb)
+    after = said()
+    assert not torch.allclose(before[0], after[0], atol=1e-3)
+    assert torch.equal(before[1], after[1])
 
 
 def test_aligned_states_of_a_draft_change_the_answer(trunk):

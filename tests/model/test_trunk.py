@@ -192,7 +192,7 @@ def test_names_and_shapes_are_those_of_the_checkpoint():
     expected |= {f"injections.layers.{i}.weight": (32, 32) for i in range(6)}
     expected |= {"embed_tokens": (16, 32), "norm": (32,), "head.weight": (16, 32)}
     expected |= {"own_head.weight": (10, 32), "halt_head.weight": (1, 32), "halt_head.bias": (1,)}
-    expected |= {"feedback.layers.0.weight": (32, 32), "voice_emb": (32,)}
+    expected |= {"feedback.layers.0.weight": (32, 32), "voice_emb": (32,), "own_task_emb": (3, 32)}
     expected |= {"task_emb": (3, 32), "inverse_emb": (3, 32), "dihedral_emb": (8, 32)}
     expected |= {"colours_emb": (2, 32), "scale_emb": (2, 32)}
     assert shapes == expected
@@ -297,7 +297,7 @@ def test_the_readers_loss_reaches_all_that_the_reader_uses_and_nothing_else():
     logits_of(trunk, batch(pairs(2))).square().sum().backward()
     untouched = {name for name, p in trunk.named_parameters() if p.grad is None}
     own = {"own_head.weight", "halt_head.weight", "halt_head.bias"}
-    assert untouched == {*own, "feedback.layers.0.weight", "voice_emb"}
+    assert untouched == {*own, "feedback.layers.0.weight", "voice_emb", "own_task_emb"}
 
 
 def test_layers_of_trms_own_are_used_in_its_passes_only():

@@ -12,7 +12,7 @@ from arctrm.solve import evaluate as module
 from arctrm.solve.evaluate import evaluate
 from arctrm.solve.results import CANDIDATES, UNFINISHED, read_candidates, read_submission
 
-VIEWS = 3
+VIEWS, TRM_VIEWS = 3, 2
 ABLATIONS = ["no-reader", "no-trm", "no-coupling"]
 
 
@@ -23,7 +23,7 @@ def config(checkpoint, test_set, out, **more) -> EvalConfig:
             "checkpoint": checkpoint,
             "out": out,
             "evaluation": evaluation | more.pop("evaluation", {}),
-            "inference": {"views": VIEWS, "dtype": "float32"} | more.pop("inference", {}),
+            "inference": {"views": VIEWS, "trm_views": TRM_VIEWS, "dtype": "float32"},
             "judge": {"scoring_views": 2} | more.pop("judge", {}),
             **more,
         }
@@ -113,11 +113,14 @@ def test_both_voices_propose_and_every_row_leaves_out_what_it_says(settings, sco
     }
     assert sources == {"reader", "trm", "joint"}
     for own in (own for inputs in kept.values() for own in inputs):
-        wrote, refined = (
-            sum(len(one.views_by.get(name, ())) for one in own) for name in ("reader", "joint")
+        wrote, refined, alone = (
+            [view for one in own for view in one.views_by.get(name, ())]
+            for name in ("reader", "joint", "trm")
         )
-        assert wrote == refined  # each draft is refined
-        assert sum(one.votes for one in own) == wrote + VIEWS
+        first = [view for view in wrote if view < TRM_VIEWS]
+        assert sorted(first) == sorted(refined)  # each draft of TRM's views is refined
+        assert sorted(alone) == [*range(TRM_VIEWS)]
+        assert sum(one.votes for one in own) == len(wrote) + TRM_VIEWS
 
 
 @pytest.mark.parametrize(

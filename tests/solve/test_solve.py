@@ -17,7 +17,7 @@ from arctrm.solve.rank import is_well_formed
 from arctrm.solve.solve import Answers, TimedJudge, answer_first, read_views, refine_views
 from arctrm.solve.weights import Voices
 
-KINDS = ("both", "reader", "trm")
+KINDS, VOICES = ("both", "reader", "trm"), (READER, TRM, JOINT)
 
 
 def interrupted(*given, **named):
@@ -239,6 +239,13 @@ def test_where_reading_takes_too_long_one_view_is_tried_and_trm_answers_the_rest
     assert len(answers.drafts) == 1
     refine_views(answers, asked, 0.0)
     assert {view for _, source, view in answers.candidates if source == TRM} == {0, 1, 2}
+
+
+def test_trm_answers_the_views_that_it_may(solver, trained):
+    settings = config(inference={"views": 3, "trm_views": 1, "dtype": "float32"})
+    answer = room.solve_task(solver, trained.known[0], settings).answers[0]
+    views = {s: {v for one in answer.ranked for v in one.views_by.get(s, ())} for s in VOICES}
+    assert views == {READER: {0, 1, 2}, TRM: {0}, JOINT: {0}}
 
 
 def test_where_all_steps_of_one_view_take_too_long_fewer_are_taken(solver, trained):

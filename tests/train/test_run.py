@@ -15,6 +15,7 @@ from arctrm.config import DataConfig, JointConfig
 from arctrm.data.base_set import build, prepare
 from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, ConfigError, OverlapError
+from arctrm.model.trunk import TASK_TABLES
 from arctrm.train.run import joint, pretrain, with_data_path
 from helpers import random_grid, random_task
 from hub_models import save_model
@@ -93,12 +94,12 @@ def test_embeddings_follow_the_content_of_the_tasks_and_new_ones_start_from_the_
     changes = own(write_folder(tmp_path / "tasks", tasks), checkpoint=str(done))
     run = new_run(tmp_path / "run", {**changes, "data.scaling.share": 0.5})
     trunk, there = run.model["trunk"].state_dict(), read_trunk(done)[0].state_dict()
-    for table in ("task_emb", "inverse_emb"):
+    for table in TASK_TABLES:
         for row, known in ((0, 2), (2, 0), (3, 3)):
             assert torch.equal(trunk[table][row], there[table][known])
         torch.testing.assert_close(trunk[table][1], there[table].mean(0))
     for name, tensor in there.items():
-        if name not in ("task_emb", "inverse_emb"):
+        if name not in TASK_TABLES:
             assert torch.equal(trunk[name], tensor), name
     assert "knows 3 of 4 tasks" in " ".join(capsys.readouterr().err.split())
     assert run.meta.notes["start"]["step"] == 4
@@ -251,8 +252,8 @@ def test_a_dry_run_names_data_parameters_memory_and_length_and_writes_nothing(
     (joint if is_joint else pretrain)(config, dry_run=True)
     text = " ".join(capsys.readouterr().out.split())
     run = new_run(tmp_path / "other", own(folder))
-    tables = run.model["trunk"].task_emb.numel() * 2
-    assert f"trunk {len(flat(run.model)) - tables:,}, task embeddings {tables}" in text
+    tables = run.model["trunk"].task_emb.numel() * len(TASK_TABLES)
+    assert f"trunk {len(flat(run.model)) - tables:,}, task embeddings {tables:,}" in text
     for said in ("4, 16", "GiB per process", "4 steps", "4,096 tokens x 1"):
         assert said in text
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from arctrm.model.trunk import Trunk
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE, halting_mean, row_counts
 from arctrm.train.optim import EMA, trained_parameters
-from arctrm.train.refining import questions, start
+from arctrm.train.refining import questions
 from arctrm.train.sequences import Batch, Sequences
 from arctrm.train.source import OUTPUT, PairSource
 from arctrm.train.steps import (
@@ -80,7 +80,7 @@ def make(base, sequences=8, voice=READER, data=PLAIN, tokens=TOKENS, scale=1.0, 
     own = Sequences(source, torch.float32, whole=voice == TRM, inverse_share=inverse_share)
     if voice == READER:
         return trunk, ReaderStep(trunk, own, tokens, sequences, scale=scale, **options)
-    trm = config_of(trm={"later_share": 0.0} | options).trm
+    trm = config_of(trm=options).trm
     return trunk, TrmStep(trunk, own, tokens, sequences, trm, scale=scale)
 
 
@@ -256,22 +256,6 @@ def test_the_gradient_of_trm_is_the_mean_over_supervision_steps_that_share_value
     assert (trunk.feedback.layers[0].weight.grad.abs().sum() > 0) == (num_steps > 1)
 
 
-def test_a_share_of_the_rows_begins_after_a_step_without_gradient():
-    trunk, own = make(base_of(PAIR_A, PAIR_B), voice=TRM)
-    asked = questions(own.next_batch(), own.sequences, own.config)
-    before, after = first_state(trunk, asked.rows), start(trunk, asked, later_share=1.0)
-    expected = supervision_step(trunk, asked.rows, before).state
-    for tensor, other in zip(after, expected, strict=True):
-        torch.testing.assert_close(tensor, other.detach())
-        assert not tensor.requires_grad
-    real = asked.rows.row < 8
-    some = start(trunk, asked, later_share=0.5).z[real].abs().sum(1) > 0
-    by_row = [some[asked.rows.row[real] == number] for number in range(8)]
-    by_row = [own for own in by_row if len(own)]
-    assert {bool(one.all()) for one in by_row} == {True, False}
-    assert all(bool(one.all()) or not bool(one.any()) for one in by_row)
-
-
 @both_voices
 def test_absent_rows_and_dummy_tokens_add_nothing(voice):
     options = {"hidden_whole": 1.0} if voice == TRM else {}
@@ -297,7 +281,7 @@ def test_every_part_of_the_trunk_that_the_voice_has_gets_gradient(real, voice):
     step()
     untouched = {n for n, p in trunk.named_parameters() if p.grad is None or not p.grad.any()}
     others = {"inverse_emb", "head.weight"}
-    own = {"own_head.weight", "halt_head.weight", "halt_head.bias", "voice_emb"}
+    own = {"own_head.weight", "halt_head.weight", "halt_head.bias", "voice_emb", "own_task_emb"}
     own.add("feedback.layers.0.weight")
     assert untouched == (others if voice == TRM else own)
 

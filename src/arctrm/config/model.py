@@ -76,10 +76,8 @@ class TRMConfig(StrictModel):
     begin: Part = 0.0
     """Fraction of the run from which both voices are trained; before it the reader alone."""
     supervision_steps: int = Field(1, ge=1, le=64)
-    """Supervision steps of a training step, with a loss after each and no gradient between them."""
-    later_share: Share = 0.5
-    """Share of the training rows that begin after a supervision step without gradient: without
-    any, one step of training teaches nothing about the later steps of an answer."""
+    """Supervision steps of a training step, with a loss after each and no gradient between them.
+    With one, steps of an answer pass on the answer only; with more, the states, too."""
     halt_max_steps: int = Field(8, ge=1, le=4096)
     """Supervision steps of an answer."""
     hidden_whole: Share = 0.25
@@ -96,6 +94,11 @@ class TRMConfig(StrictModel):
     """Pairs that the reader drafts anew in a round."""
     draft_temperature: float = Field(0.5, ge=0, le=100)
     """Temperature at which drafts are sampled; 0 = greedy."""
+
+    @property
+    def passes_z(self) -> bool:
+        """Whether a supervision step takes back the states of the last, not the answer alone."""
+        return self.supervision_steps > 1
 
 
 class HubConfig(StrictModel):

@@ -8,6 +8,7 @@ states of the trunk. A supervision step is
 
 and only values pass from one step to the next, no gradient. The size is known before, from a draft
 or by rules (`data.sizes`); the first answer is a draft or hidden cells, the first z its states.
+Where training has one step, later steps hear the first z again: nothing taught them another.
 
 Legend: T tokens of a packed batch, R rows (questions), D width, V vocabulary, C colours.
 """
@@ -77,7 +78,7 @@ def supervision_step(
 ) -> Prediction:
     """One pass y, z <- net(x, y, z); `added_TD` is what adapters add to the embedding."""
     num_rows = rows.condition.shape[0]
-    condition = _of_rows(trunk.condition(rows.condition) + trunk.voice_emb, rows.row)
+    condition = _of_rows(trunk.own_condition(rows.condition), rows.row)
     if added_TD is not None:
         condition = condition + added_TD
     back = F.rms_norm(state.z, state.z.shape[-1:], eps=EPS)
@@ -92,12 +93,18 @@ def supervision_step(
 
 
 def supervision_steps(
-    trunk: Trunk, rows: Rows, state: State, num_steps: int, added_TD: Tensor | None = None
+    trunk: Trunk,
+    rows: Rows,
+    state: State,
+    num_steps: int,
+    added_TD: Tensor | None = None,
+    *,
+    passes_z: bool = True,
 ) -> Iterator[Prediction]:
-    """Predictions of up to `num_steps` steps in a row."""
+    """Predictions of up to `num_steps` steps; where not `passes_z`, all hear the first z."""
     for _ in range(num_steps):
         prediction = supervision_step(trunk, rows, state, added_TD)
-        state = prediction.state
+        state = prediction.state if passes_z else State(prediction.state.y, state.z)
         yield prediction
 
 
@@ -158,12 +165,16 @@ class Refiner(Protocol):
 class TrunkRefiner:
     """Answers with a trunk alone.
 
-    Where `aligned`, the reader's states of a draft are the first z. No row halts early: as in the
-    TRM paper, halting counts in training only, where it says how many steps a row would take.
+    Where `aligned`, the reader's states of a draft are the first z; `passes_z` as in training. No
+    row halts early: as in the TRM paper, halting counts in training only, where it says how many
+    steps a row would take.
     """
 
-    def __init__(self, trunk: Trunk, halt_max_steps: int, *, aligned: bool = True):
-        self.trunk, self.halt_max_steps, self.aligned = trunk, halt_max_steps, aligned
+    def __init__(
+        self, trunk: Trunk, halt_max_steps: int, *, aligned: bool = True, passes_z: bool = True
+    ):
+        self.trunk, self.halt_max_steps = trunk, halt_max_steps
+        self.aligned, self.passes_z = aligned, passes_z
 
     @torch.no_grad()
     def refine(
@@ -190,8 +201,8 @@ class TrunkRefiner:
         rows, prompts = lay_out(asked, self.trunk.device, self.trunk.dtype)
         drafted = self.aligned and asked[0].draft is not None
         z = reader_states(self.trunk, rows, prompts) if drafted else None
-        state = first_state(self.trunk, rows, z)
-        return supervision_steps(self.trunk, rows, state, num_steps), rows
+        state, passes_z = first_state(self.trunk, rows, z), self.passes_z
+        return supervision_steps(self.trunk, rows, state, num_steps, passes_z=passes_z), rows
 
 
 def usual_tokens(device: torch.device) -> int:

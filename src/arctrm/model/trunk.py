@@ -8,8 +8,9 @@ task, one for the view and one for the scale are added to every token (mdlARC's 
 a task instead of its demonstrations).
 
 One forward serves training, decoding and refining; what a token sees is a parameter. The reader
-voice is `head`; the TRM voice is `own_head`, `halt_head`, `feedback`, `voice_emb`, and, with
-`own_layers`, blocks that stand in its passes for the last ones of the reader.
+voice is `head`; the TRM voice is `own_head`, `halt_head`, `feedback`, `voice_emb`, `own_task_emb`
+(added to the reader's vectors of the tasks), and, with `own_layers`, blocks that stand in its
+passes for the last ones of the reader.
 
 Legend: T tokens, R rows (sequences), D width, A heads, K head width, I inner width, V vocabulary.
 """
@@ -40,8 +41,9 @@ INIT_STD = 0.02
 EPS = 1e-6
 HALT_BIAS = -5.0  # first halting logit, as in TRM: no row is done before the head has learned
 END_OF_CHOICES = len(CHOICES) - 1  # all choices but the last are the first tokens
-TASK_TABLES = ("task_emb", "inverse_emb")  # one row a task
-TRM_PARTS = ("own", "own_head", "halt_head", "feedback", "voice_emb")  # of no use to the reader
+TASK_TABLES = ("task_emb", "inverse_emb", "own_task_emb")  # one row a task
+# Of no use to the reader:
+TRM_PARTS = ("own", "own_head", "own_task_emb", "halt_head", "feedback", "voice_emb")
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, K] each, of the rotary positions
 
@@ -95,6 +97,7 @@ class Trunk(nn.Module):
         self.scale_emb = _table(num_scales, width)
         self.own = _Named(Block(*sizes) for _ in range(config.own_layers))
         self.own_head = _matrix(NUM_COLOURS, width)
+        self.own_task_emb = nn.Parameter(torch.zeros(num_tasks, width))
         self.halt_head = nn.Linear(width, 1)
         nn.init.zeros_(self.halt_head.weight)
         nn.init.constant_(self.halt_head.bias, HALT_BIAS)
@@ -142,6 +145,11 @@ class Trunk(nn.Module):
             return vectors
         none = self.scale_emb.new_zeros(1, self.width)
         return vectors + torch.cat((none, self.scale_emb)).index_select(0, rows[:, SCALE])
+
+    def own_condition(self, rows: Tensor) -> Tensor:
+        """The same in TRM's passes, with what says that it is TRM, and TRM's part of the task."""
+        own = self.own_task_emb.index_select(0, rows[:, TASK])
+        return self.condition(rows) + self.voice_emb + own
 
     def embed(self, tokens: Tensor, condition_TD: Tensor) -> Tensor:
         """Embedded tokens [T, D] in `dtype`, of ids int64 [T] or distributions over ids [T, V].

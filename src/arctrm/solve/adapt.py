@@ -180,7 +180,7 @@ class Adapter:
             return _hub_step(self.model, source, self.num_tokens, len(task.demonstrations))
         sequences = Sequences(source, self.model.dtype, whole=solver.reader is None)
         how = (self.model, sequences, self.num_tokens, room_for(sequences, self.num_tokens))
-        return ReaderStep(*how) if solver.reader else TrmStep(*how, TRMConfig(supervision_steps=2))
+        return ReaderStep(*how) if solver.reader else TrmStep(*how, TRMConfig())
 
 
 def _copy(solver: Solver, row: int) -> Trunk:

@@ -144,7 +144,8 @@ def answer_by_trm(answers: Answers, until: float) -> None:
         if answers.candidates and not session.clock.left():
             break  # the inputs of the rest stand for their answers
         _refine(answers, asked, 1)
-    asked = session.questions(min(budget.FIRST_VIEWS, session.config.inference.views))
+    chosen = session.config.inference
+    asked = session.questions(min(budget.FIRST_VIEWS, chosen.trm_views, chosen.views))
     cost = lambda part: session.refining_seconds(part, budget.FIRST_STEPS) * budget.CHUNK_SHARE
     if chunk := budget.next_views(asked, len(one), len(asked), until - time.monotonic(), cost):
         _refine(answers, chunk, budget.FIRST_STEPS)

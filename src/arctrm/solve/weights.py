@@ -250,7 +250,8 @@ def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Sol
     def speak(model: Trunk) -> Voices:
         fast = model.cast(dtype)
         reader = TinyReader(fast, asks_inverse=knows_inverse) if "reader" in meta.voices else None
-        answers = TrunkRefiner(fast, trm.halt_max_steps, aligned=trm.aligned)
+        how = {"aligned": trm.aligned, "passes_z": trm.passes_z}
+        answers = TrunkRefiner(fast, trm.halt_max_steps, **how)
         refiner = answers if "trm" in meta.voices else None
         return Voices(reader, refiner, refiner)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from arctrm.config import TRMConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.model.layout import HIDDEN, OUTPUT_PART, part_of
-from arctrm.model.trm import Rows, State, first_state, reader_states, supervision_step
+from arctrm.model.trm import Rows, State, first_state, reader_states
 from arctrm.model.trunk import Trunk
 from arctrm.train.drafts import DraftPool
 from arctrm.train.losses import IGNORE
@@ -61,22 +61,13 @@ def questions(
 
 
 @torch.no_grad()
-def start(
-    trunk: Trunk, asked: Questions, *, aligned: bool = False, later_share: float = 0.0
-) -> State:
-    """The first state; where `aligned`, drafted rows begin with the reader's states. A share of the
-    rows begins with a supervision step behind it (self-conditioning, arXiv 2208.04202).
-    """
-    own_row, states = asked.rows.row.clamp(max=len(asked.drafted) - 1), None
-    if aligned:
-        states = reader_states(trunk, asked.rows, asked.prompts) * asked.drafted[own_row, None]
-    state = first_state(trunk, asked.rows, states)
-    if not later_share:
-        return state
-    after = supervision_step(trunk, asked.rows, state).state
-    is_later = torch.rand(asked.drafted.shape, device=own_row.device) < later_share
-    both = zip(after, state, strict=True)
-    return State(*(torch.where(is_later[own_row, None], new, old) for new, old in both))
+def start(trunk: Trunk, asked: Questions, *, aligned: bool = False) -> State:
+    """The first state; where `aligned`, drafted rows begin with the reader's states."""
+    if not aligned:
+        return first_state(trunk, asked.rows)
+    own_row = asked.rows.row.clamp(max=len(asked.drafted) - 1)
+    states = reader_states(trunk, asked.rows, asked.prompts) * asked.drafted[own_row, None]
+    return first_state(trunk, asked.rows, states)
 
 
 def answer_cells(batch: Batch) -> Tensor:

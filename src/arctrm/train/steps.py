@@ -135,8 +135,7 @@ class TrmStep(Step):
         with torch.no_grad():
             asked = questions(batch, self.sequences, self.config, self.drafts)
             has_states = self.config.aligned and self.drafts is not None
-            later = self.config.later_share
-            state = start(self.trunk, asked, aligned=has_states, later_share=later)
+            state = start(self.trunk, asked, aligned=has_states)
         num_steps, num_rows = self.config.supervision_steps, len(batch.rows)
         taken = torch.zeros(num_rows, device=batch.row.device)
         going = torch.ones_like(taken)
