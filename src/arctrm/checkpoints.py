@@ -26,7 +26,7 @@ from arctrm.config import TINY, DataConfig
 from arctrm.config.base import Seed, StrictModel
 from arctrm.config.model import CouplingConfig, HubConfig, ReaderConfig, TRMConfig, TrunkConfig
 from arctrm.data.task import NUM_COLOURS
-from arctrm.errors import CheckpointError
+from arctrm.errors import ArctrmError, CheckpointError
 from arctrm.model.trunk import HALT_BIAS, Trunk
 from arctrm.quantise import GROUP, dequantise_all, is_quantised, quantise
 from arctrm.system import (
@@ -418,7 +418,7 @@ if __name__ == "__main__":
     try:
         run, out = map(Path, sys.argv[1:])
         print(export_bundle(run, out))
-    except (CheckpointError, ValueError) as error:
+    except (ArctrmError, ValueError) as error:
         usage = "usage: python -m arctrm.checkpoints RUN OUT"
-        print(error if isinstance(error, CheckpointError) else usage, file=sys.stderr)
+        print(error if isinstance(error, ArctrmError) else usage, file=sys.stderr)
         sys.exit(2)

@@ -135,9 +135,9 @@ def hold(folder: Path) -> TextIO:
             problem = f"process {who} works there; wait for it, or choose another --out"
             raise CheckpointError(f"{folder}: {problem}") from None
     else:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with disk_errors(folder):
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
     clear_abandoned(folder)
     return file
 

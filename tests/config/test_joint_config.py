@@ -85,6 +85,7 @@ def test_an_older_key_fills_in_the_key_that_means_the_same(override, path):
         ),
         (["llama_model=a/b", "reader.inverse_share=0.2"], ["'a/b'", "the table reader"]),
         (["lr=inf"], ["lr = Infinity", "a finite number"]),
+        (["lr=100"], ["adamw_lr = 100", "less than or equal to 1"]),
     ],
 )
 def test_what_cannot_be_is_one_sentence(overrides, words):

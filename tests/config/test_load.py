@@ -185,6 +185,8 @@ MISTAKES = {
     "item; the default is [0.9, 0.95]",
     "training.optimiser.muon_lr = nan": "training.optimiser.muon_lr = NaN should be a finite "
     "number; the default is 0.006",
+    "training.optimiser.adamw_lr = 100": "training.optimiser.adamw_lr = 100 should be less than or "
+    "equal to 1; the default is 0.002",
     "training.schedule.budget = '20x'": "training.schedule.budget = '20x' is not a duration; write "
     "for example '90s', '10m' or '1.5h'",
     "trunk.hidden_size = 510": "trunk.hidden_size = 510 is not a multiple of 8 x trunk.num_heads = "

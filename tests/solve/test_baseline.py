@@ -153,14 +153,13 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
 def test_results_are_not_lost_without_resume(done, trained):
     _, out = done
     before = (out / "results.json").read_bytes()
-    with pytest.raises(DataError, match="holds the results of an earlier run"):
-        baseline(config(out, trained.folder, checkpoint=trained.run))
+    for resume in (False, True):
+        with pytest.raises(DataError, match=r"holds results\.json of a finished run"):
+            baseline(config(out, trained.folder, checkpoint=trained.run), resume=resume)
     assert (out / "results.json").read_bytes() == before
     for place in (out / "submission.json", trained.run):
         with pytest.raises(DataError, match="the submission or a training run is there"):
             baseline(config(place, trained.folder))
-    with pytest.raises(DataError, match="nothing unfinished"):
-        baseline(config(out, trained.folder, checkpoint=trained.run), resume=True)
 
 
 def test_the_dry_run_counts_and_loads_no_model(trained, tmp_path, capsys):

@@ -10,7 +10,13 @@ from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, ConfigError, DataError, UserError
 from arctrm.solve import evaluate as module
 from arctrm.solve.evaluate import evaluate
-from arctrm.solve.results import CANDIDATES, UNFINISHED, read_candidates, read_submission
+from arctrm.solve.results import (
+    CANDIDATES,
+    SUBMISSION,
+    UNFINISHED,
+    read_candidates,
+    read_submission,
+)
 
 VIEWS, TRM_VIEWS = 3, 2
 ABLATIONS = ["no-reader", "no-trm", "no-coupling"]
@@ -145,7 +151,9 @@ def test_an_ablation_asks_only_who_is_left(settings, tmp_path, monkeypatch, row,
     assert (judges[row] is None) == (row == "no-reader")
 
 
-def test_a_held_out_answer_changes_no_answer(settings, scores, trained, tmp_path, write_tasks):
+def test_a_held_out_answer_changes_no_byte_and_the_seed_gives_the_same_again(
+    settings, scores, trained, tmp_path, write_tasks
+):
     changed = [
         replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
         for task in trained.known
@@ -153,9 +161,8 @@ def test_a_held_out_answer_changes_no_answer(settings, scores, trained, tmp_path
     folder = write_tasks(tmp_path / "tasks", changed)
     other = elsewhere(settings, tmp_path / "out", test_set=str(folder), ablate=())
     evaluate(other)
-    assert (tmp_path / "out/submission.json").read_bytes() == (
-        settings.out / "submission.json"
-    ).read_bytes()
+    for name in (SUBMISSION, CANDIDATES):
+        assert (tmp_path / "out" / name).read_bytes() == (settings.out / name).read_bytes()
 
 
 # -- tasks

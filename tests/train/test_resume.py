@@ -110,10 +110,11 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_does_not_hold_it(t
 
 
 @pytest.mark.slow
-def test_a_finished_run_goes_on_with_more_steps_and_otherwise_stays(tmp_path):
+def test_a_finished_run_goes_on_with_more_steps_and_otherwise_stays(tmp_path, capsys):
     pretrain(small(tmp_path))
     before = end_of(tmp_path, 4), numbers_of(tmp_path)
     pretrain(small(tmp_path), resume=True)
+    assert "the run is finished at step 4; a longer" in " ".join(capsys.readouterr().err.split())
     assert (end_of(tmp_path, 4), numbers_of(tmp_path)) == before
     pretrain(small(tmp_path, {"training.schedule.max_steps": 6}), resume=True)
     assert read_meta(tmp_path).step == 6

@@ -46,8 +46,8 @@ Number = Annotated[int, Field(ge=0, le=MANY)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 """A share that leaves something: below 1."""
-Rate = Annotated[float, Field(gt=0, le=100)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 LISTED = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 """Of a tuple: a file gives it as a list, which the strict mode refuses behind a validator."""

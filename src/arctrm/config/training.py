@@ -22,7 +22,7 @@ class OptimiserConfig(StrictModel):
     """Momentum of Muon."""
     betas: Annotated[tuple[Part, Part], LISTED] = (0.9, 0.95)
     """Betas of AdamW."""
-    weight_decay: float = Field(0.0, ge=0, le=100)
+    weight_decay: float = Field(0.0, ge=0, le=10)
     """Decoupled weight decay of both."""
     clip_norm: float = Field(0.0, ge=0, le=1e9)
     """Clip the gradient to this norm; 0 = no clipping."""

@@ -66,9 +66,8 @@ def baseline(
     if path.name == SUBMISSION or (path.parent / "checkpoints").is_dir():
         raise DataError(f"{path}: the submission or a training run is there; choose another --out")
     tasks, known = load_test_set(config.evaluation)
-    store = open_store(path.with_name(f"{path.stem}.unfinished.jsonl"), config, tasks, resume)
-    if not resume and (path.exists() or path.with_name(SUBMISSION).exists()):
-        raise DataError(f"{path}: holds the results of an earlier run; choose another --out")
+    unfinished = path.with_name(f"{path.stem}.unfinished.jsonl")
+    store = open_store(unfinished, config, tasks, resume, (path.name, SUBMISSION))
     if dry_run:
         inputs = sum(len(task.test) for task in tasks)
         rows = {

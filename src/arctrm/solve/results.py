@@ -141,13 +141,15 @@ class Store:
 
     def add(self, row: str, answers: Sequence[tuple[Task, dict[str, Any]]], seconds: float) -> None:
         """Take the answers to some tasks, which took `seconds` together."""
-        lines = ""
-        for task, own in answers:
-            head = {"row": row, "task": task.id, "content": content_of(task)}
-            record = head | {"seconds": seconds / len(answers)} | own
-            self.rows.setdefault(row, {})[task.id] = record
-            lines += _line(record)
-        self._append(lines)
+        records = [
+            {"row": row, "task": task.id, "content": content_of(task)}
+            | {"seconds": seconds / len(answers)}
+            | own
+            for task, own in answers
+        ]
+        self._append("".join(map(_line, records)))  # first: what is held is also kept
+        for record in records:
+            self._take(record)
 
     def _append(self, lines: str) -> None:
         if self.writes:

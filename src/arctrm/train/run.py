@@ -120,6 +120,9 @@ def _train(config: Config, resume: bool) -> Accelerator:
         run = build_run(config, base, accelerator, began_at)
         if checkpoint is not None:
             _restore(run, checkpoint, config)
+            if is_main and run.schedule.finished(run.step, run.elapsed):
+                more = "a longer training.schedule.budget or max_steps goes on"
+                note(f"{config.out}: the run is finished at step {run.step}; {more}")
         # 4. Training.
         if is_main:
             write_run_record(config.out, config, data_fingerprint=base.meta.fingerprint)
