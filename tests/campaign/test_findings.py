@@ -1,8 +1,10 @@
 """What the campaigns have found: each input once crashed, hung, or printed more than a sentence."""
 
+import errno
 import gzip
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from arctrm.data.base_set import (
     write_base_set,
 )
 from arctrm.data.sources import load_tasks
-from arctrm.errors import CheckpointError, ConfigError, DataError, TaskError
+from arctrm.errors import CheckpointError, ConfigError, DataError, ResourceError, TaskError
 from arctrm.model.reference import reference_views
 from arctrm.solve.results import open_store, read_candidates
+from arctrm.system import hold
 from arctrm.train.tracking import Tracker
 from helpers import random_task
 
@@ -203,3 +206,12 @@ def test_a_base_set_whose_pairs_lie_outside_of_it_is_refused(tmp_path, column, v
     with pytest.raises(DataError, match="outside of its cells or tasks") as caught:
         open_base_set(tmp_path / "set")
     sentence(caught.value)
+
+
+def test_a_disk_that_has_no_room_for_a_lock_is_told_in_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(ResourceError, match="out: the disk is full"):
+        hold(tmp_path / "out")
