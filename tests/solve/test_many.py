@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from arctrm.config import SolveConfig
+from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.errors import ArctrmError, CheckpointError, DataError, TaskError
 from arctrm.solve import many
@@ -64,10 +65,15 @@ def interrupted(*given, **named):
     raise KeyboardInterrupt
 
 
+def kept_lines(out):
+    """The lines that are whole: while one is written, or after a kill, the last may not be."""
+    text = (out / UNFINISHED).read_text()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def records(out):
     """Answers that are kept, in the order in which they came."""
-    lines = map(json.loads, (out / UNFINISHED).read_text().splitlines())
-    return [line for line in lines if "row" in line]
+    return [line for line in kept_lines(out) if "row" in line]
 
 
 def flat(answers):
@@ -318,17 +324,19 @@ def test_killed_in_the_middle_and_resumed_nothing_is_lost(trained, write_tasks, 
     assert running.returncode == -signal.SIGKILL
     assert num_seen > 1
     kept = records(out)
-    used = max(json.loads(line).get("used", 0) for line in (out / UNFINISHED).open())
-    assert used > 0
+    assert max(line.get("used", 0) for line in kept_lines(out)) > 0
     refused = subprocess.run(command, capture_output=True, text=True)
     assert (refused.returncode, "add --resume" in refused.stderr) == (2, True)
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     after = read_submission(out / SUBMISSION)
     assert is_whole(out)
     assert not (out / UNFINISHED).exists()
+    inputs = {task.id: [pair.input for pair in task.test] for task in load_tasks(command[4])}
     for one in kept:
-        found = [two[0].tolist() for two in after[one["task"]]]
-        assert found == [ranked[0]["grid"] for ranked in one["test"]]
+        # On a busy machine a test input may have no grid in time: its input is submitted.
+        both = zip(one["test"], inputs[one["task"]], strict=True)
+        best = [ranked[0]["grid"] if ranked else given.tolist() for ranked, given in both]
+        assert [two[0].tolist() for two in after[one["task"]]] == best
 
 
 def started_by_itself(command, tmp_path):
