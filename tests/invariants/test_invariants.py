@@ -5,7 +5,7 @@ import pytest
 
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
-from arctrm.invariants.properties import Side, components, enclosed, properties
+from arctrm.invariants.properties import Side, components, properties
 from arctrm.invariants.task import COPY, Invariants, broken, broken_cells, changes, weights
 
 
@@ -31,13 +31,13 @@ def test_cells_are_connected_by_sides_corners_and_colours():
 
 
 def test_a_cell_is_enclosed_where_no_sides_lead_out():
-    assert np.argwhere(enclosed(RING, 0)).tolist() == [[1, 1]]
+    assert np.argwhere(Side(RING).enclosed).tolist() == [[1, 1]]
     open_ring = RING.copy()
     open_ring[0, 1] = 0
-    assert not enclosed(open_ring, 0).any()
+    assert not Side(open_ring).enclosed.any()
     leaking_by_a_corner = RING.copy()
     leaking_by_a_corner[0, 0] = 0
-    assert enclosed(leaking_by_a_corner, 0)[1, 1]
+    assert Side(leaking_by_a_corner).enclosed[1, 1]
 
 
 PAIRS = {

@@ -5,7 +5,7 @@ be so of its test pair; how likely was counted (`invariants.task`). False says n
 be there for several colours; it counts once.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from fractions import Fraction
 from functools import cached_property
 
@@ -15,6 +15,18 @@ from arctrm.data.task import NUM_COLOURS, Grid
 
 Key = tuple[str, int]  # name of a property and the colour that it is about; -1: about none
 Named = Iterator[tuple[str, Hashable]]
+Cells = np.ndarray  # bool [H, W]
+DIAGONAL = "mirrored diagonally"
+PATTERNS: dict[str, Callable[[Grid], Grid]] = {
+    "mirrored left to right": lambda grid: grid[:, ::-1],
+    "mirrored top to bottom": lambda grid: grid[::-1],
+    "turned by half": lambda grid: grid[::-1, ::-1],
+    DIAGONAL: lambda grid: grid.T,
+    "rows alike": lambda grid: grid[:1],
+    "columns alike": lambda grid: grid[:, :1],
+}
+"""Name of a property -> what the output equals where it has it."""
+ENCLOSED: Key = ("what is enclosed changes", -1)
 
 
 class Side:
@@ -26,7 +38,7 @@ class Side:
         """Cells of each colour."""
         self.colours = frozenset(c for c, count in enumerate(self.counts) if count)
         self.empty = self.counts.index(max(self.counts))  # the background: the commonest colour
-        self.full: np.ndarray = grid != self.empty  # bool [H, W]
+        self.full: Cells = grid != self.empty
 
     @cached_property
     def objects(self) -> np.ndarray:
@@ -50,6 +62,13 @@ class Side:
         return sorted(found)
 
     @cached_property
+    def enclosed(self) -> Cells:
+        """Background cells from which no way over sides leads out of the grid."""
+        outside = np.pad(self.grid == self.empty, 1, constant_values=True)
+        ways = components(outside, 0, corners=False, one_colour=True)
+        return ((ways > 0) & (ways != ways[0, 0]))[1:-1, 1:-1]
+
+    @cached_property
     def box(self) -> tuple[int, int, int, int] | None:
         """Top, bottom, left and right of what is not background."""
         ys, xs = np.nonzero(self.full)
@@ -63,8 +82,55 @@ def properties(given: Side, made: Side) -> dict[Key, Hashable]:
     found: dict[Key, Hashable] = {
         (name, -1): value for part in parts for name, value in part(given, made)
     }
-    found |= _of_colours(given, made)
+    found |= {key: not cells.any() for key, cells in cells_against(given, made).items()}
+    for name in PATTERNS:
+        found[f"not {name}", -1] = not found.setdefault((name, -1), False)
+    # What is not there is not kept.
+    absent = [] if given.enclosed.any() else [ENCLOSED]
+    for colour, there in enumerate(given.counts):
+        what, now = _named(colour), made.counts[colour]
+        found[f"{what} is there", colour] = bool(now)
+        found[f"cells of {what}", colour] = bool(there) and there == now
+        absent += [] if there else [(f"{what} {verb}", colour) for verb in ("stays", "goes")]
+    found |= {key: False for key in absent if key in found}
     return {k: bool(v) if isinstance(v, np.bool_) else v for k, v in found.items()}
+
+
+def cells_against(given: Side, made: Side) -> dict[Key, Cells]:
+    """Of each property that the cells of the output keep one by one: those that break it."""
+    before, after = given.grid, made.grid
+    is_square, new = len(after) == len(after.T), ~np.isin(after, sorted(given.colours))
+    found = {name: after != own(after) for name, own in PATTERNS.items() if name != DIAGONAL}
+    found |= {"no new colour": new, **({DIAGONAL: after != after.T} if is_square else {})}
+    of_colours = {(f"{_named(c)} is missing", c): after == c for c in range(NUM_COLOURS)}
+    if before.shape == after.shape:
+        changed, full, inside = before != after, given.full, given.enclosed
+        edge = np.ones(after.shape, bool)
+        edge[1:-1, 1:-1] = False
+        rows, columns = full.any(1, keepdims=True), full.any(0, keepdims=True)
+        found |= {
+            "changes to colours of the input": changed & new,
+            "what is filled stays": changed & full,
+            "what is empty stays": ~full & (after != given.empty),
+            "filled where it was": full != made.full,
+            "the edge stays": changed & edge,
+            "changes are enclosed": changed & ~inside,
+            ENCLOSED[0]: inside & ~changed,
+            "changes in rows of something": changed & ~rows,
+            "changes in columns of something": changed & ~columns,
+            "changes in line with something": changed & ~rows & ~columns,
+        }
+        for colour in range(NUM_COLOURS):
+            what, was, becomes = _named(colour), before == colour, after == colour
+            of_colours[f"{what} stays", colour] = was & ~becomes
+            of_colours[f"{what} goes", colour] = was & becomes
+            of_colours[f"{what} does not come", colour] = becomes & ~was
+    return {(name, -1): cells for name, cells in found.items()} | of_colours
+
+
+def _named(colour: int) -> str:
+    """0, which mostly means nothing, has properties of its own."""
+    return "black" if colour == 0 else "a colour"
 
 
 def _or_not(name: str, value: Hashable) -> Named:
@@ -91,7 +157,6 @@ def _size(given: Side, made: Side) -> Named:
 
 def _colours(given: Side, made: Side) -> Named:
     before, after = given.colours, made.colours
-    yield "no new colour", after <= before
     yield "no colour lost", before <= after
     yield "same colours", before == after
     yield "not the same colours", before != after
@@ -112,12 +177,6 @@ def _colours(given: Side, made: Side) -> Named:
 
 def _pattern(given: Side, made: Side) -> Named:
     grid = made.grid
-    yield from _or_not("mirrored left to right", np.array_equal(grid, grid[:, ::-1]))
-    yield from _or_not("mirrored top to bottom", np.array_equal(grid, grid[::-1]))
-    yield from _or_not("turned by half", np.array_equal(grid, grid[::-1, ::-1]))
-    yield from _or_not("mirrored diagonally", np.array_equal(grid, grid.T))
-    yield from _or_not("rows alike", bool((grid == grid[:1]).all()))
-    yield from _or_not("columns alike", bool((grid == grid[:, :1]).all()))
     yield from _or_not("periodic downwards", _period(grid) <= len(grid) // 2)
     yield from _or_not("periodic across", _period(grid.T) <= len(grid.T) // 2)
     if given.grid.shape != grid.shape:
@@ -159,45 +218,16 @@ def _changes(given: Side, made: Side) -> Named:
     yield "colours they change to", frozenset(new)
     yield "one colour changes", len(old) == 1
     yield "one colour comes", len(new) == 1
-    yield "changes to colours of the input", new <= given.colours
-    yield "what is filled stays", np.array_equal(after[given.full], before[given.full])
-    yield "what is empty stays", bool((after[~given.full] == given.empty).all())
-    yield "filled where it was", np.array_equal(given.full, made.full)
     yield "colour for colour", all(len(np.unique(after[before == c])) == 1 for c in given.colours)
     yield "rows rearranged", np.array_equal(np.sort(before, 1), np.sort(after, 1))
     yield "columns rearranged", np.array_equal(np.sort(before, 0), np.sort(after, 0))
-    edge = np.ones(before.shape, bool)
-    edge[1:-1, 1:-1] = False
-    yield "the edge stays", not changed[edge].any()
-    inside, full = enclosed(given.grid, given.empty), given.full
-    yield "changes are enclosed", not (changed & ~inside).any()
-    yield "what is enclosed changes", bool(inside.any()) and not (inside & ~changed).any()
-    rows, columns = full.any(1, keepdims=True), full.any(0, keepdims=True)
-    yield "changes in rows of something", not (changed & ~rows).any()
-    yield "changes in columns of something", not (changed & ~columns).any()
-    yield "changes in line with something", not (changed & ~rows & ~columns).any()
+    full = given.full
     around = np.pad(full, 1)
     beside = full | around[:-2, 1:-1] | around[2:, 1:-1] | around[1:-1, :-2] | around[1:-1, 2:]
     corner = around[:-2, :-2] | around[:-2, 2:] | around[2:, :-2] | around[2:, 2:]
     yield "changes beside something", not (changed & ~beside).any()
     yield "changes next to something", not (changed & ~beside & ~corner).any()
     yield "the box around it", given.box is not None and given.box == made.box
-
-
-def _of_colours(given: Side, made: Side) -> Iterator[tuple[Key, Hashable]]:
-    """Of each colour: 0, which mostly means nothing, has names of its own."""
-    same = given.grid.shape == made.grid.shape
-    for colour in range(NUM_COLOURS):
-        what = "black" if colour == 0 else "a colour"
-        there, now = given.counts[colour], made.counts[colour]
-        yield (f"{what} is missing", colour), not now
-        yield (f"{what} is there", colour), bool(now)
-        yield (f"cells of {what}", colour), bool(there) and there == now
-        if same:
-            was, becomes = given.grid == colour, made.grid == colour
-            yield (f"{what} stays", colour), bool(there) and not (was & ~becomes).any()
-            yield (f"{what} goes", colour), bool(there) and not (was & becomes).any()
-            yield (f"{what} does not come", colour), not (becomes & ~was).any()
 
 
 def _rows(grid: Grid) -> set[bytes]:
@@ -239,9 +269,3 @@ def components(grid: Grid, empty: int, corners: bool, one_colour: bool) -> np.nd
                     found[there] = count
                     todo.append(there)
     return np.array(found, dtype=np.int64).reshape(-1, width)[1:-1, 1:-1]
-
-
-def enclosed(grid: Grid, empty: int) -> np.ndarray:
-    """bool [H, W]: `empty` cells from which no way over sides leads out of the grid."""
-    ways = components(np.pad(grid == empty, 1, constant_values=True), 0, False, True)
-    return ((ways > 0) & (ways != ways[0, 0]))[1:-1, 1:-1]

@@ -10,12 +10,12 @@ import json
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
 from arctrm.data.task import Grid, Pair, Task, grid_key, pair_key
-from arctrm.invariants.cells import cells_against
-from arctrm.invariants.properties import Side, enclosed, properties
+from arctrm.invariants.properties import Side, cells_against, properties
 
 COPY = "copy of the input"
 """Name of what a candidate breaks that equals its input, where no demonstration leaves it as it is.
@@ -86,12 +86,18 @@ class Invariants:
     def where(self, given: Grid, made: Grid) -> dict[str, np.ndarray]:
         """The cells, bool [H, W], of `made` by the broken names that are about cells."""
         before, after = Side(given), Side(made)
-        own, found = properties(before, after), dict[str, np.ndarray]()
+        own, against = properties(before, after), cells_against(before, after)
+        facts = [("colours of the output", made, np.full(made.shape, True))]
+        if given.shape == made.shape:
+            names = ("colours that change", given), ("colours they change to", made)
+            facts += [(name, grid, given != made) for name, grid in names]
+        for name, grid, cells in facts:
+            colours: Any = self._shared.get((name, -1), frozenset())
+            against[name, -1] = cells & ~np.isin(grid, sorted(colours))
+        found: dict[str, np.ndarray] = {}
         for which, value in self._shared.items():
-            if own.get(which) != value:
-                cells = cells_against(which, value, before, after)
-                if cells is not None:
-                    found[which[0]] = found.get(which[0], False) | cells
+            if own.get(which) != value and which in against:
+                found[which[0]] = found.get(which[0], False) | against[which]
         seen = dict(surroundings(before)) if given.shape == made.shape else {}
         for name, table in self._tables.items() if seen else ():
             both = zip(seen[name], made.ravel().tolist(), strict=True)
@@ -140,7 +146,7 @@ def surroundings(given: Side) -> Iterator[tuple[str, Sequence[Hashable]]]:
     yield "size of the piece", with_cells(pieces[given.pieces])
     larger = (objects[None, 1:] > objects[1:, None]).sum(1) + 1
     yield "rank of the object", with_cells(np.concatenate([[0], larger])[given.objects])
-    yield "enclosed or not", with_cells(enclosed(grid, given.empty))
+    yield "enclosed or not", with_cells(given.enclosed)
     mirrored = np.stack([grid, grid[::-1], grid[:, ::-1], grid[::-1, ::-1]], axis=-1)
     yield "the mirrored cells", [row.tobytes() for row in mirrored.reshape(-1, 4).copy()]
     rows = [bytes(sorted(set(row))) for row in grid.tolist()]
