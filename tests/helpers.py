@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from arctrm.data.parse import parse_grid
 from arctrm.data.task import Grid, Pair, Task
 
 
@@ -20,3 +21,8 @@ def random_task(
         return Pair(grid, np.ascontiguousarray(grid[:, ::-1]))
 
     return Task(name, tuple(pair() for _ in range(pairs)), (pair(),))
+
+
+def is_grid(grid: Grid) -> bool:
+    """Whether this is a grid as ARC knows it."""
+    return np.array_equal(parse_grid(grid.tolist(), "a grid"), grid)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arctrm import __version__
 from arctrm.config import TINY, DataConfig
-from arctrm.config.base import Seed, StrictModel
+from arctrm.config.base import StrictModel
 from arctrm.config.model import CouplingConfig, HubConfig, ReaderConfig, TRMConfig, TrunkConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import ArctrmError, CheckpointError
@@ -56,7 +56,6 @@ RETIRED: dict[str, object] = {
 class Trained(StrictModel, extra="ignore"):
     """The part of a stored configuration that says what the weights are."""
 
-    seed: Seed
     trunk: TrunkConfig
     reader: ReaderConfig
     trm: TRMConfig

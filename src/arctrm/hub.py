@@ -59,7 +59,9 @@ def push(checkpoint: Path, name: str, *, private: bool = False, token: str | Non
         raise ConfigError(f"{name}: uploading needs a login to the Hugging Face hub; {login}")
     folder, api = resolve_checkpoint(checkpoint), HfApi(token=token)
     meta = read_meta(folder)
-    with TemporaryDirectory() as temporary, _talking(name, _refused_upload):
+    told = f"the hub cannot be reached; {CONNECT}"
+    problem = lambda error, _: told if is_unreachable(error) else None
+    with TemporaryDirectory() as temporary, _talking(name, problem):
         if set(meta.files) != {MODEL}:
             folder = export_bundle(folder, Path(temporary) / "bundle")
         address = api.create_repo(name, private=private or None, exist_ok=True)
@@ -130,10 +132,6 @@ def refusal(error: BaseException, name: str) -> str | None:
 def is_unreachable(error: BaseException) -> bool:
     """Whether there is no connection to the hub."""
     return _is(error, UNREACHABLE)
-
-
-def _refused_upload(error: BaseException, name: str) -> str | None:
-    return f"the hub cannot be reached; {CONNECT}" if is_unreachable(error) else None
 
 
 @contextmanager

@@ -29,7 +29,8 @@ def is_quantised(name: str, tensor: Tensor) -> bool:
 
 def quantise(matrix: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
     """Integers int8 [N, M] and scales bfloat16 [N, G] of a matrix [N, M]."""
-    values = _grouped(matrix.float(), group)
+    padded = F.pad(matrix.float(), (0, -matrix.shape[1] % group))
+    values = padded.unflatten(1, (-1, group))  # (N, G, group)
     scales = (values.abs().amax(2) / LARGEST).to(torch.bfloat16)
     divisor = scales.float().where(scales > 0, 1.0)[..., None]  # a group of zeros stays zeros
     integers = (values / divisor).round().clamp(-LARGEST, LARGEST).to(torch.int8)
@@ -58,8 +59,3 @@ def dequantise_all(
             )
         found[name] = dequantise(tensors[name], scales[name], group)
     return found
-
-
-def _grouped(matrix: Tensor, group: int) -> Tensor:
-    """[N, M] -> [N, G, group], padded with zeros."""
-    return F.pad(matrix, (0, -matrix.shape[1] % group)).unflatten(1, (-1, group))

@@ -115,7 +115,7 @@ def clear_abandoned(folder: Path) -> None:
     """Remove what processes that are dead have left half-written in `folder`."""
     for path in folder.glob(f"{TEMPORARY}*"):
         process, _, _ = path.name.removeprefix(TEMPORARY).partition("-")
-        if not (process.isdecimal() and is_alive(int(process))):
+        if not (process.isdecimal() and psutil.pid_exists(int(process))):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -140,11 +140,6 @@ def hold(folder: Path) -> TextIO:
             os.write(file.fileno(), str(os.getpid()).encode())
     clear_abandoned(folder)
     return file
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
-    return psutil.pid_exists(process)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from arctrm.config import PAIR_TOKENS
 from arctrm.data.task import Pair
 from arctrm.model import layout
 from arctrm.model.layout import (
@@ -62,7 +63,7 @@ def test_a_prompt_and_an_answer_are_the_pair_at_every_size(shape):
     tokens, positions = layout.pair_tokens(pair)
     assert np.array_equal(tokens, np.append(asked.tokens, own))
     assert np.array_equal(positions, np.append(asked.positions, places))
-    assert len(set(positions.tolist())) == len(positions) <= layout.PAIR_TOKENS
+    assert len(set(positions.tolist())) == len(positions) <= PAIR_TOKENS
     assert (tokens < VOCABULARY).all()
 
 

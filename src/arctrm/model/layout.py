@@ -32,9 +32,6 @@ START_PART, INPUT_PART, SEPARATOR_PART, OUTPUT_PART = range(4)
 PARTS_PER_PAIR = 4
 SIDE = 32  # Room for rows and columns 0..30 in a packed position
 
-PAIR_TOKENS = 2 * 30 * 31 + 3
-"""Tokens of the largest pair: two 30x30 grids with row ends, start, separator, end."""
-
 
 class Condition(NamedTuple):
     """What a sequence is told beside its tokens; the columns of the trunk's condition rows."""

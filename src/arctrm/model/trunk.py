@@ -67,7 +67,9 @@ class Block(nn.Module):
         joined = joined.view(-1, 3 * self.num_heads, self.head_width)
         turned, value = joined.split((2 * self.num_heads, self.num_heads), dim=1)
         cos, sin = turn
-        query, key = (turned * cos + _half_turn(turned) * sin).chunk(2, dim=1)
+        first, second = turned.chunk(2, dim=-1)
+        quarter = torch.cat((-second, first), dim=-1)
+        query, key = (turned * cos + quarter * sin).chunk(2, dim=1)
         x = x + linear(attend(seen, layer, query, key, value).flatten(1), self.o_proj)
         gate, up = linear(_norm(x, self.post_norm), self.gate_up_proj).chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, self.down_proj)
@@ -309,8 +311,3 @@ def linear(x: Tensor, matrix: nn.Module) -> Tensor:
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, EPS)
-
-
-def _half_turn(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)

@@ -53,7 +53,11 @@ def share_of_adaptation(session: Session) -> float:
     """Share of the time left that adaptation gets; 0 where configuration or weights allow none."""
     solver, config = session.solver, session.config.adaptation
     # Published embeddings are of single views, and of a frozen hub model nothing is trained.
-    if not config.enabled or solver.views or next(_part(solver.model).parameters(), None) is None:
+    if (
+        not config.enabled
+        or solver.views
+        or next(_part(solver, solver.model).parameters(), None) is None
+    ):
         return 0.0
     return config.known_share if session.known else config.share
 
@@ -137,7 +141,7 @@ class Adapter:
         row = solver.mean_row if row is None else row
         self.row = {} if solver.reads_pairs else {task.id: 0}
         self.model = _hub_copy(solver.model) if solver.reads_pairs else _copy(solver, row)
-        trained = trained_parameters(_part(self.model))
+        trained = trained_parameters(_part(solver, self.model))
         self.gradients = FlatGradients(trained)
         rates = {name: getattr(config, name) for name in ("kind", "muon_lr", "adamw_lr")}
         optimisers = Optimisers(trained, OptimiserConfig(**rates))
@@ -185,8 +189,7 @@ class Adapter:
 
 def _copy(solver: Solver, row: int) -> Trunk:
     """A trainable float32 copy with one task embedding."""
-    trunk = solver.model
-    assert isinstance(trunk, Trunk)
+    trunk: Any = solver.model
     state = {name: tensor.detach().float().clone() for name, tensor in trunk.state_dict().items()}
     state |= {name: state[name][[row]] for name in TASK_TABLES}
     other = trunk.holding(state)
@@ -207,8 +210,8 @@ def _hub_copy(hybrid: nn.Module) -> Any:
     return other
 
 
-def _part(model: Any) -> nn.Module:
-    return model if isinstance(model, Trunk) else model.reader
+def _part(solver: Solver, model: Any) -> nn.Module:
+    return model.reader if solver.reads_pairs else model
 
 
 def _hub_step(hybrid: Any, source: PairSource, tokens: int, num_pairs: int) -> Callable[[], None]:

@@ -11,14 +11,14 @@ experts); what is likely both ways is right more often (noisy-channel reranking,
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum, isfinite, log1p
 
 import numpy as np
 
 from arctrm.config import EvalConfig, SolveConfig
-from arctrm.data.task import MAX_SIDE, NUM_COLOURS, Grid, Task
+from arctrm.data.task import Grid, Task, grid_key
 from arctrm.invariants.task import COPY, broken, changes
 from arctrm.reader.protocol import Reader
 from arctrm.reader.scoring import score
@@ -154,23 +154,25 @@ def judged(
 
 def vote(candidates: Iterable[Candidate], seed: int) -> list[Ranked]:
     """The distinct grids, best first by votes, probe score, mean q, a hash of seed and grid."""
-    groups: dict[tuple[tuple[int, ...], bytes], list[Candidate]] = defaultdict(list)
+    groups: dict[Hashable, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
-        if is_well_formed(candidate.grid):
-            groups[_content(candidate.grid)].append(candidate)
+        groups[grid_key(candidate.grid)].append(candidate)
     found = []
     for own in groups.values():
+        if (grid := own[0].grid) is None:
+            continue
         views: dict[str, tuple[int, ...]] = {}
         for one in sorted(own, key=lambda one: (one.source, one.view)):
             views[one.source] = (*views.get(one.source, ()), one.view)
         probe = max((one.probe for one in own if one.probe is not None), default=None)
         # fsum is exact, so the mean does not depend on the order of the candidates.
         mean_q = fsum(one.q for one in own) / len(own)
-        grid = np.asarray(own[0].grid, dtype=np.uint8)
         found.append(Ranked(grid, 0, mean_q, views_by=views, probe=probe))
+    text = lambda grid: f"{seed} {grid.shape} ".encode() + grid.tobytes()
+    tie_break = lambda grid: hashlib.blake2b(text(grid), digest_size=16).digest()
     return sorted(
         counted(found),
-        key=lambda r: (-r.votes, -(r.probe or 0.0), -r.mean_q, _tie_break(r.grid, seed)),
+        key=lambda r: (-r.votes, -(r.probe or 0.0), -r.mean_q, tie_break(r.grid)),
     )
 
 
@@ -271,25 +273,3 @@ def attempts(ranked: Sequence[Ranked], fallback: Grid) -> tuple[Grid, Grid]:
     if not ranked:
         return fallback, fallback
     return ranked[0].grid, ranked[min(1, len(ranked) - 1)].grid
-
-
-def is_well_formed(grid: Grid | None) -> bool:
-    """Whether this is a grid at all: 2-D, 1..30 x 1..30, colours 0..9."""
-    return (
-        grid is not None
-        and grid.ndim == 2
-        and grid.size > 0
-        and max(grid.shape) <= MAX_SIDE
-        and int(grid.min()) >= 0
-        and int(grid.max()) < NUM_COLOURS
-    )
-
-
-def _content(grid: Grid | None) -> tuple[tuple[int, ...], bytes]:
-    cells = np.ascontiguousarray(grid, dtype=np.uint8)
-    return cells.shape, cells.tobytes()
-
-
-def _tie_break(grid: Grid, seed: int) -> bytes:
-    shape, cells = _content(grid)
-    return hashlib.blake2b(f"{seed} {shape} ".encode() + cells, digest_size=16).digest()

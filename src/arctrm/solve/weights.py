@@ -77,7 +77,6 @@ class Solver:
     views: Mapping[str, list[tuple[View, int]]] = field(default_factory=dict)
     """Of a published checkpoint: task id -> views that have an embedding, with its row."""
     reads_pairs: bool = False  # the reader is told the task by demonstrations in its prompt
-    seed: int = 0
     identity_colours: float = 0.2
     test_set: str | None = None  # the subset whose test pairs were kept out of training
     held_out: int = 0  # tasks of the other subsets whose test pairs were kept out, too
@@ -282,7 +281,6 @@ def _solver(folder: Path, meta: CheckpointMeta, model: nn.Module, speak: Speak) 
         by_content=True,
         mean_row=len(keys),
         name="bundled weights" if folder == BUNDLED else str(folder),
-        seed=meta.trained.seed,
         identity_colours=data.identity_colours,
         test_set=data.test_set,
         held_out=data.held_out,

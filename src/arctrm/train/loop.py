@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from arctrm import checkpoints
 from arctrm.config import ScheduleConfig, TrainingConfig
 from arctrm.errors import ArctrmError
-from arctrm.system import clear_abandoned, hold, memory_errors
+from arctrm.system import memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
@@ -211,14 +211,6 @@ def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
         if torch.cuda.is_available() and "rng_cuda" in state:
             torch.cuda.set_rng_state(state["rng_cuda"])
     run.step, run.elapsed, run.examples = meta.step, meta.elapsed, meta.examples
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep the run folder for this process (see `hold`)."""
-    with hold(folder):
-        clear_abandoned(folder / "checkpoints")
-        yield
 
 
 class SharedClock:

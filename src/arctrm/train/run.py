@@ -31,11 +31,12 @@ from arctrm.system import (
     COMPILED,
     compute_dtype,
     git_revision,
+    hold,
     is_gpu,
     new_accelerator,
     write_run_record,
 )
-from arctrm.train.loop import Run, locked, restore, train
+from arctrm.train.loop import Run, restore, train
 from arctrm.train.steps import metrics_of, sampled_lengths, voice_steps
 from arctrm.train.tracking import Tracker, clock
 
@@ -115,7 +116,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
         base = prepare(config.data)
     if config.reader.inverse_share and config.data.test_set is not None:
         check_inverse(base, load_tasks(config.data.test_set))
-    with locked(config.out) if is_main else nullcontext():
+    with hold(config.out) if is_main else nullcontext():
         # 3. Model, steps, optimisers; the state of the run that is resumed.
         run = build_run(config, base, accelerator, began_at)
         if checkpoint is not None:

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from arctrm.config import PAIR_TOKENS
 from arctrm.data.task import NUM_COLOURS
 from arctrm.model import layout
 from arctrm.model.attention import Spans, block_spans, spans
-from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, PAIR_TOKENS, SCALE, TASK
+from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, SCALE, TASK
 from arctrm.train import scaling
 from arctrm.train.losses import IGNORE
 from arctrm.train.source import INPUT, OUTPUT, PairSource
