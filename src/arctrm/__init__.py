@@ -10,7 +10,9 @@ Nothing heavy is imported before it is used: a public name is found in its modul
 for.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -48,32 +50,16 @@ if TYPE_CHECKING:
     from arctrm.solve.solve import Stopped as Stopped
     from arctrm.solve.weights import Solver as Solver
 
-_HOMES = {
-    "config": ("EvalConfig", "JointModelConfig"),
-    "data.sources": ("load_task", "load_tasks"),
-    "data.task": ("Pair", "Task"),
-    "errors": ("ArctrmError",),
-    "model.adapters": ("AlignedAdapter", "LatentToTextAdapter", "TextToLatentAdapter"),
-    "model.hybrid": ("HybridModel",),
-    "model.trm": ("Refiner",),
-    "planner": ("ARCPlanner", "GridVerifier", "PlannerResult", "Verdict"),
-    "reader.protocol": ("Reader",),
-    "reader.text": ("grid_text", "parse_grid_text"),
-    "reader.text_module": ("LatentOutput", "TextReasoningModule"),
-    "solve.evaluate": ("evaluate",),
-    "solve.rank": ("Ranked",),
-    "solve.scoring": ("Scores",),
-    "solve.solution": ("Answer", "Certainty", "Event", "Progress", "Solution"),
-    "solve.solve": ("Stopped",),
-    "solve.weights": ("Solver",),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# The imports above are for type checkers; here they say in which module a name is found.
+_IMPORT = r"^    from (\S+) import (\w+) as"
+_LINES = re.findall(_IMPORT, Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
+_HOME_OF = {name: home for home, name in _LINES}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'arctrm' has no attribute {name!r}")
-    return getattr(import_module(f"arctrm.{_HOME_OF[name]}"), name)
+    return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:
