@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from arctrm.cli.threads import SPINS
+from arctrm.cli import SPINS
 
 WIDTH, INNER, LOOP = 640, 1728, "while True: pass"
 ROWS = {

@@ -21,13 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arctrm import __version__
+from arctrm import __version__, version_1
 from arctrm.config import TINY, DataConfig
 from arctrm.config.base import StrictModel
 from arctrm.config.model import CouplingConfig, HubConfig, ReaderConfig, TRMConfig, TrunkConfig
-from arctrm.data.task import NUM_COLOURS
 from arctrm.errors import ArctrmError, CheckpointError
-from arctrm.model.trunk import HALT_BIAS, Trunk
+from arctrm.model.trunk import Trunk
 from arctrm.quantise import GROUP, dequantise_all, is_quantised, quantise
 from arctrm.system import (
     TEMPORARY,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 META, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
-OLDER = "arctrm of commit 4e986ca"
 RETIRED: dict[str, object] = {
     "reader.sequence": "pair",
     "reader.input_attention": "full",
@@ -153,7 +151,7 @@ def read_model(
     told, meta = _read(folder)
 
     def of_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = _trunk_of_version_1(told, tensors) if told["version"] == 1 else tensors
+        own = version_1.new_tensors(told, tensors) if told["version"] == 1 else tensors
         return {name: tensor for name, tensor in own.items() if name.startswith(part)}
 
     def check(header: Mapping[str, Tensor]) -> None:
@@ -208,70 +206,6 @@ def check_names(
             f"{path}: does not fit {expected_by}: {'; '.join(faults)}; "
             "use the configuration that the checkpoint was trained with"
         )
-
-
-# Version 1: a tiny reader becomes a trunk whose TRM voice is untrained; all else goes.
-_RENAMED = {
-    r"^llama\.(model\.)?|self_attn\.|mlp\.|\.weights$": "",
-    r"^(embed_tokens|norm)\.weight": r"\1",
-    r"input_layernorm\.weight": "input_norm",
-    r"post_attention_layernorm\.weight": "post_norm",
-    r"^lm_head": "head",
-    r"^injection\.": "injections.",
-    r"^puzzle_emb": "task_emb",
-    r"^colour_flag_emb": "colours_emb",
-}
-_FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
-
-
-def _meta_of_version_1(told: dict[str, Any], where: Path) -> dict[str, Any]:
-    config, notes = told["config"], told["notes"]
-    is_joint, reader = "coupling" in config, config.get("reader", {})
-    kind = config.get("llama_model") if is_joint else config.get("model")
-    if kind != (TINY if is_joint else "reader") or not notes.get("task_fingerprints"):
-        raise CheckpointError(f"{where}: format version 1 without a tiny reader; {OLDER} reads it")
-    said = notes.get("parts", {}).get("reader", {})  # of a hybrid: how its reader was trained
-    data = {**config["data"], "scaling": reader["scaling"]}
-    tables = (("trunk", TrunkConfig, reader), ("reader", ReaderConfig, reader))
-    trained = {
-        table: {key: held[key] for key in model.model_fields if key in held}
-        for table, model, held in (*tables, ("data", DataConfig, data))
-    }
-    return {key: told[key] for key in CheckpointMeta.model_fields if key in told} | {
-        "version": FORMAT_VERSION,
-        **{key: said.get(key, told[key]) for key in ("step", "elapsed", "examples")},
-        "config": {"seed": said.get("seed", config["seed"]), "voice": "reader", "trm": {}}
-        | trained,
-        "voices": ("reader",),
-        "task_fingerprints": notes["task_fingerprints"],
-        "notes": {"upgraded": "from version 1: the TRM voice is untrained", "reader": said},
-        "files": {name: record["size"] for name, record in told["files"].items()},
-    }
-
-
-def _trunk_of_version_1(told: dict[str, Any], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    first = "reader." if "coupling" in told["config"] else ""
-    trunk = {name.removeprefix(first): t for name, t in old.items() if name.startswith(first)}
-    for pattern, new in _RENAMED.items():
-        trunk = {re.sub(pattern, new, name): tensor for name, tensor in trunk.items()}
-    for fused, parts in _FUSED.items():
-        for name in [name for name in trunk if name.endswith(f".{parts[0]}.weight")]:
-            names = [name.replace(parts[0], part) for part in parts]
-            if all(part in trunk for part in names):  # else whoever loads the trunk says so
-                joined = torch.cat([trunk.pop(part) for part in names])
-                trunk[name.replace(parts[0], f"{fused}_proj")] = joined
-    norm, tasks = trunk["norm"], trunk["task_emb"]
-    trunk.pop("mosaic_emb", None)
-    trunk = {"inverse_emb": torch.zeros_like(tasks), "scale_emb": tasks[:0]} | trunk
-    trunk |= {
-        "own_head.weight": trunk["head.weight"][:NUM_COLOURS].clone(),
-        "halt_head.weight": norm.new_zeros(1, len(norm)),
-        "halt_head.bias": norm.new_full((1,), HALT_BIAS),
-        "feedback.layers.0.weight": norm.new_zeros(len(norm), len(norm)),
-        "voice_emb": torch.zeros_like(norm),
-        "own_task_emb": torch.zeros_like(tasks),
-    }
-    return {f"trunk.{name}": tensor for name, tensor in trunk.items()}
 
 
 def write_checkpoint(
@@ -378,10 +312,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], CheckpointMeta]:
             table, _, name = key.partition(".")
             got = told["config"].get(table, {}).pop(name, value)
             if got != value:
-                raise CheckpointError(
-                    f"{folder}: {key} = {got!r}, where only {value!r} is left; {OLDER} reads it"
-                )
-        new = _meta_of_version_1(told, folder) if told["version"] == 1 else told
+                left = f"only {value!r} is left; {version_1.OLDER} reads it"
+                raise CheckpointError(f"{folder}: {key} = {got!r}, where {left}")
+        keys = CheckpointMeta.model_fields
+        new = version_1.new_meta(told, folder, keys) if told["version"] == 1 else told
         meta = CheckpointMeta.model_validate(new)
         Trained.model_validate(meta.config)
         return told, meta

@@ -11,8 +11,7 @@ import pytest
 from rich.table import Table
 
 import arctrm
-from arctrm.cli import describe_error
-from arctrm.cli.threads import cpu_quota
+from arctrm.cli import cpu_quota, describe_error
 from arctrm.config import PretrainConfig
 from arctrm.console import console, printable
 from arctrm.data.base_set import open_base_set

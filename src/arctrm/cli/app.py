@@ -20,8 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from arctrm import __version__
-from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE, stop_at_once
-from arctrm.cli.threads import wait_politely
+from arctrm.cli import DEBUG_FLAG, DEBUG_VARIABLE, stop_at_once, wait_politely
 from arctrm.errors import ConfigError, Interrupted, UserError
 
 if TYPE_CHECKING:
