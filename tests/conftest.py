@@ -5,6 +5,15 @@ arctrm on the machine that runs the tests are forgotten.
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
 for name in [name for name in os.environ if name.startswith("ARCTRM_")]:
     del os.environ[name]
+
+
+def pytest_runtest_setup(item):
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -18,8 +18,7 @@ import pytest
 
 import hub_models
 from arctrm.cli import main
-from arctrm.data.task import Task
-from helpers import random_task
+from helpers import as_json, random_task, write_tasks
 from test_docs import BLOCK, PAGES, ROOT, arctrm_words, shell_lines
 
 pytestmark = pytest.mark.slow
@@ -85,23 +84,15 @@ def tiny(words: list[str]) -> list[str]:
     return words
 
 
-def as_json(task: Task, with_answers: bool = True) -> dict:
-    pair = lambda p: {"input": p.input.tolist(), "output": p.output.tolist()}
-    test = [pair(p) if with_answers else {"input": p.input.tolist()} for p in task.test]
-    return {"train": [pair(p) for p in task.demonstrations], "test": test}
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Tasks of one's own, Kaggle files, a language model, and weights of both voices."""
     folder = tmp_path_factory.mktemp("pages")
     rng = np.random.default_rng(0)
     tasks = {f"task{n}": random_task(rng, f"task{n}") for n in range(3)}
-    (folder / "my_tasks").mkdir()
-    for name, task in tasks.items():
-        (folder / "my_tasks" / f"{name}.json").write_text(json.dumps(as_json(task)))
+    write_tasks(folder / "my_tasks", tasks.values())
     shutil.copy(folder / "my_tasks/task0.json", folder / "my_task.json")
-    challenges = {name: as_json(task, with_answers=False) for name, task in tasks.items()}
+    challenges = {name: as_json(task.without_answers()) for name, task in tasks.items()}
     solutions = {name: [p.output.tolist() for p in task.test] for name, task in tasks.items()}
     for name in ("challenges.json", "arc-agi_test_challenges.json"):
         (folder / name).write_text(json.dumps(challenges))

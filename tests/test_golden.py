@@ -18,6 +18,7 @@ from arctrm.reader.decoding import decode
 from arctrm.reader.scoring import score
 from arctrm.reader.tiny import TinyReader
 from arctrm.solve.weights import BUNDLED
+from helpers import grid
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "reader.json").read_text())
 SHOWN = ("greedy", "one_cell_changed", "input_as_output")
@@ -36,10 +37,6 @@ def condition(golden):
     return Condition(task, dihedral, keeps_colours=flag % 2, inverse=flag // 2)
 
 
-def grid(rows):
-    return np.array([[int(cell) for cell in row] for row in rows], np.uint8)
-
-
 def asked(entry):
     tokens, positions = np.array(entry["tokens"]), np.array(entry["positions"])
     return Prompt(tokens, positions, entry["output_start"], condition(entry["condition"]))
@@ -50,19 +47,19 @@ def check_written(reader, entries, **options):
     found = decode(reader, [asked(entry) for entry in entries], max_output_tokens=bounds, **options)
     for entry, one in zip(entries, found, strict=True):
         golden = entry["greedy"]
-        assert np.array_equal(one.grid, grid(golden["grid"]))
+        assert np.array_equal(one.grid, grid(*golden["grid"]))
         assert [CHOICES[choice] for choice in one.choices] == golden["output_tokens"]
         assert one.log_probability == pytest.approx(golden["log_probability"], abs=TOLERANCE)
 
 
 def check_scored(reader, entries):
-    grids = [[grid(entry[name]["grid"]) for name in SHOWN] for entry in entries]
+    grids = [[grid(*entry[name]["grid"]) for name in SHOWN] for entry in entries]
     found = score(reader, [asked(entry) for entry in entries], grids)
     expected = [[entry[name]["score"] for name in SHOWN] for entry in entries]
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
     inverse = [entry["inverse"] for entry in entries]
-    back = [prompt(grid(one["prompt_grid"]), condition(one["condition"])) for one in inverse]
-    found = score(reader, back, [[grid(one["scored_grid"])] for one in inverse])
+    back = [prompt(grid(*one["prompt_grid"]), condition(one["condition"])) for one in inverse]
+    found = score(reader, back, [[grid(*one["scored_grid"])] for one in inverse])
     expected = [[entry["greedy"]["inverse_score"]] for entry in entries]
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 
@@ -88,7 +85,7 @@ def test_small_grids_are_written_and_scored_as_before(trunk, packed):
 
 def test_what_is_written_with_drafts_is_what_was_written_without(trunk):
     entries = FEW
-    drafts = [grid(entry["one_cell_changed"]["grid"]) for entry in entries]
+    drafts = [grid(*entry["one_cell_changed"]["grid"]) for entry in entries]
     check_written(TinyReader(trunk), entries, drafts=drafts)
 
 
@@ -115,7 +112,6 @@ def test_logits_of_all_tokens_are_those_of_before(trunk, golden):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_in_float32_writes_and_scores_as_before(trunk):
     trunk = read_trunk(BUNDLED)[0].eval().requires_grad_(False).cuda()
     allowed = torch.backends.cuda.matmul.allow_tf32

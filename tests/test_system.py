@@ -131,15 +131,6 @@ def test_the_record_holds_config_versions_and_hardware(tmp_path):
         write_run_record(tmp_path / "gone", config)
 
 
-def test_torch_is_loaded_only_by_who_computes():
-    code = "import sys, arctrm.system; print('torch' in sys.modules)"
-    env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
-    )
-    assert done.stdout.strip() == "False"
-
-
 @pytest.mark.parametrize(
     ("capability", "training", "answering"),
     [

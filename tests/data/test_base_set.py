@@ -18,11 +18,7 @@ from arctrm.data.base_set import (
 )
 from arctrm.data.task import Pair, Task
 from arctrm.errors import DataError
-
-
-def grid(*rows):
-    return np.array(rows, np.uint8)
-
+from helpers import grid
 
 ONE = Pair(grid([1, 2]), grid([3]))
 TWO = Pair(grid([4], [5]), grid([6, 6]))
@@ -123,6 +119,7 @@ from pathlib import Path
 from arctrm.data.base_set import base_set_from_tasks, write_base_set
 from arctrm.data.sources import load_tasks
 from arctrm.errors import UserError
+from helpers import grid
 base = base_set_from_tasks({"training": load_tasks("training", max_tasks=100)}, None, 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 if sys.argv[2] == "refused":

@@ -14,11 +14,7 @@ from arctrm.data.overlap import (
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.errors import OverlapError
-
-
-def grid(*rows):
-    return np.array(rows, np.uint8)
-
+from helpers import grid
 
 ONE = Pair(grid([1, 2, 0], [0, 0, 3]), grid([3, 3]))
 TWO = Pair(grid([4, 4], [5, 5]), grid([6]))

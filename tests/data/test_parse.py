@@ -36,6 +36,7 @@ BAD_GRIDS = {
     "empty row": ([[]], ["an empty grid"]),
     "31 rows": ([[0]] * 31, ["31x1", "30x30"]),
     "31 columns": ([[0] * 31], ["1x31"]),
+    "31x31": ([[0] * 31] * 31, ["31x31"]),
     "not a list": ("1 2 3", ["a list of rows", "1 2 3"]),
     "one bad row": ([[1], {"a": 1}], ["a list of rows"]),
 }
@@ -65,6 +66,7 @@ BAD_TASKS = {
     "train no list": ({"train": PAIR, "test": [PAIR]}, ['"train" must be a list']),
     "no demonstrations": ({"train": [], "test": [PAIR]}, ["train", "at least one"]),
     "no test": ({"train": [PAIR]}, ["test", "at least one"]),
+    "no test input": ({"train": [PAIR], "test": []}, ["test", "at least one"]),
     "pair no object": ({"train": [PAIR, 3], "test": [PAIR]}, ["train[1]", "3"]),
     "no input": ({"train": [{"output": GRID}], "test": [PAIR]}, ["train[0]", '"input"']),
     "no output": ({"train": [{"input": GRID}], "test": [PAIR]}, ["train[0]", 'no "output"']),

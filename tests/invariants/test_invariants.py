@@ -7,11 +7,7 @@ from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.invariants.properties import Side, components, properties
 from arctrm.invariants.task import COPY, Invariants, broken, broken_cells, changes, weights
-
-
-def grid(*rows):
-    return np.array([[int(c) for c in row] for row in rows], dtype=np.uint8)
-
+from helpers import grid
 
 RING = grid("33300", "30300", "33300", "00000", "00066")
 """A ring of 3 around a cell, and a line of 6."""

@@ -20,7 +20,6 @@ from arctrm.model.attention import (
 LENGTHS = [11, 130, 9, 0, 7]
 PROMPTS = [3, 60, 0, 0, 7]
 """The third sequence is causal, the fourth absent, the fifth all prompt."""
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def offsets(lengths=LENGTHS, device="cpu"):
@@ -121,7 +120,6 @@ def test_blocks_meet_exactly_where_some_query_sees_some_key(prompts):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["whole", "prefix"])
 @pytest.mark.parametrize("by_blocks", [False, True], ids=["packed", "flex"])
 def test_both_kernels_of_a_gpu_are_the_dense_mask_with_gradient(by_blocks, prompts):
@@ -138,7 +136,6 @@ def test_both_kernels_of_a_gpu_are_the_dense_mask_with_gradient(by_blocks, promp
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_blocks_cover_many_short_and_long_sequences():
     lengths = [1, 127, 128, 129, 300, 2, 513]
     total = sum(lengths)

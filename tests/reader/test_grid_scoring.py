@@ -149,7 +149,6 @@ def test_out_of_memory_is_one_sentence_with_the_key():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_scores_on_a_gpu_are_those_of_a_cpu_but_for_rounding():
     asked, grids = new_prompts(7), candidates()
     exact = np.concatenate(score(TinyReader(new_trunk()), asked, grids))

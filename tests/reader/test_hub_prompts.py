@@ -8,13 +8,10 @@ from arctrm.errors import ConfigError
 from arctrm.model import layout
 from arctrm.reader.hub_prompts import chat_prompt, find_spelling, pairs_prompt
 from arctrm.reader.text import parse_grid_text
+from helpers import grid
 from hub_models import END, TOKENIZERS, marked_words, words, wrapped
 
 GRID = np.array([[1, 2, 3], [0, 0, 9]], np.uint8)
-
-
-def grid(*rows):
-    return np.array([[int(cell) for cell in row] for row in rows], np.uint8)
 
 
 QUERY = grid("321")

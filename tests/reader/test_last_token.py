@@ -46,7 +46,6 @@ def test_no_kernel_is_asked_for_on_a_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("width", [8, 32, 64, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_kernel_attends_alike(width, dtype):

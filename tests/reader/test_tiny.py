@@ -46,15 +46,6 @@ def test_every_part_of_the_condition_changes_what_is_written(name):
     assert abs(one - other) > 1e-3
 
 
-def test_an_inverse_task_has_a_vector_of_its_own():
-    trunk = new_trunk()
-    rows = torch.tensor([Condition(task, inverse=flag) for task in range(3) for flag in (0, 1)])
-    vectors = trunk.condition(rows)
-    assert len(vectors.unique(dim=0)) == 6
-    expected = trunk.inverse_emb[2] - trunk.task_emb[2]
-    torch.testing.assert_close(vectors[5] - vectors[4], expected)
-
-
 def test_stores_alone_and_opened_for_a_call_are_alike():
     for packed, kind in ((False, RowStore), (True, PackedStore)):
         reader, asked = TinyReader(new_trunk(), packed=packed, max_places=500), new_prompts(3)

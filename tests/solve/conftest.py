@@ -1,6 +1,5 @@
 """What the tests of answering share: small real tasks, and a tiny trunk that has learned some."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from arctrm.config import InferenceConfig, PretrainConfig
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.solve.weights import load_solver
+from helpers import write_tasks
 
 NUM_KNOWN, NUM_OTHER = 4, 3
 EXACT = InferenceConfig(dtype="float32")
@@ -28,28 +28,6 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def write_tasks():
-    """Write tasks as one file each: `write_tasks(folder, tasks)`."""
-
-    def write(folder: Path, tasks: list[Task]) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        for task in tasks:
-            content = {"train": _pairs(task.demonstrations), "test": _pairs(task.test)}
-            (folder / f"{task.id}.json").write_text(json.dumps(content))
-        return folder
-
-    return write
-
-
-def _pairs(pairs):
-    listed = [{"input": pair.input.tolist()} for pair in pairs]
-    for one, pair in zip(listed, pairs, strict=True):
-        if pair.output is not None:
-            one["output"] = pair.output.tolist()
-    return listed
-
-
-@pytest.fixture(scope="session")
 def small_tasks():
     """Real tasks of small grids, with at least three demonstrations and with answers."""
 
@@ -62,7 +40,7 @@ def small_tasks():
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, small_tasks, write_tasks):
+def trained(tmp_path_factory, small_tasks):
     """A trunk of two voices, which also knows inverse tasks, trained until its grids end."""
     from arctrm.train.run import pretrain
 

@@ -16,6 +16,7 @@ from arctrm.solve import baseline as room
 from arctrm.solve.baseline import baseline, is_closed
 from arctrm.solve.evaluate import evaluate
 from arctrm.solve.results import read_submission
+from helpers import write_tasks
 from hub_models import save_model
 
 
@@ -94,7 +95,7 @@ def test_attempts_bounds_the_grids_that_are_kept_and_scored(trained, tmp_path, c
     assert "pass@2" not in capsys.readouterr().out
 
 
-def test_answers_change_nothing_but_the_scores(done, trained, write_tasks, tmp_path):
+def test_answers_change_nothing_but_the_scores(done, trained, tmp_path):
     """Test outputs become what is submitted first: all of it is then right."""
     results, out = done
     submitted = read_submission(out / "submission.json")
@@ -111,9 +112,7 @@ def test_answers_change_nothing_but_the_scores(done, trained, write_tasks, tmp_p
     assert other["scores"]["pair_fraction"]["pass@1"] == 1
 
 
-def test_without_answers_nothing_is_scored_and_everything_submitted(
-    trained, write_tasks, tmp_path, capsys
-):
+def test_without_answers_nothing_is_scored_and_everything_submitted(trained, tmp_path, capsys):
     folder = write_tasks(tmp_path / "tasks", [task.without_answers() for task in trained.known])
     results = answered(config(tmp_path / "out", folder, checkpoint=trained.run, views=1))
     assert results["scores"] is None

@@ -17,6 +17,7 @@ from arctrm.solve.results import (
     read_candidates,
     read_submission,
 )
+from helpers import as_json, write_tasks
 
 VIEWS, TRM_VIEWS = 3, 2
 ABLATIONS = ["no-reader", "no-trm", "no-coupling"]
@@ -152,7 +153,7 @@ def test_an_ablation_asks_only_who_is_left(settings, tmp_path, monkeypatch, row,
 
 
 def test_a_held_out_answer_changes_no_byte_and_the_seed_gives_the_same_again(
-    settings, scores, trained, tmp_path, write_tasks
+    settings, scores, trained, tmp_path
 ):
     changed = [
         replace(task, test=tuple(Pair(p.input, (p.output + 1) % 10) for p in task.test))
@@ -171,14 +172,8 @@ def test_a_held_out_answer_changes_no_byte_and_the_seed_gives_the_same_again(
 def test_a_kaggle_file_without_answers_is_answered_and_scored_when_solutions_come(
     settings, scores, trained, tmp_path, capsys
 ):
-    listed = lambda pairs: [{"input": p.input.tolist()} for p in pairs]
-    challenges, solutions = {}, {}
-    for task in trained.known:
-        shown = listed(task.demonstrations)
-        for one, pair in zip(shown, task.demonstrations, strict=True):
-            one["output"] = pair.output.tolist()
-        challenges[task.id] = {"train": shown, "test": listed(task.test)}
-        solutions[task.id] = [pair.output.tolist() for pair in task.test]
+    challenges = {task.id: as_json(task.without_answers()) for task in trained.known}
+    solutions = {task.id: [p.output.tolist() for p in task.test] for task in trained.known}
     (tmp_path / "arc_challenges.json").write_text(json.dumps(challenges))
     (tmp_path / "known.json").write_text(json.dumps(solutions))
     given = {"test_set": str(tmp_path / "arc_challenges.json"), "ablate": ()}
@@ -280,7 +275,7 @@ def test_the_folder_of_a_training_run_is_not_written_to(settings, trained):
     assert sorted(path.name for path in trained.run.iterdir()) == before
 
 
-def test_a_submission_of_other_tasks_is_refused(settings, scores, trained, tmp_path, write_tasks):
+def test_a_submission_of_other_tasks_is_refused(settings, scores, trained, tmp_path):
     folder = write_tasks(tmp_path / "others", trained.others)
     own = {"keep_candidates": False}
     late = config(None, folder, tmp_path / "late", submission=settings.out, evaluation=own)

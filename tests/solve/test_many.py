@@ -22,6 +22,7 @@ from arctrm.solve import solve as room
 from arctrm.solve.many import solve
 from arctrm.solve.results import SUBMISSION, UNFINISHED, read_submission
 from arctrm.solve.solution import Answer, Progress, Solution
+from helpers import write_tasks
 
 
 def quick(trained, out=None, **top) -> SolveConfig:
@@ -47,7 +48,7 @@ def watched(monkeypatch, failing=None, error=None):
 
 
 def test_a_folder_is_answered_into_one_submission_and_no_answer_is_handed_on(
-    trained, write_tasks, tmp_path, capsys, monkeypatch
+    trained, tmp_path, capsys, monkeypatch
 ):
     seen = watched(monkeypatch)
     tasks = [trained.known[0], *trained.others[:2]]
@@ -85,7 +86,7 @@ def are_inputs(submitted, task):
     return all(np.array_equal(grid, pair.input) for pair, grids in both for grid in grids)
 
 
-def test_an_interrupted_run_goes_on_and_loses_nothing(trained, write_tasks, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_loses_nothing(trained, tmp_path, monkeypatch):
     tasks, out = [*trained.known[:2], *trained.others], tmp_path / "out"
     folder, settings = str(write_tasks(tmp_path / "tasks", tasks)), quick(trained, out)
     failing = trained.others[1]
@@ -116,9 +117,7 @@ def test_an_interrupted_run_goes_on_and_loses_nothing(trained, write_tasks, tmp_
             solve(settings, folder, resume=resume)
 
 
-def test_an_answer_that_was_cut_short_is_submitted_and_found_again(
-    trained, write_tasks, tmp_path, monkeypatch
-):
+def test_an_answer_that_was_cut_short_is_submitted_and_found_again(trained, tmp_path, monkeypatch):
     out = tmp_path / "out"
     folder, settings = str(write_tasks(tmp_path / "tasks", trained.others)), quick(trained, out)
     with monkeypatch.context() as patched:
@@ -134,7 +133,7 @@ def test_an_answer_that_was_cut_short_is_submitted_and_found_again(
     assert not (out / UNFINISHED).exists()
 
 
-def test_the_page_of_one_task_and_of_many(trained, write_tasks, tmp_path):
+def test_the_page_of_one_task_and_of_many(trained, tmp_path):
     page = tmp_path / "new" / "page.html"
     folder = write_tasks(tmp_path / "tasks", trained.others[:2])
     known = write_tasks(tmp_path / "known", trained.known[:1])
@@ -150,7 +149,7 @@ def test_the_page_of_one_task_and_of_many(trained, write_tasks, tmp_path):
 
 
 def test_a_task_that_fails_is_answered_by_its_inputs_and_the_others_go_on(
-    trained, write_tasks, tmp_path, monkeypatch, capsys
+    trained, tmp_path, monkeypatch, capsys
 ):
     failing, out = trained.others[0], tmp_path / "out"
     folder, settings = str(write_tasks(tmp_path / "tasks", trained.others)), quick(trained, out)
@@ -204,7 +203,7 @@ def large(task):
     return Task("large", pairs(task.demonstrations), pairs(task.test))
 
 
-def test_a_total_budget_is_shared_by_need_and_used_up(trained, write_tasks, tmp_path, clock):
+def test_a_total_budget_is_shared_by_need_and_used_up(trained, tmp_path, clock):
     tasks = [*trained.known, *trained.others, large(trained.others[0])]
     folder = write_tasks(tmp_path / "tasks", tasks)
     solve(timed(trained, tmp_path / "out", 100.0), str(folder))
@@ -221,7 +220,7 @@ def test_a_total_budget_is_shared_by_need_and_used_up(trained, write_tasks, tmp_
 
 
 def test_time_that_tasks_leave_goes_to_later_ones_and_what_they_overrun_is_taken(
-    trained, write_tasks, tmp_path, clock, capsys
+    trained, tmp_path, clock, capsys
 ):
     folder, budgets = str(write_tasks(tmp_path / "tasks", trained.others)), []
     for used in (0.5, 1.0, 1.3):
@@ -240,7 +239,7 @@ def test_time_that_tasks_leave_goes_to_later_ones_and_what_they_overrun_is_taken
     assert len(clock.budgets) == 2
 
 
-def test_a_resumed_run_has_the_time_that_is_left(trained, write_tasks, tmp_path, clock):
+def test_a_resumed_run_has_the_time_that_is_left(trained, tmp_path, clock):
     """The time of the task that was not answered is used, too."""
     folder, out = str(write_tasks(tmp_path / "tasks", trained.others)), tmp_path / "out"
     clock.is_killed = True
@@ -255,7 +254,7 @@ def test_a_resumed_run_has_the_time_that_is_left(trained, write_tasks, tmp_path,
 # -- the folder
 
 
-def test_a_bad_task_ends_the_run_before_anything_is_written(trained, write_tasks, tmp_path, capsys):
+def test_a_bad_task_ends_the_run_before_anything_is_written(trained, tmp_path, capsys):
     folder = write_tasks(tmp_path / "tasks", trained.others[:1])
     (folder / "bad.json").write_text('{"train": [], "test": []}')
     with pytest.raises(TaskError, match=r"bad\.json"):
@@ -286,7 +285,7 @@ def test_for_scripts_stdout_has_a_line_of_json_for_each_task(trained, capsys):
 # -- real processes
 
 
-def many_tasks(trained, write_tasks, tmp_path):
+def many_tasks(trained, tmp_path):
     """A folder of nine tasks, and the command that solves them within a total budget."""
     own = [*trained.known, *trained.others]
     more = [replace(task, id=f"{task.id}-{n}") for n in range(2) for task in trained.others]
@@ -307,9 +306,9 @@ def flat_sizes(answers):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_and_resumed_nothing_is_lost(trained, write_tasks, tmp_path):
+def test_killed_in_the_middle_and_resumed_nothing_is_lost(trained, tmp_path):
     """With a submission of all tasks at any moment; the time used is known."""
-    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+    out, command = tmp_path / "out", many_tasks(trained, tmp_path)
     command += ["--budget", "1s"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     num_seen = 0
@@ -349,8 +348,8 @@ def started_by_itself(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "its own"])
-def test_two_processes_divide_the_tasks(trained, write_tasks, tmp_path, launcher):
-    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+def test_two_processes_divide_the_tasks(trained, tmp_path, launcher):
+    out, command = tmp_path / "out", many_tasks(trained, tmp_path)
     command += ["--budget", "1s"]
     if launcher == "torchrun":
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -366,8 +365,8 @@ def test_two_processes_divide_the_tasks(trained, write_tasks, tmp_path, launcher
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_processes_end_with_the_one_that_started_them(trained, write_tasks, tmp_path, how):
-    out, command = tmp_path / "out", many_tasks(trained, write_tasks, tmp_path)
+def test_processes_end_with_the_one_that_started_them(trained, tmp_path, how):
+    out, command = tmp_path / "out", many_tasks(trained, tmp_path)
     command = [*started_by_itself(command, tmp_path), "--total-budget", "10m"]
     running = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -139,19 +139,6 @@ def test_the_draft_and_the_readers_states_change_the_answer(solver, asked, draft
     assert all(a == pytest.approx(b, abs=1e-3) for a, b in hidden)
 
 
-def test_batches_and_order_change_no_answer(solver, asked, drafts):
-    told = []
-    whole = refine(solver.refiner, asked, drafts, num_steps=2)
-    parts = refine(
-        solver.refiner, asked, drafts, num_steps=2, tokens_per_batch=60, advance=told.append
-    )
-    assert sum(told) == len(to_refine(asked, drafts)) == len(parts)
-    for a, b in zip(whole, parts, strict=True):
-        assert (a.key, a.source, a.view, a.steps) == (b.key, b.source, b.view, b.steps)
-        assert np.array_equal(a.grid, b.grid)
-        assert a.q == pytest.approx(b.q, abs=1e-3)
-
-
 def test_running_out_of_memory_names_the_key_to_lower(asked):
     class Large:
         halt_max_steps = 1

@@ -30,12 +30,9 @@ from arctrm.solve.rank import (
     rank,
     vote,
 )
+from helpers import grid
 
 KEY = Key("t", 0)
-
-
-def grid(*rows) -> np.ndarray:
-    return np.array([[int(c) for c in row] for row in rows], dtype=np.uint8)
 
 
 RED, BLUE, GREEN, WIDE = grid("22"), grid("11"), grid("33"), grid("222")

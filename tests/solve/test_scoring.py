@@ -1,8 +1,6 @@
 """The scores by name, on predictions small enough to count by hand."""
 
 import json
-import subprocess
-import sys
 from io import StringIO
 
 import numpy as np
@@ -19,11 +17,7 @@ from arctrm.solve.scoring import (
     scores_table,
     task_table,
 )
-
-
-def grid(*rows: list[int]) -> np.ndarray:
-    return np.array(rows, dtype=np.uint8)
-
+from helpers import grid
 
 RIGHT, NEAR, WRONG, WIDE = grid([1, 2]), grid([1, 3]), grid([4, 4]), grid([1, 2, 2])
 EMPTY = np.zeros((0, 0), dtype=np.uint8)
@@ -106,9 +100,3 @@ def test_scores_json_and_the_tables_name_every_score():
         assert name in text
     assert "pass@10" in text
     assert "1 of 1" in text
-
-
-def test_scoring_needs_nothing_but_grids_and_answers():
-    code = "import sys, arctrm.solve.scoring; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -8,7 +8,6 @@ import pytest
 
 import arctrm
 from arctrm.errors import ArctrmError
-from arctrm.solve import solve as room
 from helpers import is_grid
 
 QUICK = {
@@ -48,16 +47,6 @@ def test_a_task_is_solved_and_told_of_on_the_way(loaded, trained):
 def test_a_solver_is_shown_in_a_line(loaded, trained):
     assert repr(loaded).startswith(f"<Solver: {trained.run}")
     assert repr(loaded).endswith("reader and trm, 4 tasks known, cpu>")
-
-
-def test_ctrl_c_gives_the_best_so_far(loaded, trained, monkeypatch):
-    def interrupt(*given):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(room, "read_views", interrupt)
-    with pytest.raises(arctrm.Stopped) as stop:
-        loaded.solve(trained.known[0], settings=QUICK)
-    assert stop.value.solution.evidence[0][0] is not None
 
 
 def test_what_cannot_be_done_is_one_sentence(loaded, trained):

@@ -207,15 +207,11 @@ def test_a_published_file_is_asked_under_its_own_views(published, small_tasks):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, trained):
-    with pytest.raises(CheckpointError, match=r"nowhere: not a folder; give a run folder"):
-        load(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        load(tmp_path)
-    for number, content in enumerate((b"", b"hello", b"{}", b"PK\x03\x04", bytes(range(256)))):
-        path = tmp_path / f"weights{number}.pt"
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"weights{number}\.pt"):
-            load(path)
+    path = tmp_path / "weights.pt"
+    path.write_bytes(b"hello")
+    for given in (tmp_path / "nowhere", tmp_path, path):
+        with pytest.raises(CheckpointError, match=rf"^{given}: "):
+            load(given)
     with pytest.raises(CheckpointError, match="one file of a checkpoint; give its folder"):
         load(latest_checkpoint(trained.run) / "model.safetensors")
 
@@ -229,13 +225,6 @@ def test_pickled_code_is_never_run(tmp_path):
     with pytest.raises(CheckpointError):
         load(tmp_path / "bomb.pt")
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_truncated_model_is_refused(copied):
-    path = latest_checkpoint(copied) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"model.safetensors: "):
-        load(copied)
 
 
 @pytest.mark.parametrize(

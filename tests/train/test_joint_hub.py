@@ -109,13 +109,13 @@ def test_no_label_of_the_reader_stands_where_a_draft_is_shown(new):
     assert torch.equal(batch.asked.labels != IGNORE, batch.asked.rows.cells)
 
 
-@pytest.mark.parametrize("mode", ["frozen", "lora"])
+@pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_gradients_reach_every_part_from_end_to_end(new, mode):
     hybrid, step = new(mode, trm={"supervision_steps": 2})
     step.prepare()
     step()
     parts = hybrid.parts()
-    assert bool(parts["reader"]) == (mode == "lora")
+    assert bool(parts["reader"]) == (mode != "frozen")
     for name, parameters in parts.items():
         if name != "trunk":
             assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters), name

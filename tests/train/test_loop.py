@@ -255,11 +255,7 @@ def test_the_loss_falls_in_both_voices(tmp_path):
     assert last["reader_loss"] < 0.8 * first["reader_loss"]
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@gpu
 def test_a_captured_run_learns_what_an_eager_one_does(tmp_path):
     """Both voices, the second set of steps captured in the middle of the run."""
     losses = []

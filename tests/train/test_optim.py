@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_steps import by_old_names, golden_batch
+from test_steps import assert_norms, golden_batch, golden_trunk
 from torch import nn
 from torch.optim import AdamW
 
@@ -236,10 +236,7 @@ def test_five_stored_steps_end_where_the_older_code_ended():
     """Losses, weights and averages over five stored batches; in the reader voice."""
     tensors = load_file(GOLDEN / "losses.safetensors")
     golden = json.loads((GOLDEN / "losses.json").read_text())["replayed_steps"]
-    trunk = Trunk(TrunkConfig(hidden_size=32, num_heads=2, num_layers=2, loops=2), 8, 7)
-    with torch.no_grad():
-        for name, own in by_old_names(trunk, lambda p: p):
-            own.copy_(tensors[f"weights.{name}"])
+    trunk = golden_trunk(tensors)
     trained = trained_parameters(trunk)
     gradients = FlatGradients(trained)
     config = OptimiserConfig(muon_lr=0.007, adamw_lr=1e-3, weight_decay=0.025)
@@ -255,11 +252,9 @@ def test_five_stored_steps_end_where_the_older_code_ended():
         losses.append(loss.item())
         update(factor, number + 1)
     assert losses == pytest.approx(golden["losses"], abs=1e-3)  # rounding of bfloat16 adds up
-    averages = {id(p): a for p, a in zip(trained.values(), ema.averages, strict=True)}
-    for key, of in (("weights", lambda p: p), ("ema", lambda p: averages[id(p)])):
-        norms = {name: own.norm().item() for name, own in by_old_names(trunk, of)}
+    for key, found in (("weights", trained), ("ema", ema.state())):
         expected = {name: norm for name, (norm, _) in golden[f"{key}_norm_and_sum"].items()}
-        assert norms == pytest.approx(expected, rel=2e-4)
+        assert_norms(found, expected, rel=2e-4)
 
 
 def test_every_call_of_a_captured_update_works_once(monkeypatch):
@@ -282,11 +277,7 @@ def test_every_call_of_a_captured_update_works_once(monkeypatch):
     assert done == ["run", "capture", "replay", "replay"]
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@gpu
 def test_a_captured_update_equals_an_eager_one():
     eager, captured = new_update("cuda"), new_update("cuda", captures=True)
     expected, got = run(eager, range(5)), run(captured, range(5))
@@ -297,7 +288,6 @@ def test_a_captured_update_equals_an_eager_one():
 
 
 @pytest.mark.gpu
-@gpu
 def test_an_update_never_waits_for_the_device():
     update = new_update("cuda")
     run(update, [0])

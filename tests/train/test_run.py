@@ -17,15 +17,8 @@ from arctrm.data.task import Pair
 from arctrm.errors import CheckpointError, ConfigError, OverlapError
 from arctrm.model.trunk import TASK_TABLES
 from arctrm.train.run import joint, pretrain, with_data_path
-from helpers import random_grid, random_task
+from helpers import random_grid, random_task, write_tasks
 from hub_models import save_model
-
-
-def task_json(task):
-    def pairs(part):
-        return [{"input": p.input.tolist(), "output": p.output.tolist()} for p in part]
-
-    return json.dumps({"train": pairs(task.demonstrations), "test": pairs(task.test)})
 
 
 def small_tasks(names="abcd", seed=0):
@@ -33,16 +26,9 @@ def small_tasks(names="abcd", seed=0):
     return [random_task(rng, name, side=3) for name in names]
 
 
-def write_folder(folder, tasks):
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in tasks:
-        (folder / f"{task.id}.json").write_text(task_json(task))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("data") / "mine", small_tasks())
+    return write_tasks(tmp_path_factory.mktemp("data") / "mine", small_tasks())
 
 
 def own(folder, **changes):
@@ -91,7 +77,7 @@ def test_embeddings_follow_the_content_of_the_tasks_and_new_ones_start_from_the_
     old, new = small_tasks(), small_tasks("n", seed=9)
     tasks = [replace(old[2], id="1"), replace(new[0], id="2"), replace(old[0], id="a")]
     tasks.append(replace(old[3], id="b"))  # the name of another task
-    changes = own(write_folder(tmp_path / "tasks", tasks), checkpoint=str(done))
+    changes = own(write_tasks(tmp_path / "tasks", tasks), checkpoint=str(done))
     run = new_run(tmp_path / "run", {**changes, "data.scaling.share": 0.5})
     trunk, there = run.model["trunk"].state_dict(), read_trunk(done)[0].state_dict()
     for table in TASK_TABLES:
@@ -195,9 +181,9 @@ def test_a_built_set_is_opened_with_what_it_was_built_from(folder, tmp_path):
 
 def test_the_guard_stays_on_for_a_named_test_set(tmp_path):
     tasks = small_tasks("xy")
-    evaluated = write_folder(tmp_path / "evaluated", tasks[:1])
+    evaluated = write_tasks(tmp_path / "evaluated", tasks[:1])
     leak = replace(tasks[1], demonstrations=tasks[1].demonstrations + tasks[0].test)
-    subsets = [str(evaluated), str(write_folder(tmp_path / "leaking", [leak]))]
+    subsets = [str(evaluated), str(write_tasks(tmp_path / "leaking", [leak]))]
     changes = {"data.subsets": subsets, "data.test_set": subsets[0], "data.max_tasks": None}
     with pytest.raises(OverlapError, match="y"):
         joint(small_joint(tmp_path / "run", changes))
@@ -207,9 +193,9 @@ def test_a_pair_shown_backwards_counts_where_inverse_tasks_are_trained(tmp_path)
     tasks, rng = small_tasks("xy"), np.random.default_rng(5)
     pair = Pair(random_grid(rng, 3, 3), random_grid(rng, 2, 2))
     backwards = Pair(pair.output, pair.input)
-    evaluated = write_folder(tmp_path / "evaluated", [replace(tasks[0], test=(pair,))])
+    evaluated = write_tasks(tmp_path / "evaluated", [replace(tasks[0], test=(pair,))])
     leak = replace(tasks[1], demonstrations=(*tasks[1].demonstrations, backwards))
-    subsets = [str(evaluated), str(write_folder(tmp_path / "leaking", [leak]))]
+    subsets = [str(evaluated), str(write_tasks(tmp_path / "leaking", [leak]))]
     changes = {"data.subsets": subsets, "data.test_set": subsets[0], "data.max_tasks": None}
     changes |= {"training.schedule.max_steps": 1}
     pretrain(small(tmp_path / "forwards", changes))

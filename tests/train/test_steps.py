@@ -17,7 +17,7 @@ from arctrm.data.task import NUM_COLOURS, Pair, Task
 from arctrm.model.attention import spans
 from arctrm.model.layout import VOCABULARY
 from arctrm.model.trm import first_state, supervision_step
-from arctrm.model.trunk import Trunk
+from arctrm.model.trunk import TRM_PARTS, Trunk
 from arctrm.train import sequences as s
 from arctrm.train.losses import IGNORE, halting_mean, row_counts
 from arctrm.train.optim import EMA, trained_parameters
@@ -34,7 +34,8 @@ from arctrm.train.steps import (
     read,
     voice_steps,
 )
-from helpers import random_task
+from arctrm.version_1 import new_tensors
+from helpers import grid, random_task
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -42,10 +43,6 @@ TOKENS = 2048
 SMALL = TrunkConfig(hidden_size=32, num_heads=2, num_layers=2, loops=1)
 PLAIN = DataConfig(num_aug=1)
 """One view, the identity."""
-
-
-def grid(*rows):
-    return np.array(rows, dtype=np.uint8)
 
 
 PAIR_A = Pair(grid([1, 2], [3, 4]), grid([4, 3], [2, 1]))
@@ -107,38 +104,29 @@ def flat_gradient(trunk):
 both_voices = pytest.mark.parametrize("voice", [READER, TRM], ids=["reader", "trm"])
 
 
-OLD_NAMES = {
-    "embed_tokens": "llama.model.embed_tokens.weight",
-    "norm": "llama.model.norm.weight",
-    "head.weight": "llama.lm_head.weight",
-    "task_emb": "puzzle_emb.weights",
-    "inverse_emb": "inverse_emb.weights",
-    "dihedral_emb": "dihedral_emb.weights",
-    "colours_emb": "colour_flag_emb.weights",
-    "scale_emb": "scale_emb.weights",
-}
-OLD_PARTS = {
-    "qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "o_proj": ("self_attn.o_proj",),
-    "down_proj": ("mlp.down_proj",),
-    "input_norm": ("input_layernorm.weight",),
-    "post_norm": ("post_attention_layernorm.weight",),
-}
+def by_new_names(stored):
+    """Tensors of the older code, or numbers, by the names of a trunk's parameters."""
+    own = {name: torch.as_tensor(value) for name, value in stored.items()}
+    own = {name: t if t.ndim else t.view(1) for name, t in own.items()}
+    found = new_tensors({"config": {}}, own).items()
+    return {name.removeprefix("trunk."): tensor for name, tensor in found}
 
 
-def by_old_names(trunk, of):
-    """(name in the older code, its part of `of(parameter)`) of all that the reader has."""
-    for name, parameter in trunk.named_parameters():
-        if name in OLD_NAMES:
-            yield OLD_NAMES[name], of(parameter)
-        elif name.startswith("injections"):
-            yield name.replace("injections", "injection"), of(parameter)
-        elif name.startswith("layers"):
-            kind = name.split(".")[2]
-            parts = of(parameter).chunk(len(OLD_PARTS[kind]))
-            for old, own in zip(OLD_PARTS[kind], parts, strict=True):
-                yield f"llama.model.{name.replace(kind, old)}", own
+def golden_trunk(tensors):
+    """With the stored weights."""
+    trunk = Trunk(SMALL.model_copy(update={"loops": 2}), 8, 7)
+    stored = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
+    trunk.load_state_dict(by_new_names(stored))
+    return trunk
+
+
+def assert_norms(found, expected, rel):
+    """The norms of tensors `found` by name are those `expected` by the old names."""
+    of_reader = {
+        n: t for n, t in by_new_names(expected).items() if n.split(".")[0] not in TRM_PARTS
+    }
+    norms = {name: tensor.norm().item() for name, tensor in of_reader.items()}
+    assert {name: found[name].norm().item() for name in norms} == pytest.approx(norms, rel=rel)
 
 
 def golden_batch(tensors, number=0):
@@ -172,11 +160,7 @@ def golden_batch(tensors, number=0):
 def test_loss_logits_and_gradients_of_a_stored_batch_are_those_of_the_older_code():
     tensors = load_file(GOLDEN / "losses.safetensors")
     golden = json.loads((GOLDEN / "losses.json").read_text())["fixed_batch"]
-    trunk = Trunk(SMALL.model_copy(update={"loops": 2}), 8, 7)
-    with torch.no_grad():
-        for name, own in by_old_names(trunk, lambda p: p):
-            own.copy_(tensors[f"weights.{name}"])
-    batch = golden_batch(tensors)
+    trunk, batch = golden_trunk(tensors), golden_batch(tensors)
     logits = trunk.logits(read(trunk, batch))
     losses = row_counts(logits, batch.labels, batch.row, len(batch.rows))
     assert losses.mean.item() == pytest.approx(golden["loss"], abs=1e-5)
@@ -188,9 +172,9 @@ def test_loss_logits_and_gradients_of_a_stored_batch_are_those_of_the_older_code
     stored = torch.tensor(golden["logits"])
     torch.testing.assert_close(logits[golden["logits_at"]], stored, atol=1e-4, rtol=1e-4)
     losses.mean.backward()
-    norms = {name: own.norm().item() for name, own in by_old_names(trunk, lambda p: p.grad)}
+    gradients = {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
     expected = {name: norm for name, (norm, _) in golden["gradient_norm_and_sum"].items()}
-    assert norms == pytest.approx(expected, rel=1e-4)
+    assert_norms(gradients, expected, rel=1e-4)
 
 
 def test_a_changed_output_changes_nothing_before_it_and_no_other_sequence(real):
