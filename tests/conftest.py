@@ -12,6 +12,14 @@ for name in [name for name in os.environ if name.startswith("ARCTRM_")]:
     del os.environ[name]
 
 
+@pytest.fixture(scope="session")
+def hub_model(tmp_path_factory):
+    """The folder of a small language model, as the hub has it."""
+    from hub_models import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
 def pytest_runtest_setup(item):
     import torch
 

@@ -15,24 +15,18 @@ from arctrm.reader.hub import with_soft
 from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.reader.scoring import score
 from helpers import random_grid
-from hub_models import save_model
 
 WIDTH = 16
 EVERYTHING = {"context": True, "aligned": True, "back": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
-def hybrid(folder):
+def hybrid(hub_model):
     """A lively hybrid: `hybrid(mode, context=, aligned=, back=)`."""
 
     def new(mode="frozen", **paths):
         torch.manual_seed(0)
-        reader = load_hub_reader(HubConfig(name=str(folder), mode=mode, lora_rank=4))
+        reader = load_hub_reader(HubConfig(name=str(hub_model), mode=mode, lora_rank=4))
         trunk = Trunk(TrunkConfig(hidden_size=WIDTH, num_layers=1, loops=2, num_heads=2), 3)
         with torch.no_grad():  # weights that begin at zero, or that say nearly nothing
             for parameter in trunk.parameters():

@@ -21,16 +21,15 @@ from arctrm.solve.questions import keys_of
 from arctrm.solve.solve import solve_task
 from arctrm.solve.weights import Solver, Voices
 from helpers import is_grid
-from hub_models import save_model
 
 ATTEMPTS = 2
 SLOW_HUB = pytest.param("hub", marks=pytest.mark.slow)
 
 
-def hub_solver(folder, mode="frozen", back=True) -> Solver:
+def hub_solver(hub_model, mode="frozen", back=True) -> Solver:
     """A lively hub model with TRM, which knows no task."""
     torch.manual_seed(0)
-    reader = load_hub_reader(HubConfig(name=str(folder), mode=mode, lora_rank=2))
+    reader = load_hub_reader(HubConfig(name=str(hub_model), mode=mode, lora_rank=2))
     trunk = Trunk(TrunkConfig(hidden_size=16, num_layers=1, loops=2, num_heads=2), 1)
     with torch.no_grad():
         for parameter in trunk.parameters():
@@ -41,14 +40,9 @@ def hub_solver(folder, mode="frozen", back=True) -> Solver:
     return Solver(speak(hybrid), hybrid, speak, {}, True, 0, "a hub model", reads_pairs=True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture(scope="module", params=["tiny", "hub"])
-def planner(request, solver, folder):
-    return solver if request.param == "tiny" else hub_solver(folder)
+def planner(request, solver, hub_model):
+    return solver if request.param == "tiny" else hub_solver(hub_model)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +77,7 @@ def test_each_test_input_has_attempts_and_a_candidate_with_its_probe_score(plann
             assert attempt.feedback == told.verify(probes).feedback
 
 
-def test_a_hub_reader_writes_behind_what_trm_said(folder, task, monkeypatch):
+def test_a_hub_reader_writes_behind_what_trm_said(hub_model, task, monkeypatch):
     prefixes, verify = [], GridVerifier.verify
 
     def recorded(self, predicted, grid, latent_prefix):
@@ -91,7 +85,7 @@ def test_a_hub_reader_writes_behind_what_trm_said(folder, task, monkeypatch):
         return verify(self, predicted, grid, latent_prefix)
 
     monkeypatch.setattr(GridVerifier, "verify", recorded)
-    [result], _ = plan(session_of(hub_solver(folder), task), 0.0)
+    [result], _ = plan(session_of(hub_solver(hub_model), task), 0.0)
     assert [tuple(prefix.shape) for prefix in prefixes] == [(3, 32)] * result.total_attempts
     first, second = result.reasoning_history[:2]
     assert not torch.equal(first.z_init, second.z_init)
@@ -135,10 +129,10 @@ def test_nothing_is_planned_without_time_for_two_attempts(planner, task):
     assert plan(session_of(planner, task, max_attempts=1), 0.0) == ((), [])
 
 
-def test_nothing_is_planned_where_nothing_can_come_back(solver, folder, task):
+def test_nothing_is_planned_where_nothing_can_come_back(solver, hub_model, task):
     assert can_plan(solver)
-    assert can_plan(hub_solver(folder))
-    assert not can_plan(hub_solver(folder, back=False))
+    assert can_plan(hub_solver(hub_model))
+    assert not can_plan(hub_solver(hub_model, back=False))
     alone = replace(solver, speakers=solver.speakers._replace(reader=None))
     assert not can_plan(alone)
     assert plan(session_of(alone, task), 0.0) == ((), [])
@@ -146,13 +140,14 @@ def test_nothing_is_planned_where_nothing_can_come_back(solver, folder, task):
     assert plan(session_of(solver, one), 0.0) == ((), [])
     # Time is kept where a hub reader hears TRM.
     assert planning_seconds(session_of(solver, task)) == 0.0
-    assert planning_seconds(session_of(hub_solver(folder), task, 100.0)) == pytest.approx(30, 0.1)
+    hub = session_of(hub_solver(hub_model), task, 100.0)
+    assert planning_seconds(hub) == pytest.approx(30, 0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "full"])
-def test_a_hub_reader_with_trm_solves(folder, task, mode):
-    solver = hub_solver(folder, mode)
+def test_a_hub_reader_with_trm_solves(hub_model, task, mode):
+    solver = hub_solver(hub_model, mode)
     before = {name: tensor.clone() for name, tensor in solver.model.state_dict().items()}
     adaptation = {"max_steps": 1, "tokens_per_batch": 256}
     top = {"adaptation": adaptation, "max_attempts": 2}
@@ -166,9 +161,9 @@ def test_a_hub_reader_with_trm_solves(folder, task, mode):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_of_a_hub_reader_adapts_what_was_trained(folder, task):
-    assert share_of_adaptation(session_of(hub_solver(folder), task)) == 0.0
-    solver = hub_solver(folder, "full")
+def test_of_a_hub_reader_adapts_what_was_trained(hub_model, task):
+    assert share_of_adaptation(session_of(hub_solver(hub_model), task)) == 0.0
+    solver = hub_solver(hub_model, "full")
     session = session_of(solver, task, adaptation={"max_steps": 2, "tokens_per_batch": 256})
     session.clock.record("read", 1, 1e-6)
     done = adapt(session, share_of_adaptation(session))

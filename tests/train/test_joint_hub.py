@@ -20,16 +20,10 @@ from arctrm.train.joint_hub import hub_metrics, hub_steps
 from arctrm.train.losses import IGNORE
 from arctrm.train.steps import COUNTS, READER, TRM
 from helpers import random_grid, random_task
-from hub_models import save_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def new(folder):
+def new(hub_model):
     """Model and step: `new(mode, max_attempts=, trm={...}, **coupling)`."""
 
     def make(mode="lora", max_attempts=2, trm=None, hub=None, **coupling):
@@ -37,7 +31,7 @@ def new(folder):
         base = base_set_from_tasks({"a": [random_task(rng, n, side=3) for n in "xyz"]}, None, 8)
         paths = {"num_context_slots": 4, "num_back_vectors": 3, "adapter_heads": 2}
         config = JointConfig(
-            llama_model=str(folder),
+            llama_model=str(hub_model),
             llama_frozen=mode == "frozen",
             max_attempts=max_attempts,
             trunk={"hidden_size": 16, "num_layers": 1, "num_heads": 2},

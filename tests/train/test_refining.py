@@ -9,7 +9,6 @@ import torch
 
 from arctrm.config import DataConfig, TRMConfig, TrunkConfig
 from arctrm.data.base_set import base_set_from_tasks
-from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair
 from arctrm.data.views import View
 from arctrm.model.layout import HIDDEN, ROW_END, pair_tokens
@@ -22,12 +21,6 @@ from helpers import random_grid, random_task
 
 CPU = torch.device("cpu")
 TOKENS = 4096
-
-
-@pytest.fixture(scope="module")
-def base():
-    tasks = {name: load_tasks(name, max_tasks=12) for name in ("training", "evaluation")}
-    return base_set_from_tasks(tasks, "evaluation", 50)
 
 
 def square(count=40, side=12):

@@ -18,7 +18,6 @@ from arctrm.errors import CheckpointError, ConfigError, OverlapError
 from arctrm.model.trunk import TASK_TABLES
 from arctrm.train.run import joint, pretrain, with_data_path
 from helpers import random_grid, random_task, write_tasks
-from hub_models import save_model
 
 
 def small_tasks(names="abcd", seed=0):
@@ -267,11 +266,6 @@ def test_joint_scores_what_it_has_trained(folder, tmp_path, capsys):
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     assert scores
     assert "training 0:" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def hub_model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def hub(folder, model, mode, **changes):

@@ -26,12 +26,6 @@ ALL_WAYS = ScalingConfig(
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(scope="module")
-def base():
-    tasks = {name: load_tasks(name, max_tasks=12) for name in ("training", "evaluation")}
-    return base_set_from_tasks(tasks, "evaluation", 50)
-
-
 def make(base, kind="reader", data=None, seed=0, **options):
     torch.manual_seed(seed)
     source = PairSource(base, data or DataConfig(num_aug=50), seed, CPU)

@@ -6,19 +6,12 @@ import torch
 
 from arctrm.config import DataConfig
 from arctrm.data.base_set import base_set_from_tasks
-from arctrm.data.sources import load_tasks
 from arctrm.data.task import Pair, Task
 from arctrm.data.views import NUM_DIHEDRALS, View
 from arctrm.errors import DataError
 from arctrm.train.source import INPUT, IS_TEST, OUTPUT, PairSource, view_of
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def base():
-    tasks = {name: load_tasks(name, max_tasks=12) for name in ("training", "evaluation")}
-    return base_set_from_tasks(tasks, "evaluation", 50)
 
 
 def of_areas(*areas):

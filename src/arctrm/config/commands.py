@@ -66,6 +66,8 @@ class PretrainConfig(_RunConfig):
 
     is_tiny: ClassVar[bool] = True
     llama_frozen: ClassVar[bool] = False
+    batch_size: ClassVar[int | None] = None
+    epochs: ClassVar[int | None] = None
 
     voice: Literal["reader", "trm", "both"] = "both"
     """Which voices of the trunk are trained: the reader, TRM, or both in every optimiser step."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -167,7 +167,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     torch.manual_seed(config.seed)
     trunk = new_trunk(config, base).to(device)
     trunk.dtype = compute_dtype(training.dtype, device)
-    hub = config if isinstance(config, JointConfig) and not config.is_tiny else None
+    hub = None if config.is_tiny else cast(JointConfig, config)
     wanted = training.compile == "on" or (training.compile == "auto" and is_gpu(device, COMPILED))
     is_compiled = wanted and not hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
@@ -200,7 +200,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     else:
         steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
     model.train()
-    if isinstance(config, JointConfig) and config.epochs is not None:
+    if config.epochs is not None:
         count = steps_of(config.epochs, base, steps, accelerator.num_processes)
         changes = {"budget": None, "max_steps": count}
         schedule = training.schedule.model_copy(update=changes)

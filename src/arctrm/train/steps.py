@@ -209,11 +209,10 @@ def voice_steps(
     parts = alone.get(chosen, [part for part in both if part[2] < part[3]])
     # 3. A step for each.
     steps: list[Step] = []
-    bound = config.batch_size if isinstance(config, JointConfig) else None
     for number in range(training.grad_accum):
         for voice, share, begin, end in parts:
             tokens = max(1, round(training.tokens_per_batch * share / BLOCK)) * BLOCK
-            room = room_for(reading if voice == READER else refined, tokens, bound)
+            room = room_for(reading if voice == READER else refined, tokens, config.batch_size)
             if voice == READER:
                 step: Step = ReaderStep(trunk, reading, tokens, room, noise=noise)
             else:
