@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from arctrm.config import (
 )
 from arctrm.config.load import load_config, shipped_configs
 from arctrm.errors import ConfigError
-from arctrm.system import write_run_record
 
 
 @pytest.fixture
@@ -131,17 +129,6 @@ def test_flags_that_were_not_given_change_nothing(toml):
         flags={"--seed": ("seed", None), "--out": ("out", None)},
     )
     assert (config.seed, config.out) == (3, Path("x"))
-
-
-def test_the_run_record_holds_every_key_and_validates_again(tmp_path):
-    config = load(PretrainConfig, (), ["trunk.hidden_size=64"])
-    write_run_record(tmp_path, config)
-    written = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert written == config.model_dump(mode="json")
-    assert written["trunk"]["hidden_size"] == 64
-    assert PretrainConfig.model_validate_json(json.dumps(written)) == config
-    assert load(PretrainConfig, record=tmp_path / "config.json") == config
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # -- one sentence per mistake

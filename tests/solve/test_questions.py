@@ -13,13 +13,11 @@ from arctrm.model import layout
 from arctrm.model.layout import Condition, grid_length
 from arctrm.solve.questions import (
     Key,
-    all_questions,
     inverse_questions,
     keys_of,
     load_test_set,
     questions,
     require_test_inputs,
-    views_of,
 )
 
 
@@ -59,19 +57,6 @@ def test_a_held_out_answer_changes_no_question(solver, trained):
             *(b.key, b.view, b.shape, b.room, b.condition),
         )
         np.testing.assert_array_equal(a.prompt.tokens, b.prompt.tokens)
-
-
-def test_views_are_those_of_the_measured_results(solver, trained):
-    """Drawn from the stream [seed, *task id], whoever else is asked about."""
-    alone = views_of(solver, trained.known[2], 6, seed=3)
-    asked = all_questions(solver, trained.known, 6, seed=3)
-    own = [one for one in asked if one.key == Key(trained.known[2].id, 0)]
-    assert [one.view for one in own] == [view for view, _ in alone]
-    rng = np.random.default_rng([3, *trained.known[2].id.encode()])
-    assert alone[0][0] == IDENTITY
-    first = int(rng.integers(8))
-    assert alone[1][0].dihedral == first
-    assert views_of(solver, trained.known[2], 3, seed=3) == alone[:3]
 
 
 def test_an_unknown_task_is_asked_about_with_the_mean(solver, trained):

@@ -14,14 +14,12 @@ from arctrm.config import OptimiserConfig, TrunkConfig
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import Trunk
 from arctrm.train.losses import row_counts
-from arctrm.train.optim import EMA, FlatGradients, Muon, Optimisers, Update, trained_parameters
+from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, trained_parameters
 from arctrm.train.steps import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = OptimiserConfig(muon_lr=0.02, adamw_lr=0.01, weight_decay=0.1)
 NUM_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
-SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (8, 40), (48, 16), (1, 12)]
-"""Squares, both ways of a shape, one way only, a row."""
 
 
 def new_model(device="cpu"):
@@ -78,47 +76,6 @@ def test_clipping_scales_to_the_norm_and_leaves_a_small_gradient_alone():
     assert gradients.flat.tolist() == pytest.approx([3.0, 4.0])
     gradients.clip(1.0)
     assert gradients.flat.tolist() == pytest.approx([0.6, 0.8], rel=1e-4)
-
-
-def matrices(shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-
-
-def draw_gradients(parameters, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator)
-
-
-def train(optimiser, seeds):
-    parameters = optimiser.param_groups[0]["params"]
-    for seed in seeds:
-        draw_gradients(parameters, seed)
-        optimiser.step()
-    return parameters
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_updates_are_those_of_torchs_muon(weight_decay):
-    rates = {"lr": 0.02, "weight_decay": weight_decay, "momentum": 0.9}
-    expected = train(torch.optim.Muon(matrices(), **rates), range(4))
-    got = train(Muon(matrices(), **rates), range(4))
-    for a, b in zip(expected, got, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=0)  # 8 bits of an update of up to 0.02 x 4
-
-
-def test_muon_gets_each_projection_alone_and_adamw_all_the_rest():
-    trained = trained_parameters(new_model())
-    FlatGradients(trained)
-    optimisers = Optimisers(trained, CONFIG)
-    muon, adamw = (optimisers.all[name].param_groups[0]["params"] for name in ("muon", "adamw"))
-    inner = trained["trunk.layers.0.down_proj.weight"].shape[1]
-    one_layer = [(16, 16)] * 3 + [(16, 16)] + [(inner, 16)] * 2 + [(16, inner)]
-    others = [(16, 16)] * 3  # two injections, the feedback
-    assert sorted(tuple(p.shape) for p in muon) == sorted(one_layer * 2 + others)
-    assert {id(p) for p in adamw} == {id(p) for n, p in trained.items() if not is_matrix(n)}
-    assert sum(p.numel() for p in (*muon, *adamw)) == sum(p.numel() for p in trained.values())
 
 
 def test_weights_of_a_hub_model_stay_with_adamw():
