@@ -47,6 +47,7 @@ RETIRED: dict[str, object] = {
     "reader.input_attention": "full",
     "reader.task_embedding": True,
     "reader.dropout": 0.0,
+    "hub.cells": "auto",
 }
 """Keys of a stored configuration that are gone -> the one value at which each is passed over."""
 

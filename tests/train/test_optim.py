@@ -91,7 +91,7 @@ def test_weights_of_a_hub_model_stay_with_adamw():
 
 def test_steps_equal_torchs_muon_and_adamw_on_separately_held_parameters():
     update = new_update(clip_norm=0.0)
-    names = update.ema.names
+    names = list(update.ema.parameters)
     before = {n: w.clone() for n, w in zip(names, update.ema.weights, strict=True)}
     held = {
         n: [nn.Parameter(part.clone()) for part in w.chunk(parts_of(n))] for n, w in before.items()
@@ -134,7 +134,7 @@ def test_the_factor_scales_both_peaks_and_zero_moves_nothing():
 
 def state_of(update):
     """Weights, their average and the state of the optimisers."""
-    weights = zip(update.ema.names, update.ema.weights, strict=True)
+    weights = zip(update.ema.parameters, update.ema.weights, strict=True)
     state = {f"weight.{name}": w for name, w in weights}
     state |= {f"average.{name}": a for name, a in update.ema.state().items()}
     return state | update.optimisers.state()
@@ -152,9 +152,9 @@ def test_a_restored_update_goes_on_to_the_same_bits():
     saved = {name: tensor.clone() for name, tensor in run(whole, range(3)).items()}
     resumed = new_update()
     run(resumed, [9])  # state of its own, which must not survive
-    for name, weight in zip(resumed.ema.names, resumed.ema.weights, strict=True):
+    for name, weight in zip(resumed.ema.parameters, resumed.ema.weights, strict=True):
         weight.copy_(saved[f"weight.{name}"])
-    resumed.ema.load({n: saved[f"average.{n}"] for n in resumed.ema.names})
+    resumed.ema.load({n: saved[f"average.{n}"] for n in resumed.ema.parameters})
     resumed.optimisers.load({n: t for n, t in saved.items() if n.startswith(("muon", "adamw"))})
     expected, got = run(whole, [3, 4], 4), run(resumed, [3, 4], 4)
     assert expected.keys() == got.keys()

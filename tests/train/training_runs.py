@@ -84,14 +84,14 @@ def end_of(out, step):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def command(out, changes, *more, processes=1):
-    """A run of `pretrain` as a process of its own."""
+def command(out, changes, *more, processes=1, kind="pretrain"):
+    """A run of `pretrain` or `joint` as a process of its own."""
     flags = {**SMALL, **changes}
     words = [sys.executable]
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         words += [*launch, str(processes)]
-    words += ["-m", "arctrm", "pretrain", "--out", str(out)]
+    words += ["-m", "arctrm", kind, "--out", str(out)]
     for key, value in flags.items():
         shown = "" if value is None else value if isinstance(value, str) else json.dumps(value)
         words += ["--set", f"{key}={shown}"]
@@ -104,9 +104,9 @@ def start(out, changes, *more):
     )
 
 
-def finish(out, changes, *more, processes=1):
+def finish(out, changes, *more, **how):
     done = subprocess.run(
-        command(out, changes, *more, processes=processes),
+        command(out, changes, *more, **how),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

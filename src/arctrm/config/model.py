@@ -116,6 +116,8 @@ class HubConfig(StrictModel):
     """Where the weights go, such as "cuda:0" or "cpu"; by default where the command computes."""
     device_map: str | None = Field(None, json_schema_extra=FREE)
     """"auto" spreads a model that is too large for one GPU over all; excludes device."""
+    sharded: bool = Field(False, json_schema_extra=FREE)
+    """In training the processes share the layers' weights, gradients and moments (FSDP)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=FREE)
@@ -128,8 +130,6 @@ class HubConfig(StrictModel):
     """Dropout before the LoRA matrices."""
     lora_targets: Names = ()
     """Names of the linear layers that get LoRA, such as q_proj; empty: all but the head."""
-    cells: Literal["auto", "restricted", "separated"] = "auto"
-    """Token of a cell: the bare digit, the digit with the space before it, or what there is."""
     prompt: Literal["grid", "chat"] = "grid"
     """grid: tokens spelt cell by cell; chat: plain language through the chat template."""
     max_pairs: int = Field(6, ge=1, le=64)

@@ -46,7 +46,8 @@ class JudgeConfig(StrictModel):
     """How the reader writes grids side by side, and how it judges the candidates of all voices."""
 
     batch_size: int | None = Field(None, ge=1, le=10**6, json_schema_extra=FREE)
-    """Prompts decoded at once; by default up to 4096 on a GPU, 16 on a CPU, 8 by a hub model."""
+    """Prompts decoded at once; by default up to 4096 on a GPU and 16 on a CPU, of a hub model 256
+    and 8."""
     scored_candidates: Views = 8
     """Grids of each test input, the best by votes, that the reader scores."""
     scoring_views: Views = 8

@@ -7,7 +7,7 @@ becomes one sentence with the model's name in front.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,14 @@ from arctrm.reader.hub_prompts import check_chat_template, find_spelling
 from arctrm.system import compute_dtype, memory_errors
 
 META, GGUF = "meta-llama/Llama-3", ".gguf"
+Spread = Callable[[nn.Module], None]
 
 
-def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> HubReader:
+def load_hub_reader(
+    config: HubConfig, device: torch.device | None = None, spread: Spread | None = None
+) -> HubReader:
     """Load a model and its tokenizer; `config.device` comes before `device`, else CUDA or CPU.
+    `spread` gives processes their parts of the layers.
 
     Raises ConfigError (it is not there, may not be read, or cannot spell grids), CheckpointError
     (its weights are incomplete) or ResourceError (it does not fit).
@@ -47,13 +51,13 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
         place = torch.empty(0, device=place).device
     with _reading(config.name, "its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    find_spelling(tokenizer, config.cells, config.name)  # before gigabytes are read
+    find_spelling(tokenizer, config.name)  # before gigabytes are read
     if config.prompt == "chat":
         check_chat_template(tokenizer, config.name)
     narrow = place.type == "cuda" and config.mode != "full"
     usual = compute_dtype("auto", place) if narrow else torch.float32
     dtype = usual if config.dtype == "auto" else getattr(torch, config.dtype)
-    _require_memory(config, dtype, place)
+    _require_memory(config, settings, dtype, torch.device("cpu") if spread else place)
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # no tables of missing tensors: they become one sentence
     try:
@@ -74,10 +78,12 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
                     f"{config.name}: {len(missing)} tensors, such as {missing[0]!r}, are missing "
                     "or of another shape than config.json says; download or save the model again"
                 )
-            model = model if config.device_map else model.to(place)
+            model = model if config.device_map or spread else model.to(place)
     finally:
         logging.set_verbosity(before)
     model.eval().requires_grad_(config.mode == "full")
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.requires_grad_(False)  # a grid is spelt by a dozen of its rows
     if config.mode == "lora":  # float32 matrices in linear layers, the only trained ones
         from peft import LoraConfig, get_peft_model
 
@@ -90,24 +96,26 @@ def load_hub_reader(config: HubConfig, device: torch.device | None = None) -> Hu
         )
         with _reading(config.name, f"hub.lora_targets = {list(config.lora_targets)} cannot be had"):
             model = get_peft_model(model, lora).get_base_model().eval()
+    if spread:
+        spread(model)
+        model.to(place)
     return HubReader(model, tokenizer, config)
 
 
-def empty_hub_model(config: HubConfig) -> tuple[nn.Module, int]:
-    """The model without weights, and its width; only its configuration is read. Raises as above."""
-    _, settings = _found(config)
-    trusted = config.trust_remote_code
+def empty_hub_model(config: HubConfig, settings: Any = None) -> tuple[nn.Module, int]:
+    """The model without weights, and its width, from its `settings` or what is read of them."""
+    settings, trusted = settings or _found(config)[1], config.trust_remote_code
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=trusted)
     return model, settings.get_text_config(decoder=True).hidden_size
 
 
-def _require_memory(config: HubConfig, dtype: torch.dtype, place: torch.device) -> None:
-    """Raise ConfigError where the weights alone are more than the free memory."""
+def _require_memory(config: HubConfig, settings: Any, dtype: torch.dtype, place: Any) -> None:
+    """Raise ConfigError where the weights alone are more than the free memory of `place`."""
     if config.device_map:
         return  # it may have several devices
     with _reading(config.name, "its configuration cannot be used"):
-        model, _ = empty_hub_model(config)
+        model, _ = empty_hub_model(config, settings)
     needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     on_gpu = place.type == "cuda"
     free = torch.cuda.mem_get_info(place)[0] if on_gpu else psutil.virtual_memory().available

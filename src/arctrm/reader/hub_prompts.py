@@ -65,21 +65,17 @@ class Spelling:
         return flat[skipped + np.arange(len(skipped))], ends - 1
 
 
-def find_spelling(tokenizer: Any, cells: str = "auto", name: str = "the tokenizer") -> Spelling:
-    """Look the ids up; `cells` as `HubConfig.cells`, "auto" prefers bare digits. Raises ConfigError
-    if a digit, a row end or an end has no id of its own.
+def find_spelling(tokenizer: Any, name: str = "the tokenizer") -> Spelling:
+    """Look the ids up: bare digits, else digits with the space before them. Raises ConfigError if a
+    digit, a row end or an end has no id of its own.
     """
     digits = [str(colour) for colour in range(NUM_COLOURS)]
-    kinds = {
-        "restricted": [_bare(tokenizer, digit) for digit in digits],
-        "separated": [  # some decoders drop the space
-            _token(tokenizer, [mark + digit for mark in SPACE_MARKS], (" " + digit, digit))
-            for digit in digits
-        ],
-    }
-    allowed = [ids for kind, ids in kinds.items() if cells in ("auto", kind)]
-    complete = (ids for ids in allowed if len({*ids} - {None}) == NUM_COLOURS)
-    found = next(complete, allowed[0])
+    found = [_bare(tokenizer, digit) for digit in digits]
+    forms = ([mark + digit for mark in SPACE_MARKS] for digit in digits)
+    both = ((" " + digit, digit) for digit in digits)  # some decoders drop the space
+    spaced = [_token(tokenizer, *own) for own in zip(forms, both, strict=True)]
+    if len({*found} - {None}) < NUM_COLOURS == len({*spaced} - {None}):
+        found = spaced
     found += [_free((_bare(tokenizer, character) for character in ROW_ENDS), found)]
     ends = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep", "bos", "pad")]
     found += [_free((*ends, *(_bare(tokenizer, character) for character in ENDS)), found)]
@@ -88,8 +84,8 @@ def find_spelling(tokenizer: Any, cells: str = "auto", name: str = "the tokenize
         lacks = (*digits, "a newline", "the end")[found.index(None)]
         raise ConfigError(
             f"{name}: the tokenizer has no token of its own for {lacks}, and a grid is spelt with "
-            f"one token per cell (hub.cells = {cells!r}); use a reader whose tokenizer has one "
-            "(Llama 3, Qwen 2.5 and 3, Gemma and Mistral do) or the tiny reader"
+            "one token per cell; use a reader whose tokenizer has one (Llama 3, Qwen 2.5 and 3, "
+            "Gemma and Mistral do) or the tiny reader"
         )
     start = tuple(i for i in text_ids(tokenizer, "") if i in tokenizer.all_special_ids)
     words = (tokenizer.encode(word, add_special_tokens=False) for word in ("input", "output"))

@@ -33,7 +33,8 @@ from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import LOCK, new_accelerator, write_bytes_atomically
 
-PROMPTS_AT_ONCE = 64  # of a part of the tasks: some batches of a CPU, or of a hub model
+# Of a part of the tasks, where they are not answered all at once, at least.
+PROMPTS_AT_ONCE, BATCHES_AT_ONCE = 64, 4
 SCORES, ABLATIONS = "scores.json", "ablations.json"
 FINISHED = (SCORES, results.SUBMISSION)  # files that an evaluation leaves when it ends
 
@@ -121,7 +122,9 @@ class _Run:
         """
         tasks = self.store.left(self.tasks, self.rows)
         quick = self.solver.device.type == "cuda" and not self.solver.reads_pairs
-        size = len(tasks) if quick else PROMPTS_AT_ONCE // self.config.inference.views
+        rows = getattr(self.solver.reader, "batch_rows", 0)
+        some = max(PROMPTS_AT_ONCE, BATCHES_AT_ONCE * rows) // self.config.inference.views
+        size = len(tasks) if quick else some
         ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
         return [ordered[i : i + max(1, size)] for i in range(0, len(ordered), max(1, size))]
 

@@ -4,6 +4,8 @@ A draft is what the reader itself wrote, never the target: a teacher-forced stat
 answer. It is stored in the task's own colours and orientation, so any view of it can be shown.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -52,6 +54,8 @@ def questions_of(base: BaseSet, rows_NKC: Tensor) -> list[Question]:
 
 class DraftPool:
     """One draft for each pair p of the source: the output of row `num_pairs + p` of its table."""
+
+    gathered: Callable[[], AbstractContextManager[None]] = nullcontext  # while the reader writes
 
     def __init__(self, sequences: Sequences, config: TRMConfig, reader: Reader):
         """`reader` writes with the weights as they are when it is asked."""
@@ -104,14 +108,15 @@ class DraftPool:
         asked = questions_of(self.source.base, rows[fits])
         temperature, device = self.config.draft_temperature, self.source.device
         sides = ([min(MAX_SIDE, side + SPARE_SIDE) for side in one.answer.shape] for one in asked)
-        found = decode(
-            reader,
-            [reader.prompt(one.query, one.condition, one.pairs) for one in asked],
-            mode="sampled" if temperature else "greedy",
-            temperature=temperature or 1.0,
-            seed=int(torch.randint(2**31, (), device=device)),
-            max_output_tokens=[grid_length(*side) + 1 for side in sides],
-        )
+        with self.gathered():
+            found = decode(
+                reader,
+                [reader.prompt(one.query, one.condition, one.pairs) for one in asked],
+                mode="sampled" if temperature else "greedy",
+                temperature=temperature or 1.0,
+                seed=int(torch.randint(2**31, (), device=device)),
+                max_output_tokens=[grid_length(*side) + 1 for side in sides],
+            )
         num_right = 0
         for pair, question, one in zip(chosen[fits].tolist(), asked, found, strict=True):
             right = one.grid is not None and np.array_equal(one.grid, question.answer)

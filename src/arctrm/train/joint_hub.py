@@ -7,6 +7,7 @@ show the reader's draft instead of its output. TRM refines; behind what it says 
 Legend: N sequences, K pairs in each, R rows (pairs that are there), T tokens, H reader's width.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from arctrm.train.drafts import DraftPool, questions_of
 from arctrm.train.losses import IGNORE, RowCounts, halting_loss, halting_mean, row_counts
 from arctrm.train.refining import Questions, draw_drafted, questions, with_drafts
 from arctrm.train.sequences import INDEX, LENGTH, Batch, Sequences
+from arctrm.train.sharding import gathered
 from arctrm.train.source import PairSource
 from arctrm.train.steps import COUNTS, READER, TRM, Step, metrics_of, room_for
 
@@ -172,6 +174,7 @@ def hub_steps(config: JointConfig, hybrid: HybridModel, base: BaseSet) -> list[S
         steps[-1].keeper = number == 0
     if config.trm.draft_share:
         drafts = DraftPool(sequences, config.trm, reader)
+        drafts.gathered = partial(gathered, reader.layers)
         for step in steps:
             step.drafts = drafts
     hybrid.train()

@@ -23,6 +23,7 @@ from arctrm.config import ScheduleConfig, TrainingConfig
 from arctrm.errors import ArctrmError
 from arctrm.system import memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
+from arctrm.train.sharding import own_part, part_of, whole
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
 
@@ -177,7 +178,7 @@ def _not_finite(run: Run, what: str) -> ArctrmError:
 
 def save(run: Run) -> Path:
     """Write everything that a bit-exact continuation needs; refuses weights that are not finite."""
-    weights = run.model.state_dict()
+    weights = {name: whole(own_part(w), w) for name, w in run.model.state_dict().items()}
     averages = {} if run.ema is None else {**weights, **run.ema.state()}
     model = {f"weights.{name}": tensor for name, tensor in weights.items()}
     model |= {f"ema.{name}": tensor for name, tensor in averages.items()}
@@ -197,7 +198,8 @@ def save(run: Run) -> Path:
 def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
     """Put a run that has made no step where the checkpoint was taken."""
     expected = run.model.state_dict()
-    run.model.load_state_dict(checkpoints.read_model(folder, ema=False, expected=expected))
+    for name, tensor in checkpoints.read_model(folder, ema=False, expected=expected).items():
+        own_part(expected[name]).copy_(part_of(tensor, expected[name]))
     if run.ema is not None:
         run.ema.load(checkpoints.read_model(folder, expected=expected))
     trainer, state = checkpoints.read_state(folder, run.accelerator.process_index)

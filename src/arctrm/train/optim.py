@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from arctrm.config import OptimiserConfig
 from arctrm.errors import CheckpointError
+from arctrm.train.sharding import as_shared, is_shared, own_part, part_of, whole
 
 FUSED_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}  # matrices in one, stacked along the rows
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon/
@@ -35,13 +36,20 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class FlatGradients:
-    """One buffer [number of all elements] that the `.grad` of every parameter is a view of."""
+    """One buffer [number of all elements] that the `.grad` of every parameter is a view of; parts
+    of shared parameters, whose mean FSDP takes, come last.
+    """
 
     def __init__(self, parameters: Named):
-        values = list(parameters.values())
-        self.flat = torch.zeros(sum(p.numel() for p in values), device=values[0].device)
-        for p, part in zip(values, self.flat.split([p.numel() for p in values]), strict=True):
-            p.grad = part.view_as(p)
+        values = sorted(parameters.values(), key=is_shared)
+        parts = [own_part(p.detach()) for p in values]
+        sizes = [part.numel() for part in parts]
+        self.flat = torch.zeros(sum(sizes), device=parts[0].device)
+        for p, part, own in zip(values, parts, self.flat.split(sizes), strict=True):
+            p.grad = as_shared(own.view_as(part), p)
+        alone = sum(size for p, size in zip(values, sizes, strict=True) if not is_shared(p))
+        self.alone, self.shared = self.flat[:alone], self.flat[alone:]
+        self.has_shared = any(map(is_shared, values))
 
     def zero(self) -> None:
         """Forget the gradient."""
@@ -50,12 +58,17 @@ class FlatGradients:
     def average(self) -> None:
         """Replace the gradient by its mean over the processes, where there are several."""
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.flat)
-            self.flat /= torch.distributed.get_world_size()
+            torch.distributed.all_reduce(self.alone)
+            self.alone /= torch.distributed.get_world_size()
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradient down to `max_norm` (L2 over everything)."""
-        self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+        norm = self.flat.norm()
+        if self.has_shared:
+            square = self.shared.norm().square()
+            torch.distributed.all_reduce(square)
+            norm = (self.alone.norm().square() + square).sqrt()
+        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 class Muon(Optimizer):
@@ -125,6 +138,12 @@ class Optimisers:
 
     def __init__(self, parameters: Named, config: OptimiserConfig):
         matrices, others = _split(parameters, use_muon=config.kind == "muon")
+        self.shared = dict[Tensor, Tensor]()  # a part -> the shared parameter
+        for number, p in enumerate(others):
+            if is_shared(p):
+                part = others[number] = nn.Parameter(own_part(p.detach()))
+                assert p.grad is not None
+                part.grad, self.shared[part] = own_part(p.grad), p
         decay, self.all = config.weight_decay, dict[str, Optimizer]()
         device = (matrices + others)[0].device
         is_gpu = device.type == "cuda"  # where rates change in place
@@ -150,9 +169,11 @@ class Optimisers:
             optimiser.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors `<optimiser>.<parameter index>.<key>`: those of the optimisers, not copies."""
+        """Tensors `<optimiser>.<parameter index>.<key>`: those of the optimisers, not copies, but
+        for shared ones, which every process gathers.
+        """
         return {
-            f"{place}.{key}": value
+            f"{place}.{key}": whole(value, self.shared.get(p, p))
             for place, (optimiser, p) in self._places().items()
             for key, value in optimiser.state[p].items()
         }
@@ -160,15 +181,17 @@ class Optimisers:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned (torch's own casts buffers to the parameter's dtype)."""
         places, held = self._places(), [(*name.rpartition("."), t) for name, t in state.items()]
+        like = {place: self.shared.get(p, p) for place, (_, p) in places.items()}
         if {place for place, *_ in held} != places.keys() or any(
-            tensor.ndim and tensor.shape != places[place][1].shape for place, *_, tensor in held
+            tensor.ndim and tensor.shape != like[place].shape for place, *_, tensor in held
         ):
             raise CheckpointError("the optimiser state is of other parameters than those trained")
         for place, _, key, tensor in held:
             optimiser, p = places[place]
             # A step count stays on the CPU unless the optimiser is fused.
             on_cpu = key == "step" and not optimiser.param_groups[0].get("fused")
-            optimiser.state[p][key] = tensor.to("cpu" if on_cpu else p.device, copy=True)
+            own = part_of(tensor, like[place])
+            optimiser.state[p][key] = own.to("cpu" if on_cpu else p.device, copy=True)
 
     def _places(self) -> dict[str, tuple[Optimizer, Tensor]]:
         return {
@@ -199,8 +222,8 @@ class EMA:
 
     def __init__(self, parameters: Named, decay: float):
         self.decay = decay
-        self.names = list(parameters)
-        self.weights = [p.detach() for p in parameters.values()]
+        self.parameters = parameters
+        self.weights = [own_part(p.detach()) for p in parameters.values()]
         self.averages = [w.clone() for w in self.weights]
         for p, average in zip(parameters.values(), self.averages, strict=True):
             vars(p)["average"] = average  # for who sets a weight anew
@@ -216,13 +239,14 @@ class EMA:
         torch._foreach_lerp_(self.averages, self.weights, [self.distance] * len(self.weights))
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
-        return dict(zip(self.names, self.averages, strict=True))
+        """The averages by parameter name; shared ones are gathered."""
+        both = zip(self.parameters.items(), self.averages, strict=True)
+        return {name: whole(average, p) for (name, p), average in both}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        for name, average in self.state().items():
-            average.copy_(state[name])
+        for (name, p), average in zip(self.parameters.items(), self.averages, strict=True):
+            average.copy_(part_of(state[name], p))
 
 
 @dataclass(eq=False)

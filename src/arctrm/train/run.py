@@ -37,6 +37,7 @@ from arctrm.system import (
     write_run_record,
 )
 from arctrm.train.loop import Run, restore, train
+from arctrm.train.sharding import own_part, part_of, spread
 from arctrm.train.steps import metrics_of, sampled_lengths, voice_steps
 from arctrm.train.tracking import Tracker, clock
 
@@ -188,7 +189,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         notes = _start_trunk(trunk, config.checkpoint, config, base, accelerator.is_main_process)
     if is_compiled:
         trunk.compile_blocks()
-    hybrid = _hub_hybrid(hub, trunk) if hub else None
+    hybrid = _hub_hybrid(hub, trunk, accelerator.num_processes) if hub else None
     torch.manual_seed(config.seed + RANK_SEED_STEP * accelerator.process_index)
     model, of_counts = nn.ModuleDict({"trunk": trunk}), metrics_of
     voices: tuple[str, ...] = ("reader", "trm") if config.voice == "both" else (config.voice,)
@@ -290,11 +291,12 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
 
 
-def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
+def _hub_hybrid(config: JointConfig, trunk: Trunk, processes: int) -> Any:
     from arctrm.model.hybrid import HybridModel
     from arctrm.reader.hub_loading import load_hub_reader
 
-    reader = load_hub_reader(config.hub, trunk.device)
+    spreads = config.hub.sharded and processes > 1
+    reader = load_hub_reader(config.hub, trunk.device, spread if spreads else None)
     if reader.device.type != trunk.device.type:
         raise ConfigError(f"hub.device: TRM is trained on {trunk.device}; leave hub.device out")
     hybrid = HybridModel(reader, trunk, config.coupling)
@@ -313,7 +315,9 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk) -> Any:
             own = {name: tensor for name, tensor in own.items() if name.startswith(both)}
             weights = {name: t for name, t in weights.items() if name.startswith(both)}
         checkpoints.check_names(own, weights, folder)
-        module.load_state_dict(module.state_dict() | weights)
+        held = module.state_dict()
+        for name, tensor in weights.items():
+            own_part(held[name]).copy_(part_of(tensor, held[name]))
     return hybrid
 
 
