@@ -15,6 +15,12 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from arctrm.config import CouplingConfig, HubConfig, TrunkConfig
+from arctrm.model.hybrid import HybridModel, HybridRefiner
+from arctrm.model.trunk import Trunk
+from arctrm.reader.hub_loading import load_hub_reader
+from arctrm.solve.weights import Solver, Voices
+
 CORPUS = [
     "input 123 456 1234 2024 1999 10 11 12 100 000 111 output 00 22 33",
     "the rule of the grid is to turn it; input\n012\n345\noutput\n777\n",
@@ -162,3 +168,17 @@ def save_model(
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+def hub_solver(folder, mode="frozen", back=True) -> Solver:
+    """A lively hub model with TRM, which knows no task."""
+    torch.manual_seed(0)
+    reader = load_hub_reader(HubConfig(name=str(folder), mode=mode, lora_rank=2))
+    trunk = Trunk(TrunkConfig(hidden_size=16, num_layers=1, loops=2, num_heads=2), 1)
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.normal_(std=0.3)
+    coupling = CouplingConfig(back=back, num_context_slots=4, num_back_vectors=3, adapter_heads=2)
+    hybrid = HybridModel(reader, trunk, coupling).eval().requires_grad_(False)
+    speak = lambda m: Voices(m.reader, HybridRefiner(m, 2), HybridRefiner(m, 2, coupled=False))
+    return Solver(speak(hybrid), hybrid, speak, {}, True, 0, "a hub model", reads_pairs=True)

@@ -18,6 +18,7 @@ from arctrm.solve.results import (
     read_submission,
 )
 from helpers import as_json, write_tasks
+from hub_models import hub_solver
 
 VIEWS, TRM_VIEWS = 3, 2
 ABLATIONS = ["no-reader", "no-trm", "no-coupling"]
@@ -150,6 +151,29 @@ def test_an_ablation_asks_only_who_is_left(settings, tmp_path, monkeypatch, row,
     assert found["everything"] == {"reader", "trm", "joint"}
     assert found[row] == expected
     assert (judges[row] is None) == (row == "no-reader")
+
+
+def test_in_another_context_trm_hears_what_is_read_of_the_next_task(
+    settings, trained, tmp_path, monkeypatch, hub_model
+):
+    other = elsewhere(settings, tmp_path / "out", ablate=("other-context",), max_tasks=2)
+    with pytest.raises(ConfigError, match="needs a checkpoint with a hub model, and two tasks"):
+        evaluate(other)
+    heard, real = [], module.refine
+    spied = lambda refiner, mine, *more, **how: (
+        heard.append(mine) or real(refiner, mine, *more, **how)
+    )
+    monkeypatch.setattr(module, "refine", spied)
+    few = {"views": 1, "steps": 1}
+    inference = other.inference.model_copy(update=few)
+    solver = hub_solver(hub_model)
+    evaluate(other.model_copy(update={"inference": inference}), solver=solver)
+    (own, mixed), (a, b) = heard, sorted(trained.known, key=lambda task: task.id)[:2]
+    shown = lambda asked: {q.key.task: {p.input.tobytes() for p in q.pairs} for q in asked}
+    inputs = lambda task: {p.input.tobytes() for p in task.demonstrations}
+    assert shown(own) == {a.id: inputs(a), b.id: inputs(b)}
+    assert shown(mixed) == {a.id: inputs(b), b.id: inputs(a)}
+    assert set(read(other.out, "ablations.json")) == {"everything", "other-context"}
 
 
 def test_a_held_out_answer_changes_no_byte_and_the_seed_gives_the_same_again(

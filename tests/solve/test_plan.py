@@ -8,36 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from arctrm.config import CouplingConfig, HubConfig, SolveConfig, TrunkConfig
+from arctrm.config import SolveConfig
 from arctrm.data.task import Pair
-from arctrm.model.hybrid import HybridModel, HybridRefiner
-from arctrm.model.trunk import Trunk
 from arctrm.planner import GridVerifier
-from arctrm.reader.hub_loading import load_hub_reader
 from arctrm.solve.adapt import adapt, share_of_adaptation
 from arctrm.solve.budget import Clock, Session
 from arctrm.solve.plan import PLANNER, can_plan, plan, planning_seconds
 from arctrm.solve.questions import keys_of
 from arctrm.solve.solve import solve_task
-from arctrm.solve.weights import Solver, Voices
 from helpers import is_grid
+from hub_models import hub_solver
 
 ATTEMPTS = 2
 SLOW_HUB = pytest.param("hub", marks=pytest.mark.slow)
-
-
-def hub_solver(hub_model, mode="frozen", back=True) -> Solver:
-    """A lively hub model with TRM, which knows no task."""
-    torch.manual_seed(0)
-    reader = load_hub_reader(HubConfig(name=str(hub_model), mode=mode, lora_rank=2))
-    trunk = Trunk(TrunkConfig(hidden_size=16, num_layers=1, loops=2, num_heads=2), 1)
-    with torch.no_grad():
-        for parameter in trunk.parameters():
-            parameter.normal_(std=0.3)
-    coupling = CouplingConfig(back=back, num_context_slots=4, num_back_vectors=3, adapter_heads=2)
-    hybrid = HybridModel(reader, trunk, coupling).eval().requires_grad_(False)
-    speak = lambda m: Voices(m.reader, HybridRefiner(m, 2), HybridRefiner(m, 2, coupled=False))
-    return Solver(speak(hybrid), hybrid, speak, {}, True, 0, "a hub model", reads_pairs=True)
 
 
 @pytest.fixture(scope="module", params=["tiny", "hub"])

@@ -308,7 +308,7 @@ _command(
 _EVAL = (
     Flag("--bundled", bool, "Use the weights that come with the package.", "bundled"),
     Flag("--submission", PATH, "Score this submission.json, without weights.", "submission"),
-    Flag("--ablate", LIST, "no-reader, no-trm or no-coupling.", "evaluation.ablate"),
+    Flag("--ablate", LIST, "no-reader, no-trm, no-coupling or other-context.", "evaluation.ablate"),
 )
 _command(
     "eval",

@@ -6,8 +6,8 @@ from pydantic import BeforeValidator, Field
 
 from arctrm.config.base import FREE, Count, Names, Number, Rate, Share, StrictModel, Weight
 
-Ablation = Literal["no-reader", "no-trm", "no-coupling"]
-"""What `eval` can leave out."""
+Ablation = Literal["no-reader", "no-trm", "no-coupling", "other-context"]
+"""What `eval` can leave out or mix up."""
 
 
 Views = Annotated[int, Field(ge=1, le=10**6)]
@@ -100,6 +100,7 @@ class EvaluationConfig(TaskChoiceConfig):
     ablate: Annotated[tuple[Ablation, ...], BeforeValidator(_names)] = Field(
         (), json_schema_extra=FREE
     )
-    """Score again with one thing left out, each in turn; no-coupling: TRM begins without drafts."""
+    """Score again with one thing left out, each in turn; no-coupling: TRM begins without drafts;
+    other-context: TRM hears what a hub model reads of another task."""
     keep_candidates: bool = Field(False, json_schema_extra=FREE)
     """Write candidates.json.gz, too: every proposed grid with its voice, views and scores."""

@@ -48,7 +48,7 @@ class HubReader(nn.Module):
         self.__dict__["model"] = model  # not a submodule
         self.tokenizer, self.config, self.name = tokenizer, config, config.name
         text = model.config.get_text_config(decoder=True)
-        self.width, self.text = text.hidden_size, text
+        self.width, self.num_layers = text.hidden_size, text.num_hidden_layers
         self.max_tokens = getattr(text, "max_position_embeddings", None) or 2**31  # that it holds
         self.spelling = find_spelling(tokenizer, config.name)
         self.choices = torch.tensor(self.spelling.choices, device=self.device)
@@ -84,15 +84,14 @@ class HubReader(nn.Module):
 
     @property
     def capacity(self) -> int:
-        """Tokens of a store; keys and values are a fourth of a GPU's memory, reading takes more."""
+        """Tokens of a store: those of which keys and values are half of a GPU's free memory, less
+        where heads share them; the rest is for reading.
+        """
         if self.device.type != "cuda":
             return sys.maxsize
-        text = self.text
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size *= getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + held
-        return free // (4 * 2 * text.num_hidden_layers * size * self.dtype.itemsize)
+        return free // (2 * 2 * self.num_layers * self.width * self.dtype.itemsize)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -127,7 +126,7 @@ class HubReader(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def run(
-        self, embedded_RSD: Tensor, positions_RS: Tensor, mask: Tensor, cache: Any = None
+        self, embedded_RSD: Tensor, positions_RS: Tensor, mask: Any = None, cache: Any = None
     ) -> Tensor:
         """Hidden states after the final norm, float32 [R, S, D]; `mask` int64 [R, tokens so far].
 
@@ -199,7 +198,7 @@ class HubReader(nn.Module):
                 is_soft = (tokens_T[token] == PREFIX)[..., None]
                 embedded = torch.where(is_soft, soft_TD[token].to(embedded), embedded)
             positions = torch.arange(index.shape[1], device=device).expand_as(index)
-            states = self.run(embedded, positions, mask.long())
+            states = self.run(embedded, positions)  # causal: no token sees the padding behind
             hidden = hidden.index_copy(0, index[mask], states[mask])
         return hidden[torch.from_numpy(last).to(device)]
 

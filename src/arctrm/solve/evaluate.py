@@ -10,7 +10,7 @@ written before is scored, without a model.
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import LOCK, new_accelerator, write_bytes_atomically
 
-# Of a part of the tasks, where they are not answered all at once, at least.
-PROMPTS_AT_ONCE, BATCHES_AT_ONCE = 64, 4
+PROMPTS_AT_ONCE, OF_A_HUB_MODEL = 64, 1024
+"""Prompts of a part of the tasks, some batches: of a CPU, and of a hub model on a GPU."""
 SCORES, ABLATIONS = "scores.json", "ablations.json"
 FINISHED = (SCORES, results.SUBMISSION)  # files that an evaluation leaves when it ends
 
@@ -67,6 +67,11 @@ def evaluate(
     if len(rows) > 1 and not solver.speaks_both:
         voices = ", ".join(solver.voices)
         raise ConfigError(f"evaluation.ablate: {solver.name} has only {voices}; leave nothing out")
+    if "other-context" in rows and (not solver.reads_pairs or len(tasks) < 2):
+        raise ConfigError(
+            "evaluation.ablate: other-context shows a hub model another task's demonstrations; "
+            "it needs a checkpoint with a hub model, and two tasks"
+        )
     run = _Run(config, solver, accelerator, tasks, known, store, rows, out, report)
     if dry_run:
         run.print_plan()
@@ -121,10 +126,10 @@ class _Run:
         some prompts at a time, the largest first (what does not fit should say so at once).
         """
         tasks = self.store.left(self.tasks, self.rows)
-        quick = self.solver.device.type == "cuda" and not self.solver.reads_pairs
-        rows = getattr(self.solver.reader, "batch_rows", 0)
-        some = max(PROMPTS_AT_ONCE, BATCHES_AT_ONCE * rows) // self.config.inference.views
-        size = len(tasks) if quick else some
+        on_gpu = self.solver.device.type == "cuda"
+        some = OF_A_HUB_MODEL if on_gpu else PROMPTS_AT_ONCE
+        quick = on_gpu and not self.solver.reads_pairs
+        size = len(tasks) if quick else some // self.config.inference.views
         ordered = sorted(tasks, key=lambda task: -sum(pair.input.size for pair in task.test))
         return [ordered[i : i + max(1, size)] for i in range(0, len(ordered), max(1, size))]
 
@@ -147,7 +152,11 @@ class _Run:
                 continue
             if row in ("no-reader", "no-coupling") and deaf is None:
                 deaf = self.refine(mine, None)
-            own = self.refine(mine, drafts) if row == EVERYTHING else deaf or []
+            own = deaf or []
+            if row == EVERYTHING:
+                own = self.refine(mine, drafts)
+            elif row == "other-context":
+                own = self.refine(self.misled(mine), drafts)
             found = [*(read if row != "no-reader" else ()), *(own if row != "no-trm" else ())]
             candidates = by_key(self.gathered(found))
             judge = None if reader is None or row == "no-reader" else self.judge
@@ -167,6 +176,13 @@ class _Run:
         options: Any = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
         say = lambda told: refine(refiner, mine, drafts, **options, advance=told)
         return self.work("refining", len(to_refine(mine, drafts)), say)
+
+    def misled(self, mine: Sequence[Question]) -> list[Question]:
+        """Questions with the demonstrations of the next task, which a hub model reads for TRM."""
+        ids = [task.id for task in self.tasks]
+        following = dict(zip(ids, self.tasks[1:] + self.tasks[:1], strict=True))
+        shown = ((q, following[q.key.task].demonstrations) for q in mine)
+        return [replace(q, pairs=tuple(map(q.view.apply_pair, pairs))) for q, pairs in shown]
 
     def judge(self, questions: Sequence[Question], grids: Grids) -> Scores:
         """All processes as one `rank.Judge`."""
