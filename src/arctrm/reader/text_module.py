@@ -5,7 +5,7 @@ no gradient; the latent is computed over all tokens at once, with a gradient whe
 Legend: B texts, P prefix vectors, D width of the reader.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,23 +42,29 @@ class HubText:
 
     @torch.no_grad()
     def write(
-        self, prompts: Sequence[Prompt], prefix: Tensor | None, max_length: int
+        self,
+        prompts: Sequence[Prompt],
+        prefix: Tensor | None,
+        max_length: int | Sequence[int],
+        is_over: Callable[[list[int]], bool] = lambda own: False,
     ) -> list[list[int]]:
-        """See `GridText.write`."""
+        """See `GridText.write`; a text ends where it `is_over`, too. One bound, or one for each."""
         ends = (self.hub.tokenizer.eos_token_id, self.hub.model.generation_config.eos_token_id)
         stops = {i for end in ends for i in (end if isinstance(end, list) else [end])}
         store = HubStore(self.hub, with_soft(prompts, prefix))
         last = store.read_states()
         new: list[list[int]] = [[] for _ in prompts]
-        there = np.ones((len(prompts), 1), dtype=bool)
-        for _ in range(max_length):
+        bounds = np.broadcast_to(max_length, len(prompts))
+        there = bounds[:, None] > 0
+        while there.any():
             chosen = self.hub.logits(last).argmax(-1)
-            there[:, 0] &= [one not in stops for one in chosen.tolist()]
-            if not there.any():
-                break
             for row in np.flatnonzero(there):
-                new[row].append(int(chosen[row]))
-            last = store.append_states(chosen[:, None], there)[:, 0]
+                token = int(chosen[row])
+                new[row] += [] if token in stops else [token]
+                full = len(new[row]) >= bounds[row]
+                there[row] = not (token in stops or full or is_over(new[row]))
+            if there.any():
+                last = store.append_states(chosen[:, None], there)[:, 0]
         return new
 
     def latents(
@@ -90,7 +96,7 @@ class TextReasoningModule(nn.Module):
     """A language model that reads a problem and gives a latent and new text.
 
     `model_name` is an id on the Hugging Face hub or a folder, loaded on `device` with the `options`
-    of `HubConfig` (`freeze` = False trains every weight, or with `mode="lora"` what that adds); or
+    of `HubConfig` (`freeze` = False trains the layers, or with `mode="lora"` what that adds); or
     it is a reader (`solver.reader`) or `GridText` that stays as trained as it is.
     """
 

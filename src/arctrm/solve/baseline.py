@@ -13,11 +13,9 @@ import time
 from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from math import isinf
 from typing import Any, cast
 
-import numpy as np
 import torch
 from rich.progress import track
 from torch import nn
@@ -217,15 +215,13 @@ def spell(solver: Solver, asked: Sequence[Question], config: BaselineConfig) -> 
     ]
 
 
-@torch.no_grad()
 def chat(solver: Solver, asked: Sequence[Question], config: BaselineConfig) -> list[Said]:
     """Free text, greedily, until a grid is closed."""
-    from arctrm.reader.hub import HubStore
+    from arctrm.reader.text_module import HubText
 
     hub: Any = solver.reader
-    ends = (hub.tokenizer.eos_token_id, hub.model.generation_config.eos_token_id)
-    stops = {i for end in ends for i in (end if isinstance(end, list) else [end])}
-    decode = partial(hub.tokenizer.decode, skip_special_tokens=True)
+    texts = HubText(hub)
+    over = lambda own: len(own) % LOOK_EVERY == 0 and is_closed(texts.text_of(own))
     size, found = config.batch_size or hub.batch_rows, {}
     order = sorted(range(len(asked)), key=lambda i: len(prompt_of(asked[i]).tokens))
     for first in range(0, len(order), size):
@@ -234,22 +230,10 @@ def chat(solver: Solver, asked: Sequence[Question], config: BaselineConfig) -> l
         left = hub.max_tokens - max(len(prompt.tokens) for prompt in prompts)
         most = min(config.max_new_tokens, left)
         bounds = [min(most, CHAT_FACTOR * asked[i].room + CHAT_EXTRA) for i in batch]
-        new: list[list[int]] = [[] for _ in batch]
-        there, store = np.ones((len(batch), 1), dtype=bool), HubStore(hub, prompts)
-        last = store.read_states()
-        while there.any():
-            chosen = hub.logits(last).argmax(-1)
-            for row in np.flatnonzero(there):
-                token = int(chosen[row])
-                new[row] += [] if token in stops else [token]
-                over = token in stops or len(new[row]) >= bounds[row]
-                look = len(new[row]) % LOOK_EVERY == 0
-                there[row] = not (over or (look and is_closed(decode(new[row]))))
-            if there.any():
-                last = store.append_states(chosen[:, None], there)[:, 0]
-        for i, tokens in zip(batch, new, strict=True):
-            text = decode(tokens)
-            read = len(prompt_of(asked[i]).tokens)
+        new = texts.write(prompts, None, bounds, over)
+        for i, prompt, tokens in zip(batch, prompts, new, strict=True):
+            text = texts.text_of(tokens)
+            read = len(prompt.tokens)
             found[i] = Said(text, parse_grid_text(text), read, len(tokens), None, "")
     return [found[i] for i in range(len(asked))]
 
