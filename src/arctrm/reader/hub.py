@@ -84,9 +84,7 @@ class HubReader(nn.Module):
 
     @property
     def capacity(self) -> int:
-        """Tokens of a store: those of which keys and values are half of a GPU's free memory, less
-        where heads share them; the rest is for reading.
-        """
+        """Tokens of a store: keys and values fill at most half of a GPU's free memory."""
         if self.device.type != "cuda":
             return sys.maxsize
         held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
