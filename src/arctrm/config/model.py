@@ -109,7 +109,7 @@ class HubConfig(StrictModel):
     revision: str | None = None
     """Branch, tag or commit of the hub id."""
     mode: Literal["frozen", "lora", "full"] = "frozen"
-    """What is trained: nothing, LoRA matrices (needs the extra arctrm[peft]), or every weight of the layers."""
+    """What is trained: nothing, LoRA matrices (needs the extra arctrm[peft]), or all layers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto: bfloat16 on a newer GPU, else float32, as where all are trained."""
     device: str | None = Field(None, json_schema_extra=FREE)
