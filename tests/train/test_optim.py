@@ -1,23 +1,15 @@
 """Muon sees the matrices of the layers one by one and moves as torch's; AdamW takes the rest."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_steps import assert_norms, golden_batch, golden_trunk
 from torch import nn
 from torch.optim import AdamW
 
 from arctrm.config import OptimiserConfig, TrunkConfig
 from arctrm.errors import CheckpointError
 from arctrm.model.trunk import Trunk
-from arctrm.train.losses import row_counts
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, trained_parameters
-from arctrm.train.steps import read
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = OptimiserConfig(muon_lr=0.02, adamw_lr=0.01, weight_decay=0.1)
 NUM_PARTS = {"qkv_proj": 3, "gate_up_proj": 2}
 
@@ -187,31 +179,6 @@ def test_the_average_warms_up_and_then_decays_as_asked():
         assert ema.state()["w"].item() == pytest.approx(expected, rel=1e-5)
     assert weight.item() == 19  # the weights themselves are not touched
     assert expected < 18.5
-
-
-def test_five_stored_steps_end_where_the_older_code_ended():
-    """Losses, weights and averages over five stored batches; in the reader voice."""
-    tensors = load_file(GOLDEN / "losses.safetensors")
-    golden = json.loads((GOLDEN / "losses.json").read_text())["replayed_steps"]
-    trunk = golden_trunk(tensors)
-    trained = trained_parameters(trunk)
-    gradients = FlatGradients(trained)
-    config = OptimiserConfig(muon_lr=0.007, adamw_lr=1e-3, weight_decay=0.025)
-    ema = EMA(trained, 0.999)
-    update = Update(gradients, Optimisers(trained, config), ema, 0.0)
-    losses = []
-    for number, factor in enumerate(golden["lr_factors"]):
-        batch = golden_batch(tensors, number)
-        gradients.zero()
-        logits = trunk.logits(read(trunk, batch))
-        loss = row_counts(logits, batch.labels, batch.row, len(batch.rows)).mean
-        loss.backward()
-        losses.append(loss.item())
-        update(factor, number + 1)
-    assert losses == pytest.approx(golden["losses"], abs=1e-3)  # rounding of bfloat16 adds up
-    for key, found in (("weights", trained), ("ema", ema.state())):
-        expected = {name: norm for name, (norm, _) in golden[f"{key}_norm_and_sum"].items()}
-        assert_norms(found, expected, rel=2e-4)
 
 
 def test_every_call_of_a_captured_update_works_once(monkeypatch):
