@@ -5,11 +5,13 @@ shown as escapes. Style comes from `rich.text.Text` alone, whose text from outsi
 `printable`.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 from unicodedata import category
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 _SHADES = "000000 0074d9 ff4136 2ecc40 ffdc00 aaaaaa f012be ff851b 7fdbff 870c25"
@@ -38,6 +40,14 @@ def progress_console() -> Console:
 def note(message: str) -> None:
     """Print one line of prose to stderr."""
     progress_console().print(message.replace("\n", "\\n"))
+
+
+def dry_run_table(command: str, rows: Mapping[str, object]) -> Table:
+    """What a command would do, for `--dry-run`."""
+    table = Table(title=f"{command} (dry run)", title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
 
 
 def printable(text: object, limit: int | None = None) -> str:

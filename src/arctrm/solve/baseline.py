@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import nn
 
 from arctrm.config import BaselineConfig, EvalConfig, InferenceConfig
-from arctrm.console import console, note, progress_console
+from arctrm.console import console, dry_run_table, note, progress_console
 from arctrm.data.task import MAX_SIDE, Task
 from arctrm.errors import CheckpointError, ConfigError, DataError
 from arctrm.reader.grammar import END
@@ -31,7 +31,6 @@ from arctrm.solve import scoring
 from arctrm.solve.propose import READER, Candidate, as_logit, by_key, prompt_of, write
 from arctrm.solve.questions import Key, Question, load_test_set, questions
 from arctrm.solve.rank import rank
-from arctrm.solve.report import dry_run_table
 from arctrm.solve.results import (
     EVERYTHING,
     SUBMISSION,

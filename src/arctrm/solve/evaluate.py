@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from arctrm.config import EvalConfig
-from arctrm.console import console, note, progress_console
+from arctrm.console import console, dry_run_table, note, progress_console
 from arctrm.data.parse import load_json
 from arctrm.data.task import Grid, Task
 from arctrm.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ from arctrm.solve import results, scoring
 from arctrm.solve.propose import Advance, Candidate, by_key, refine, to_refine, write, written
 from arctrm.solve.questions import Key, Question, all_questions, keys_of, load_test_set
 from arctrm.solve.rank import Grids, Ranked, Scores, judged, rank
-from arctrm.solve.report import dry_run_table, write_gallery
+from arctrm.solve.report import write_gallery
 from arctrm.solve.results import EVERYTHING, Store
 from arctrm.solve.weights import Solver, load_solver, weights_fingerprint
 from arctrm.system import LOCK, new_accelerator, write_bytes_atomically

@@ -24,7 +24,7 @@ from rich.console import RenderableType
 from torch import distributed
 
 from arctrm.config import SolveConfig
-from arctrm.console import console, note, progress_console
+from arctrm.console import console, dry_run_table, note, progress_console
 from arctrm.data.sources import load_tasks
 from arctrm.data.task import Task
 from arctrm.errors import ArctrmError, ConfigError, Interrupted
@@ -34,7 +34,6 @@ from arctrm.solve import results, scoring
 from arctrm.solve.adapt import require_adaptable
 from arctrm.solve.questions import keys_of, require_test_inputs
 from arctrm.solve.report import (
-    dry_run_table,
     progress_bar,
     solution_json,
     solution_report,

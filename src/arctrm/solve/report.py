@@ -209,14 +209,6 @@ def attempts_table(result: PlannerResult, title: str, max_text: int = MAX_TEXT) 
     return table
 
 
-def dry_run_table(command: str, rows: Mapping[str, object]) -> Table:
-    """What a command would do, for `--dry-run`."""
-    table = Table(title=f"{command} (dry run)", title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    return table
-
-
 def write_gallery(
     path: Path,
     told: Mapping[str, Any],

@@ -15,12 +15,11 @@ from typing import Any, cast
 import psutil
 import torch
 from accelerate import Accelerator
-from rich.table import Table
 from torch import Tensor, nn
 
 from arctrm import checkpoints
 from arctrm.config import DataConfig, JointConfig, PretrainConfig, TrunkConfig, differences
-from arctrm.console import console, note
+from arctrm.console import console, dry_run_table, note
 from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
@@ -50,7 +49,7 @@ LEAST_HEAD = 16  # width of a head that torch's compiled attention takes
 def pretrain(config: PretrainConfig, *, resume: bool = False, dry_run: bool = False) -> None:
     """Train the trunk into the run folder `config.out`, or go on from its latest checkpoint."""
     if dry_run:
-        console().print(describe(config))
+        console().print(dry_run_table("pretrain", describe(config)))
     else:
         _train(config, resume).end_training()
 
@@ -66,7 +65,7 @@ def joint(config: JointConfig, *, resume: bool = False, dry_run: bool = False) -
             "what training keeps the answers of apart; make them equal, or set evaluate = false"
         )
     if dry_run:
-        console().print(describe(config))
+        console().print(dry_run_table("joint", describe(config)))
         return
     began_at = time.monotonic()
     accelerator = _train(config, resume)
@@ -351,7 +350,7 @@ def steps_of(epochs: int, base: BaseSet, steps: Sequence[Any], num_processes: in
     return math.ceil(epochs * base.num_pairs / (asked * num_processes))
 
 
-def describe(config: Config) -> Table:
+def describe(config: Config) -> dict[str, str]:
     """What a run would train: data, parameters, memory, length; writes nothing."""
     built = config.data.path is not None and (config.data.path / FILE).is_file()
     base = prepare(config.data if built else config.data.model_copy(update={"path": None}))
@@ -380,10 +379,7 @@ def describe(config: Config) -> Table:
         if config.epochs is not None:
             rows["length"] = f"{config.epochs:,} epochs"
         rows["evaluation"] = config.evaluation.test_set if config.evaluate else "none"
-    table = Table(title="dry run", title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    return table
+    return rows
 
 
 def _memory(config: Config, num_parameters: int) -> float:  # bytes
