@@ -2,6 +2,7 @@
 
     python benchmarks/train_speed.py            # the trunk in the box, and 10 layers of 768
     python benchmarks/train_speed.py --size d768x10 --voice reader --profile
+    python benchmarks/train_speed.py --size d640x4x3 --attention auto flex
     torchrun --standalone --nproc-per-node 2 benchmarks/train_speed.py
 
 One row for each voice and size: pairs and tokens per second, peak memory, and the share of the
@@ -14,6 +15,7 @@ sums over the processes, the share is that of one. `--profile` adds the device t
 
 import argparse
 import gc
+import itertools
 import re
 import statistics
 import tempfile
@@ -25,7 +27,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from arctrm.config import DataConfig, PretrainConfig, TrainingConfig, TrunkConfig
+from arctrm.config import DataConfig, PretrainConfig, TrunkConfig
 from arctrm.console import console
 from arctrm.data.base_set import BaseSet, prepare
 from arctrm.system import git_revision, new_accelerator, processor
@@ -42,17 +44,16 @@ def main() -> None:
     ceiling = matrix_rate(accelerator.device)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     columns: dict[str, dict[str, str]] = {}
-    for size in args.size:
-        for voice in args.voice:
-            run = new_run(args, size, voice, base, accelerator)
-            columns[f"{voice} {size}"] = measured(run, args, ceiling)
-            if args.profile and accelerator.num_processes == 1:
-                show_profile(run, args.steps)
-            del run
-            torch.compiler.reset()  # compiled code of one size is kept by the function it is of
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    for size, voice, attention in itertools.product(args.size, args.voice, args.attention):
+        run = new_run(args, size, voice, attention, base, accelerator)
+        columns[f"{voice} {size} {run.compiled or ''}".rstrip()] = measured(run, args, ceiling)
+        if args.profile and accelerator.num_processes == 1:
+            show_profile(run, args.steps)
+        del run
+        torch.compiler.reset()  # compiled code of one size is kept by the function it is of
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     if accelerator.is_main_process:
         title = f"training, {git_revision()[:12]}, {where}, {accelerator.num_processes} process(es)"
         table = Table("", *columns, title=title, caption=OFFICIAL)
@@ -71,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=49_152)
     parser.add_argument("--supervision-steps", type=int, default=1)
     parser.add_argument("--injection", choices=("on", "off"), default="on")
+    parser.add_argument("--attention", nargs="+", choices=("auto", "flex"), default=["auto"])
     parser.add_argument("--checkpointing", action="store_true", help="keep inputs of layers only")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -81,7 +83,12 @@ def arguments() -> argparse.Namespace:
 
 
 def new_run(
-    args: argparse.Namespace, size: str, voice: str, base: BaseSet, accelerator: Accelerator
+    args: argparse.Namespace,
+    size: str,
+    voice: str,
+    attention: str,
+    base: BaseSet,
+    accelerator: Accelerator,
 ) -> Run:
     found = re.fullmatch(r"d(\d+)x(\d+)(?:x(\d+))?", size)
     if found is None:
@@ -102,7 +109,7 @@ def new_run(
             "data": DataConfig(max_tasks=args.max_tasks, num_aug=0),
             "trunk": trunk,
             "trm": {"supervision_steps": args.supervision_steps},
-            "training": TrainingConfig(tokens_per_batch=args.tokens),
+            "training": {"tokens_per_batch": args.tokens, "attention": attention},
         }
     )
     return build_run(config, base, accelerator, time.monotonic())

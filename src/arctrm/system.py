@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 TEMPORARY = ".tmp-"  # begins the name of what is being written: .tmp-<process>-<name>
 LOCK = ".lock"  # holds the number of the process that works in the folder
 PACKAGES = ("torch", "numpy", "safetensors", "transformers", "accelerate")
-# Compute capability from which a GPU has bfloat16 and torch's packed attention, and Triton.
-PACKED, COMPILED = (8, 0), (7, 0)
+# Compute capability from which a GPU has bfloat16 and torch's packed attention, and Triton; from
+# which arctrm's attention by tiles was measured.
+PACKED, COMPILED, TILED = (8, 0), (7, 0), (9, 0)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_BYTES = 256 * 2**20  # in one file, unpacked: five times RE-ARC at 40 pairs a task
 MAX_GROWTH, FREE_BYTES = 48, 8 * 2**20
@@ -226,7 +227,7 @@ def new_accelerator() -> "Accelerator":
 
 
 def is_gpu(device: "torch.device", least: tuple[int, int]) -> bool:
-    """Whether it is a GPU of compute capability `least` or more: PACKED or COMPILED."""
+    """Whether it is a GPU of compute capability `least` or more: PACKED, COMPILED or TILED."""
     import torch
 
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= least

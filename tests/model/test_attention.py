@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from arctrm.model.attention import (
+    BACKWARD_TILE,
     BLOCK,
+    FORWARD_TILE,
     Pieces,
     attend,
     block_spans,
     has_packed_kernel,
+    has_tiles,
     prefix_mask,
     ragged_attention,
     sequence_of,
@@ -70,9 +73,12 @@ def test_a_store_is_asked_with_the_number_of_the_pass():
     assert torch.equal(attend(seen, 3, query, key, value), query * 3)
 
 
-def test_no_packed_kernel_on_a_cpu_or_in_float32():
+def test_no_16_bit_kernel_on_a_cpu_or_in_float32():
     assert not has_packed_kernel(torch.device("cpu"), torch.bfloat16)
     assert not has_packed_kernel(torch.device("cuda"), torch.float32)
+    assert not has_tiles(torch.device("cpu"), torch.bfloat16, 64)
+    assert not has_tiles(torch.device("cuda"), torch.float32, 64)
+    assert not has_tiles(torch.device("cuda"), torch.bfloat16, 32)
 
 
 def test_every_token_is_of_one_sequence():
@@ -119,6 +125,22 @@ def test_blocks_meet_exactly_where_some_query_sees_some_key(prompts):
             assert listed == own[block].nonzero()[:, 0].tolist()
 
 
+@pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["whole", "prefix"])
+def test_tiles_cover_every_token_once_and_long_sequences_first(prompts):
+    seen = None if prompts is None else torch.tensor(prompts)
+    tables = block_spans(offsets(), sum(LENGTHS), 130, seen, tiled=True).tiles
+    parts = zip(offsets().tolist()[:-1], LENGTHS, prompts or LENGTHS, strict=True)
+    expected = [(begin, place, n, p) for begin, n, p in parts for place in range(n)]
+    for table, size in zip(tables, (FORWARD_TILE, BACKWARD_TILE), strict=True):
+        found = [
+            (begin, place, length, prompt)
+            for first, begin, length, prompt in table.tolist()
+            for place in range(first, min(first + size, length))
+        ]
+        assert sorted(found) == expected
+        assert table[:, 2].tolist() == sorted(table[:, 2].tolist(), reverse=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["whole", "prefix"])
 @pytest.mark.parametrize("by_blocks", [False, True], ids=["packed", "flex"])
@@ -147,3 +169,40 @@ def test_blocks_cover_many_short_and_long_sequences():
     found = attend(seen, 0, *(x.bfloat16() for x in (query, key, value)))
     exact = dense(query, key, value, lengths, prompts)
     torch.testing.assert_close(found.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prefix", [False, True], ids=["whole", "prefix"])
+def test_tiles_are_the_dense_mask_of_turned_vectors_with_gradient(prefix):
+    if not has_tiles(torch.device("cuda"), torch.bfloat16, 64):
+        pytest.skip("not measured on this GPU, or no Triton")
+    from arctrm.model.kernels import tiled_attention
+
+    lengths = [1, 127, 128, 0, 129, 300, 2, 513]
+    prompts, total, heads = [1, 100, 0, 0, 129, 5, 0, 400], sum(lengths), 3
+    torch.manual_seed(0)
+    joined, weight = torch.randn(total, 3 * heads, 64), torch.randn(total, heads, 64)
+    angles = torch.rand(total, 1, 32).mul(6).repeat(1, 1, 2)
+    given = [x.cuda().bfloat16() for x in (joined, weight, angles.cos(), angles.sin())]
+    seen = torch.tensor(prompts, device="cuda") if prefix else None
+    tiles = block_spans(offsets(lengths, "cuda"), total, 513, seen, tiled=True).tiles
+
+    def exact(joined, cos, sin):
+        turned, value = joined.split((2 * heads, heads), dim=1)
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+        return dense(*turned.chunk(2, dim=1), value, lengths, prompts if prefix else None)
+
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        joined, weight, cos, sin = (x.to(dtype, copy=True) for x in given)
+        joined.requires_grad_()
+        if dtype == torch.bfloat16:
+            out = tiled_attention(joined, cos, sin, *tiles)[0]
+        else:
+            out = exact(joined, cos, sin)
+        out.backward(weight)
+        parts = (out.detach(), *joined.grad.split(heads, dim=1))
+        results.append([own for part in parts for own in part.float().split(lengths)])
+    for found, right in zip(*results, strict=True):
+        assert (found - right).norm() <= 0.02 * right.norm() + 0.05

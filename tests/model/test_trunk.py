@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from arctrm.config import TrunkConfig
 from arctrm.data.task import Pair
-from arctrm.model.attention import block_spans, prefix_mask, spans
+from arctrm.model.attention import block_spans, has_tiles, prefix_mask, spans
 from arctrm.model.layout import (
     CHOICES,
     SEPARATOR,
@@ -333,16 +333,21 @@ def test_a_cast_copy_is_frozen_and_computes_in_its_dtype():
 
 
 @pytest.mark.gpu
-def test_compiled_blocks_by_spans_are_the_plain_ones_with_gradient():
+@pytest.mark.parametrize("tiled", [False, True], ids=["flex", "tiles"])
+def test_compiled_blocks_by_spans_are_the_plain_ones_with_gradient(tiled):
+    if tiled and not has_tiles(torch.device("cuda"), torch.bfloat16, 64):
+        pytest.skip("not measured on this GPU, or no Triton")
+    config = INJECTED.model_copy(update={"hidden_size": 128}) if tiled else INJECTED
     given, results = batch(pairs(6)), []
     tokens, positions = given.tokens.cuda(), given.positions.cuda()
     for compiled in (False, True):
-        trunk = new_trunk().cuda()
+        trunk = new_trunk(config).cuda()
         if compiled:
             trunk.dtype = torch.bfloat16
             trunk.compile_blocks()
             offsets, prompts = given.offsets.cuda(), given.prompts.cuda()
-            seen = block_spans(offsets, len(tokens), max(given.lengths), prompts)
+            longest = max(given.lengths)
+            seen = block_spans(offsets, len(tokens), longest, prompts, tiled=tiled)
         else:
             seen = spans(given.offsets.cuda(), 100, torch.float32, given.prompts.cuda())
         condition = trunk.condition(given.conditions.cuda())[given.row.cuda()]

@@ -57,6 +57,9 @@ class TrainingConfig(StrictModel):
     """Arithmetic of the layers; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """torch.compile of the layers; auto: on a GPU of compute capability 7 or more."""
+    attention: Literal["auto", "flex"] = Field("auto", json_schema_extra=FREE)
+    """Kernel of compiled layers; auto: arctrm's for heads of 64 on a GPU of compute capability 9 or
+    more, else torch's flex attention."""
     cuda_graph: Literal["auto", "on", "off"] = Field("auto", json_schema_extra=FREE)
     """Replay forward and backward as one CUDA graph, the update as another; auto: on a GPU."""
     ema_decay: Part = 0.999

@@ -5,18 +5,20 @@ prompt) see each other whole; every later token sees the sequence up to itself. 
 is the input; in the TRM voice the prompt is the whole sequence: everything sees everything. A query
 therefore always sees one span of keys, from the beginning of its sequence to some end.
 
-Three ways to the same result: compiled training on a GPU by torch's flex attention, which visits
-only the blocks of a span; other 16-bit arithmetic on a GPU by torch's packed kernel, one call for
-all prompts and one, causal, for the rest (a token is a query of one call and meets no key in the
-other, which gives zeros: the sum is the answer); on a CPU and in float32 one by one.
+Four ways to the same result. Compiled training on a GPU: by the tiles of `kernels`, which is a
+part of the block (`Block.forward`), or, where these were not measured, by torch's flex attention,
+which visits only the blocks of a span. Other 16-bit arithmetic on a GPU: by torch's packed kernel,
+one call for all prompts and one, causal, for the rest (a token is a query of one call and meets no
+key in the other, which gives zeros: the sum is the answer). On a CPU and in float32: one by one.
 
-Legend: T tokens of a packed batch, N sequences in it, A heads, K head width, M blocks.
+Legend: T tokens of a packed batch, N sequences in it, A heads, K head width, M blocks or tiles.
 """
 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from arctrm.system import PACKED, is_gpu
+from arctrm.system import PACKED, TILED, is_gpu
 
 BLOCK = 128  # Tokens of a block of queries or keys
+FORWARD_TILE, BACKWARD_TILE, TILED_HEAD = 128, 64, 64  # Tokens; width of the heads measured
 
 FLEX_OPTIONS: dict[str, Any] = {
     "BLOCKS_ARE_CONTIGUOUS": True,
@@ -61,6 +64,15 @@ class Prompts(NamedTuple):
     max_len: int
 
 
+class Tiles(NamedTuple):
+    """Tiles of each sequence, int32 [M, 4], long sequences first: the first token within the
+    sequence; begin, length and prompt of the sequence. Length 0: no tile.
+    """
+
+    forward: Tensor
+    backward: Tensor
+
+
 class Spans(NamedTuple):
     """Where the sequences of a packed batch lie and what their tokens see."""
 
@@ -72,7 +84,11 @@ class Spans(NamedTuple):
     """Calls of the packed kernel; None: every sequence is one prompt, seen whole."""
     blocks: BlockMask | None = None
     """Blocks that meet, for compiled code on a GPU; says all that the other fields do."""
+    tiles: Tiles | None = None
+    """The same for the kernels of `kernels`; `attend` does not take them."""
 
+
+Kernel = Literal["tiles", "flex"]  # of compiled code on a GPU
 
 # What new tokens see: spans of their batch, or a store: (layer, q, k, v), [T, A, K] each.
 Seen = Spans | Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -100,6 +116,12 @@ def has_packed_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and is_gpu(device, PACKED)
 
 
+def has_tiles(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether attention by tiles was measured for heads of this width on such a device."""
+    measured = width == TILED_HEAD and dtype == torch.bfloat16 and is_gpu(device, TILED)
+    return measured and torch.version.hip is None and find_spec("triton") is not None
+
+
 def spans(
     offsets: Tensor,
     max_len: int,
@@ -122,9 +144,21 @@ def spans(
 
 
 def block_spans(
-    offsets: Tensor, num_tokens: int, max_len: int, prompt_N: Tensor | None = None
+    offsets: Tensor,
+    num_tokens: int,
+    max_len: int,
+    prompt_N: Tensor | None = None,
+    *,
+    tiled: bool = False,
 ) -> Spans:
-    """Spans of `num_tokens` for compiled code on a GPU; the sequences cover all of them."""
+    """Spans of `num_tokens`, which the sequences cover, for compiled code on a GPU: by blocks, or
+    `tiled`. Does not wait for the device.
+    """
+    if tiled:
+        prompts = offsets.diff() if prompt_N is None else prompt_N.to(torch.int32)
+        sizes = FORWARD_TILE, BACKWARD_TILE
+        tiles = Tiles(*(_tile_table(offsets, num_tokens, prompts, size) for size in sizes))
+        return Spans(offsets, max_len, tiles=tiles)
     sequence = sequence_of(offsets, num_tokens)
     begin = offsets[sequence]
     if prompt_N is None:
@@ -241,6 +275,19 @@ def _span_blocks(begin_T: Tensor, end_T: Tensor) -> BlockMask:
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=seen,
     )
+
+
+def _tile_table(offsets: Tensor, num_tokens: int, prompt_N: Tensor, size: int) -> Tensor:
+    """Tiles of `size` tokens, as in `Tiles`; as many rows as the sequences could ever need."""
+    sequences = torch.stack((offsets[:-1], offsets.diff(), prompt_N.minimum(offsets.diff())), 1)
+    sequences = sequences[sequences[:, 1].argsort(descending=True, stable=True)]
+    counts = (sequences[:, 1] + size - 1) // size
+    ends = counts.cumsum(0)
+    tile = torch.arange(num_tokens // size + len(counts), device=offsets.device)
+    own = torch.searchsorted(ends, tile, right=True).clamp(max=len(counts) - 1)
+    first = (tile - ends[own] + counts[own]) * size
+    table = torch.cat((first[:, None], sequences[own]), 1)
+    return torch.where((tile < ends[-1])[:, None], table, 0).to(torch.int32)
 
 
 def _neighbours(first_M: Tensor, end_M: Tensor) -> tuple[Tensor, Tensor]:

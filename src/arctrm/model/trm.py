@@ -115,10 +115,11 @@ def reader_states(trunk: Trunk, rows: Rows, prompt_N: Tensor) -> Tensor:
     `prompt_N` int [N]: tokens of each sequence before its answer.
     """
     offsets, longest = rows.seen.offsets, rows.seen.max_len
-    if rows.seen.blocks is None:
+    if rows.seen.blocks is None and rows.seen.tiles is None:
         seen = spans(offsets, longest, trunk.dtype, prompt_N)
     else:  # compiled blocks, in training
-        seen = block_spans(offsets, len(rows.tokens), longest, prompt_N)
+        tiled = rows.seen.tiles is not None
+        seen = block_spans(offsets, len(rows.tokens), longest, prompt_N, tiled=tiled)
     condition = _of_rows(trunk.condition(rows.condition), rows.row)
     return trunk.hidden(trunk.embed(rows.tokens, condition), rows.positions, seen)
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from arctrm.config import TrunkConfig
 from arctrm.data.task import NUM_COLOURS
 from arctrm.data.views import NUM_DIHEDRALS
-from arctrm.model.attention import Seen, attend
+from arctrm.model.attention import Seen, Spans, attend
 from arctrm.model.layout import (
     CHOICES,
     DIHEDRAL,
@@ -65,12 +65,18 @@ class Block(nn.Module):
         """[T, D] -> [T, D] in the dtype of `x`; `layer` counts passes, for a store."""
         joined = linear(_norm(x, self.input_norm), self.qkv_proj)
         joined = joined.view(-1, 3 * self.num_heads, self.head_width)
-        turned, value = joined.split((2 * self.num_heads, self.num_heads), dim=1)
         cos, sin = turn
-        first, second = turned.chunk(2, dim=-1)
-        quarter = torch.cat((-second, first), dim=-1)
-        query, key = (turned * cos + quarter * sin).chunk(2, dim=1)
-        x = x + linear(attend(seen, layer, query, key, value).flatten(1), self.o_proj)
+        if isinstance(seen, Spans) and seen.tiles is not None:
+            from arctrm.model.kernels import tiled_attention  # there is no Triton without a GPU
+
+            attended = tiled_attention(joined, cos, sin, *seen.tiles)[0]
+        else:
+            turned, value = joined.split((2 * self.num_heads, self.num_heads), dim=1)
+            first, second = turned.chunk(2, dim=-1)
+            quarter = torch.cat((-second, first), dim=-1)
+            query, key = (turned * cos + quarter * sin).chunk(2, dim=1)
+            attended = attend(seen, layer, query, key, value)
+        x = x + linear(attended.flatten(1), self.o_proj)
         gate, up = linear(_norm(x, self.post_norm), self.gate_up_proj).chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, self.down_proj)
 

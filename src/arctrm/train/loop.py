@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from arctrm import checkpoints
 from arctrm.config import ScheduleConfig, TrainingConfig
 from arctrm.errors import ArctrmError
+from arctrm.model.attention import Kernel
 from arctrm.system import memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
 from arctrm.train.sharding import own_part, part_of, whole
@@ -66,6 +67,7 @@ class Run:
     meta: checkpoints.CheckpointMeta  # what a checkpoint says beside step, elapsed and examples
     began_at: float  # monotonic time of this session's start (before compilation)
     captures: bool = False  # replay steps and update as CUDA graphs
+    compiled: Kernel | None = None  # of the attention, in compiled layers on a GPU
     step: int = 0
     elapsed: float = 0.0
     examples: int = 0

@@ -24,7 +24,7 @@ from arctrm.data.base_set import FILE, BaseSet, open_base_set, prepare
 from arctrm.data.overlap import check_inverse
 from arctrm.data.sources import BUNDLED, load_tasks, subset_label
 from arctrm.errors import CheckpointError, ConfigError, ResourceError
-from arctrm.model.attention import has_packed_kernel
+from arctrm.model.attention import Kernel, has_packed_kernel, has_tiles
 from arctrm.model.trunk import TASK_TABLES, Trunk
 from arctrm.system import (
     COMPILED,
@@ -132,6 +132,7 @@ def _train(config: Config, resume: bool) -> Accelerator:
                 f"{'resuming' if resume else 'training'} in {config.out}: "
                 f"{base.num_tasks:,} tasks, {base.num_pairs:,} pairs, {count:,} parameters; "
                 f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+                f"{f'; attention: {run.compiled}' if run.compiled else ''}"
             )
         step, told = (run.step if resume else None), run.meta.config
         with Tracker(config.out, config.tracking, told, resume_step=step, is_main=is_main) as to:
@@ -172,12 +173,16 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     is_compiled = wanted and not hub  # whose batches have no fixed shapes
     packed = has_packed_kernel(device, trunk.dtype)
     captures = packed and not hub
+    compiled: Kernel | None = None
     width = trunk.width // config.trunk.num_heads
     if packed and is_compiled and width < LEAST_HEAD:
         raise ConfigError(
             f"trunk.num_heads: heads of {width} numbers; compiled attention needs {LEAST_HEAD}; "
             "lower trunk.num_heads, or set training.compile = 'off'"
         )
+    if packed and is_compiled:
+        tiled = training.attention == "auto" and has_tiles(device, trunk.dtype, width)
+        compiled = "tiles" if tiled else "flex"
     if training.cuda_graph == "on" and not captures:
         raise ConfigError(
             "training.cuda_graph = 'on': a graph needs the trunk alone, in bfloat16 on a GPU; set "
@@ -198,7 +203,7 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         model.update({"adapters": hybrid.adapters, "hub": hybrid.reader.pretrained})
         steps, of_counts, voices = hub_steps(hub, hybrid, base), hub_metrics, ("trm",)
     else:
-        steps = voice_steps(config, trunk, base, by_blocks=is_compiled and packed)
+        steps = voice_steps(config, trunk, base, compiled=compiled)
     model.train()
     if config.epochs is not None:
         count = steps_of(config.epochs, base, steps, accelerator.num_processes)
@@ -218,7 +223,8 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
         }
     )
     captures = captures and training.cuda_graph != "off"
-    return Run(config.out, training, accelerator, model, steps, of_counts, meta, began_at, captures)
+    given = config.out, training, accelerator, model, steps, of_counts, meta, began_at
+    return Run(*given, captures, compiled)
 
 
 def _check_memory(config: Config, base: BaseSet, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from arctrm.config import PAIR_TOKENS
 from arctrm.data.task import NUM_COLOURS
 from arctrm.model import layout
-from arctrm.model.attention import Spans, block_spans, spans
+from arctrm.model.attention import Kernel, Spans, block_spans, spans
 from arctrm.model.layout import DIHEDRAL, INVERSE, KEEPS_COLOURS, SCALE, TASK
 from arctrm.train import scaling
 from arctrm.train.losses import IGNORE
@@ -67,7 +67,7 @@ class Sequences:
     _: KW_ONLY
     whole: bool = False  # sequences are seen whole (TRM voice)
     inverse_share: float = 0.0  # of the sequences ask for the input of an output
-    by_blocks: bool = False  # attention goes by blocks, for compiled code on a GPU
+    compiled: Kernel | None = None  # of the attention, in compiled code on a GPU
     num_pairs: int = 1  # of a sequence, at most
     longest: int = PAIR_TOKENS  # tokens of a sequence, at most
 
@@ -178,8 +178,9 @@ class Sequences:
         prompts = self.lengths(first)[1].minimum(first[:, LENGTH])
         prompts = torch.cat((prompts, torch.zeros_like(unused)))
         seen_first = None if self.whole else prompts
-        if self.by_blocks:
-            seen = block_spans(offsets, num_tokens, longest, seen_first)
+        if self.compiled:
+            tiled = self.compiled == "tiles"
+            seen = block_spans(offsets, num_tokens, longest, seen_first, tiled=tiled)
         else:
             seen = spans(offsets, longest, self.dtype, seen_first, part)
         tokens, positions = torch.where(real, tokens, layout.PAD), torch.where(real, positions, 0)

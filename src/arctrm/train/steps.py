@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arctrm.config import JointConfig, PretrainConfig, TRMConfig
 from arctrm.data.base_set import BaseSet
-from arctrm.model.attention import BLOCK
+from arctrm.model.attention import BLOCK, Kernel
 from arctrm.model.trm import supervision_steps
 from arctrm.model.trunk import Trunk
 from arctrm.reader.tiny import TinyReader
@@ -189,7 +189,11 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def voice_steps(
-    config: PretrainConfig | JointConfig, trunk: Trunk, base: BaseSet, *, by_blocks: bool = False
+    config: PretrainConfig | JointConfig,
+    trunk: Trunk,
+    base: BaseSet,
+    *,
+    compiled: Kernel | None = None,
 ) -> list[Step]:
     """The steps of a run that trains the trunk in the voices of `config`. With both every optimiser
     step has a batch of each from `trm.begin` on, and before it whole batches of the reader.
@@ -198,8 +202,8 @@ def voice_steps(
     training, trm, noise = config.training, config.trm, config.reader.output_noise
     source, dtype = PairSource(base, config.data, config.seed, trunk.device), trunk.dtype
     share = config.reader.inverse_share
-    reading = Sequences(source, dtype, inverse_share=share, by_blocks=by_blocks)
-    refined = Sequences(source, dtype, whole=True, by_blocks=by_blocks)
+    reading = Sequences(source, dtype, inverse_share=share, compiled=compiled)
+    refined = Sequences(source, dtype, whole=True, compiled=compiled)
     drafts = DraftPool(reading, trm, TinyReader(trunk)) if trm.draft_share else None
     # 2. Which part of the batch each voice has, and when.
     alone = {"reader": [(READER, 1.0, 0.0, 1.0)], "trm": [(TRM, 1.0, 0.0, 1.0)]}
