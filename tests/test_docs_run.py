@@ -46,7 +46,7 @@ HUB = {
 FEW = {"inference.views": 2, "judge.scored_candidates": 2, "judge.scoring_views": 2}
 # dev/ is history; tests/test_python.py runs docs/python.md beside a server of the hub.
 SHOWN = [page for page in PAGES if "dev" not in page.parts and page.name != "python.md"]
-NOT_HERE = re.compile(r"torchrun|accelerate|--version|published/")
+NOT_HERE = re.compile(r"torchrun|--version|published/")
 ERROR = re.compile(r"\$ arctrm (.*)\n(error: .*)")
 MODEL = re.compile(r"(meta-llama|Qwen|HuggingFaceTB)/[\w.-]+")
 

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 import torch
-from training_runs import finish
+from training_runs import finish, small_joint
 
 from arctrm.checkpoints import read_model, read_state
-from hub_models import save_model
+from arctrm.errors import ConfigError
+from arctrm.train.run import joint
 
 CHANGES = {
     "evaluate": False,
@@ -39,8 +40,8 @@ def state(out, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_shared_weights_are_trained_saved_and_resumed_as_whole_ones(mode, tmp_path):
-    changes = {"llama_model": str(save_model(tmp_path / "model")), "hub.mode": mode}
+def test_shared_weights_are_trained_saved_and_resumed_as_whole_ones(mode, tmp_path, hub_model):
+    changes = {"llama_model": str(hub_model), "hub.mode": mode}
     changes["hub.gradient_checkpointing"] = mode == "full"
     run(tmp_path / "whole", {**changes, "training.schedule.max_steps": 1})
     changes["hub.sharded"] = True
@@ -59,3 +60,9 @@ def test_shared_weights_are_trained_saved_and_resumed_as_whole_ones(mode, tmp_pa
     after = state(tmp_path / "shared", 3)
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, msg=name)
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path, hub_model):
+    changes = {"llama_model": str(hub_model), "hub.sharded": True}
+    with pytest.raises(ConfigError, match="one process has nobody to share with"):
+        joint(small_joint(tmp_path / "out", CHANGES | changes))

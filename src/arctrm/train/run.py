@@ -300,8 +300,12 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk, processes: int) -> Any:
     from arctrm.model.hybrid import HybridModel
     from arctrm.reader.hub_loading import load_hub_reader
 
-    spreads = config.hub.sharded and processes > 1
-    reader = load_hub_reader(config.hub, trunk.device, spread if spreads else None)
+    if config.hub.sharded and processes == 1:
+        raise ConfigError(
+            "hub.sharded = true: one process has nobody to share with; start several with "
+            "`torchrun --standalone --nproc_per_node N -m arctrm joint ...`, or leave it out"
+        )
+    reader = load_hub_reader(config.hub, trunk.device, spread if config.hub.sharded else None)
     if reader.device.type != trunk.device.type:
         raise ConfigError(f"hub.device: TRM is trained on {trunk.device}; leave hub.device out")
     hybrid = HybridModel(reader, trunk, config.coupling)
