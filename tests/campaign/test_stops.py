@@ -94,8 +94,9 @@ def forks():
 
 def run_words(words, says, largest):
     """As a process of its own; `largest`: bytes of a file beyond which the disk is full."""
-    for stream in (1, 2):
-        os.dup2(says.fileno(), stream)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(says.fileno(), number)
+        setattr(sys, name, os.fdopen(number, "w", closefd=False))  # those there may be files
     if largest is not None:
         system._FULL += (errno.EFBIG,)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
