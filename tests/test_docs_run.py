@@ -5,6 +5,7 @@ the settings that let it end in seconds, and a tiny checkpoint where the bundled
 answer (tests/test_readme.py runs these).
 """
 
+import gzip
 import json
 import re
 import shlex
@@ -18,6 +19,7 @@ import pytest
 
 import hub_models
 from arctrm.cli import main
+from arctrm.data.sources import PUBLIC
 from helpers import as_json, random_task, write_tasks
 from test_docs import BLOCK, PAGES, ROOT, arctrm_words, shell_lines
 
@@ -99,11 +101,10 @@ def prepared(tmp_path_factory) -> Path:
     for name in ("solutions.json", "answers.json"):
         (folder / name).write_text(json.dumps(solutions))
     shutil.copytree(ROOT / "examples", folder / "examples")
-    for name in ("ConceptARC/corpus/Same/Same1", "re_arc/tasks/007bbfb7"):  # of docs/data.md
-        (folder / name).parent.mkdir(parents=True)
-        task = as_json(random_task(rng))
-        content = task if "Same" in name else task["train"]
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "public").mkdir()
+    for name, digest in PUBLIC.items():  # as if they were made
+        content = json.dumps({name: as_json(random_task(rng))}).encode()
+        (folder / f"public/{name}-{digest[:8]}.json.gz").write_bytes(gzip.compress(content))
     hub_models.save_model(folder / "models/llama", max_position_embeddings=4096, chat=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -122,6 +123,7 @@ def test_the_commands_and_python_of_a_page_run_one_after_another(
     page, prepared, tmp_path, monkeypatch, capfd
 ):
     folder, names = tmp_path / "page", {"__name__": "page"}
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_: prepared / "public")
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
     for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -8,7 +8,7 @@ import pytest
 
 SHARED = {"--config", "--set", "--out", "--seed", "--dry-run", "--help"}
 COMMANDS = {
-    "data build": SHARED | {"--subsets", "--test-set", "--num-aug"},
+    "data build": SHARED | {"--archive", "--subsets", "--test-set", "--num-aug"},
     "data show": SHARED | {"--statistics", "--limit", "--report"},
     "pretrain": SHARED | {"--resume"},
     "joint": SHARED | {"--resume"},

@@ -5,6 +5,7 @@ import json
 from io import StringIO
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from arctrm.config.data import DataConfig
@@ -83,6 +84,20 @@ def test_drop_overlap_leaves_the_offending_tasks_out():
     assert "00576224" not in {t for t, label, _ in base.labelled_pairs() if label == "training2"}
     assert base.meta.counts["evaluation"]["tasks"] == 400
     assert base.meta.counts["training2"]["tasks"] == 1000 - 375 - 1
+
+
+def test_nothing_of_an_unseen_test_set_is_trained_on_not_even_demonstrations(tmp_path):
+    other = [{"input": [[7, 7]], "output": [[8]]}]
+    copy = [{"input": [[1], [2]], "output": [[5]]}]  # of PAIR, turned
+    more = map_of(tmp_path / "more.json.gz", {"copy": copy, "other": other})
+    told = map_of(tmp_path / "told.json.gz", {"asked": TASK})
+    config = DataConfig(subsets=(more, told), test_set=told, unseen_test_set=True)
+    with pytest.raises(OverlapError, match=r"copy \(test pair of asked\)"):
+        build(config)
+    base, _ = build(config.model_copy(update={"drop_overlap": True}))
+    assert (base.meta.task_ids, base.num_pairs) == (("other",), 1)
+    with pytest.raises(ValidationError, match=r"unseen_test_set = true, but no data\.test_set"):
+        DataConfig(test_set=None, unseen_test_set=True)
 
 
 @pytest.mark.slow

@@ -107,3 +107,14 @@ def test_376_of_arc_agi_1s_evaluation_tasks_are_in_arc_agi_2_training(evaluation
     assert (
         len({o.task_id for o in found if o.kind == "pair" and o.task_id == o.test_task_id}) == 376
     )
+
+
+def test_further_pairs_of_a_test_task_are_refused_and_its_demonstrations_are_not():
+    generated = Task("t", (ONE, Pair(grid([8]), grid([9]))))
+    found = find_overlaps({"eval": [TEST], "made": [generated]}, [TEST], "eval")
+    assert found == [Overlap("t", "made", "t", "task")]
+    with pytest.raises(OverlapError, match=r"made hold.*t \(further pairs of a test task\)"):
+        check(found, "eval")
+    assert not find_overlaps(
+        {"made": [Task("t", (ONE,)), Task("x", generated.demonstrations)]}, [TEST]
+    )

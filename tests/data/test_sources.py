@@ -160,7 +160,8 @@ def test_with_on_error_bad_tasks_are_reported_and_the_others_kept(tmp_path):
         ("45737921.json", "did you mean arc1:45737921 or arc2:45737921?"),
         ("arc3:45737921", "did you mean arc1:45737921 or arc2:45737921?"),
         ("45737922", "did you mean arc1:45737921 or arc2:45737921?"),
-        ("nothing like it", "not one of training, evaluation, training2, evaluation2, arc1:<id>"),
+        ("conceptarc", "did you mean concept_arc?"),
+        ("nothing like it", "not one of training, evaluation, training2, evaluation2, concept_arc"),
     ],
 )
 def test_a_path_that_does_not_exist_offers_what_it_is_like(source, meant):

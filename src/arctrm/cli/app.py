@@ -211,12 +211,25 @@ def _command(name: str, call: str, flags: Sequence[Flag], says: str, example: st
 # --- The commands
 
 
-def build(settings: "DataBuildConfig", dry_run: bool) -> None:
+def build(
+    settings: "DataBuildConfig",
+    public: list[str] | None,
+    dry_run: bool,
+    archive: Path | None = None,
+) -> None:
     """`arctrm data build`."""
     from arctrm.console import console
     from arctrm.data import base_set
     from arctrm.data.sources import subset_label
 
+    if archive and len(public or ()) != 1:
+        raise ConfigError("--archive: is of one public set; name that set before it")
+    if public:
+        from arctrm.data.public import make
+
+        for name in public:
+            console().print(f"{name}: would be made" if dry_run else make(name, archive))
+        return
     labels = "-".join(subset_label(name).replace(":", "-") for name in settings.data.subsets)
     folder = settings.out or settings.data.path or Path("data") / labels
     console().print(base_set.build(settings.data, None if dry_run else folder)[1])
@@ -271,6 +284,8 @@ _command(
     "data build",
     "cli.app.build",
     (
+        Flag("public", LIST, "Only make concept_arc, re_arc, re_arc_40 or arc_gen.", None, "SET"),
+        Flag("--archive", PATH, "Zip file of that set's repository, instead of a download."),
         Flag("--subsets", LIST, "Bundled sets or paths to train on; repeatable.", "data.subsets"),
         Flag("--test-set", TEXT, "Of these, only the demonstrations.", "data.test_set"),
         Flag("--num-aug", NUMBER, "Distinct views of each task; 0: all.", "data.num_aug"),

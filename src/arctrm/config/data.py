@@ -40,10 +40,13 @@ class DataConfig(StrictModel):
     """Sources, split, overlap guard and view drawing."""
 
     subsets: Names = ("training", "evaluation")
-    """Bundled names (training, evaluation: ARC-AGI-1; training2, evaluation2: ARC-AGI-2) or paths
-    to a task file, a folder of task files, a Kaggle challenges file or a `.json.gz` map."""
+    """Bundled names (training, evaluation: ARC-AGI-1; training2, evaluation2: ARC-AGI-2), public
+    sets that were made (concept_arc, re_arc, re_arc_40, arc_gen), or paths to a task file, a folder
+    of task files, a Kaggle challenges file or a `.json.gz` map."""
     test_set: str | None = "evaluation"
     """The subset that is evaluated: only the demonstrations of its tasks are trained on."""
+    unseen_test_set: bool = False
+    """Train on nothing of the test set, not even its demonstrations; the guard looks for these."""
     path: Path | None = Field(None, json_schema_extra=FREE)
     """Folder of the built data set; built there first when it does not exist."""
     num_aug: Number = 1000
@@ -72,3 +75,5 @@ class DataConfig(StrictModel):
         if self.test_set is not None and self.test_set not in self.subsets:
             said = f"data.test_set = {self.test_set!r} is not among data.subsets ="
             yield f"{said} {list(self.subsets)}; add it there, or set data.test_set to '' for none"
+        if self.unseen_test_set and self.test_set is None:
+            yield "data.unseen_test_set = true, but no data.test_set is named; name one"

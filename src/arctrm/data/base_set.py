@@ -131,7 +131,11 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
         chosen = held_out_ids((task.id for task in tasks[label]), config.held_out)
         tasks[label] = [replace(t, test=()) if t.id in chosen else t for t in tasks[label]]
     # 4. The overlap guard: test content of the test set is refused, or left out.
-    overlaps = find_overlaps(tasks, tasks[test_label], test_label) if test_label else []
+    tests = tasks[test_label] if test_label else []
+    if test_label and config.unseen_test_set:
+        tests = [replace(t, test=(*t.demonstrations, *t.test)) for t in tests]
+        tasks[test_label] = []
+    overlaps = find_overlaps(tasks, tests, test_label) if tests else []
     bad = refused(overlaps, test_label, config.allow_overlap)
     if not config.drop_overlap:
         check(overlaps, test_label, config.allow_overlap)
@@ -162,7 +166,8 @@ def build(config: DataConfig, out: Path | None = None) -> tuple[BaseSet, Table]:
 def _built_from(config: DataConfig) -> dict[str, Any]:
     """The keys that decide the content of a base set, as JSON gives them back."""
     keys = {"subsets", "test_set", "exclude", "allow_overlap", "drop_overlap", "max_tasks"}
-    return config.model_dump(mode="json", include=keys | {"held_out"})
+    keys |= {"held_out", "unseen_test_set"}
+    return config.model_dump(mode="json", include=keys)
 
 
 def base_set_from_tasks(

@@ -25,28 +25,35 @@ _TaskIds = dict[Hashable, set[str]]
 @dataclass(frozen=True)
 class Overlap:
     """`task_id` of `subset` holds test content of `test_task_id`: a "pair" (possibly turned or
-    mirrored), or a test "input" with another output, or with any where the answer is not known.
+    mirrored), or a test "input" with another output, or with any where the answer is not known; or
+    it is a test "task" by its id and adds pairs to its demonstrations, as a generator would.
     """
 
     task_id: str
     subset: str
     test_task_id: str
-    kind: Literal["pair", "input"]
+    kind: Literal["pair", "input", "task"]
 
 
 def find_overlaps(
     tasks_by_subset: dict[str, list[Task]], test_tasks: Iterable[Task], test_set: str | None = None
 ) -> list[Overlap]:
     """Compare all that would be trained on (of `test_set`: demonstrations) with the test pairs."""
+    test_tasks = list(test_tasks)
     pairs, inputs = _index(test_tasks)
+    shown = {task.id: set(map(pair_key, task.demonstrations)) for task in test_tasks}
     found: dict[Overlap, None] = {}
     for subset, tasks in tasks_by_subset.items():
         for task in tasks:
             for pair, _ in training_pairs(task, subset == test_set):
-                same_pair = pairs.get(pair_key(pair), set())
+                key = pair_key(pair)
+                same_pair = pairs.get(key, set())
                 same_input = inputs.get(grid_key(pair.input), set()) - same_pair
                 found |= {Overlap(task.id, subset, i, "pair"): None for i in sorted(same_pair)}
                 found |= {Overlap(task.id, subset, i, "input"): None for i in sorted(same_input)}
+                is_known = subset == test_set or bool(same_pair | same_input)
+                if not is_known and key not in shown.get(task.id, {key}):
+                    found[Overlap(task.id, subset, task.id, "task")] = None
     return list(found)
 
 
@@ -94,6 +101,7 @@ def describe(overlaps: Iterable[Overlap]) -> str:
     for task_id in sorted(first)[:NUM_NAMED]:
         kind, test_id = first[task_id].kind, first[task_id].test_task_id
         own = f"its own test {kind}" if task_id == test_id else f"test {kind} of {test_id}"
+        own = "further pairs of a test task" if kind == "task" else own
         named.append(f"{task_id} ({own})")
     rest = len(first) - len(named)
     return ", ".join(named) + (f" and {rest} more tasks" if rest else "")

