@@ -137,7 +137,6 @@ HOSTILE = {
     "wide": told(config__trunk__hidden_size=16384, config__trunk__expansion=64.0),
     "heads": told(config__trunk__num_heads=20_000),
     "supervision steps": told(config__trm__halt_max_steps=10**9),
-    "negative seed": told(config__seed=-1),
     "slots": told(config__coupling={"num_context_slots": 10**12}),
     "ways of scaling": told(
         config__data__scaling={"share": 0.5, "factors": [[6, 6]] * 20_000, "shapes": []}
