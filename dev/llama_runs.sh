@@ -6,14 +6,14 @@
 # merge alone-lora (a folder that transformers reads); trm (10); joined-frozen, joined-lora,
 # joined-full (10); no-context, no-aligned, no-back (10). score RUN scores any of them, and
 # `score joined-lora --ablate no-reader,no-trm,no-coupling,other-context` the coupling.
-# concept_arc.json.gz and re_arc_40.json.gz come from docs/data.md.
+# Before: arctrm data build concept_arc re_arc_40.
 set -e
 STAGE=$1
 shift
 RUNS=${RUNS:-runs}
 LAUNCH=${LAUNCH:-arctrm}
 DATA=(--config joint_llama --set llama_model="${MODEL:?}"
-  --set 'data.subsets=["training", "evaluation", "concept_arc.json.gz", "re_arc_40.json.gz"]'
+  --set 'data.subsets=["training", "evaluation", "concept_arc", "re_arc_40"]'
   --set 'data.weights={ evaluation = 2.0, concept_arc = 0.5, re_arc_40 = 0.05 }'
   --set hub.lora_rank=64 --set hub.lora_alpha=64 --set batch_size=128
   --set coupling.reader_tokens_per_batch=32768 --set training.log_every=20)

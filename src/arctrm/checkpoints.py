@@ -65,8 +65,9 @@ class Trained(StrictModel, extra="ignore"):
 
     def new_trunk(self, num_tasks: int) -> Trunk:
         """An untrained trunk of this shape."""
-        scaling = self.data.scaling
-        return Trunk(self.trunk, num_tasks, scaling.num_ways if scaling.share else 0)
+        scaling, passes_z = self.data.scaling, self.trm.supervision_steps > 1
+        num_scales = scaling.num_ways if scaling.share else 0
+        return Trunk(self.trunk, num_tasks, num_scales, passes_z=passes_z)
 
 
 class CheckpointMeta(StrictModel):

@@ -128,7 +128,7 @@ def test_blocks_meet_exactly_where_some_query_sees_some_key(prompts):
 @pytest.mark.parametrize("prompts", [None, PROMPTS], ids=["whole", "prefix"])
 def test_tiles_cover_every_token_once_and_long_sequences_first(prompts):
     seen = None if prompts is None else torch.tensor(prompts)
-    tables = block_spans(offsets(), sum(LENGTHS), 130, seen, tiled=True).tiles
+    tables = block_spans(offsets(), sum(LENGTHS), 130, seen, kernel="tiles").tiles
     parts = zip(offsets().tolist()[:-1], LENGTHS, prompts or LENGTHS, strict=True)
     expected = [(begin, place, n, p) for begin, n, p in parts for place in range(n)]
     for table, size in zip(tables, (FORWARD_TILE, BACKWARD_TILE), strict=True):
@@ -185,7 +185,7 @@ def test_tiles_are_the_dense_mask_of_turned_vectors_with_gradient(prefix):
     angles = torch.rand(total, 1, 32).mul(6).repeat(1, 1, 2)
     given = [x.cuda().bfloat16() for x in (joined, weight, angles.cos(), angles.sin())]
     seen = torch.tensor(prompts, device="cuda") if prefix else None
-    tiles = block_spans(offsets(lengths, "cuda"), total, 513, seen, tiled=True).tiles
+    tiles = block_spans(offsets(lengths, "cuda"), total, 513, seen, kernel="tiles").tiles
 
     def exact(joined, cos, sin):
         turned, value = joined.split((2 * heads, heads), dim=1)

@@ -190,12 +190,14 @@ def test_where_z_does_not_pass_every_step_hears_the_first(trunk):
     asked = questions(3, drafted=True)
     rows, prompts, _ = prepared(trunk, asked)
     z = reader_states(trunk, rows, prompts)
-    state = first_state(trunk, rows, z)
-    for answer in supervision_steps(trunk, rows, state, 3, passes_z=False):
+    state, trunk.passes_z = first_state(trunk, rows, z), False
+    for answer in supervision_steps(trunk, rows, state, 3):
         expected = supervision_step(trunk, rows, state)
         torch.testing.assert_close(answer.logits, expected.logits)
         state = State(expected.state.y, z)
-    answers = [TrunkRefiner(trunk, 3, passes_z=own).refine(asked) for own in (True, False)]
+    other = trunk.cast(torch.float32)
+    other.passes_z = True
+    answers = [TrunkRefiner(one, 3).refine(asked) for one in (other, trunk.cast(torch.float32))]
     assert all(one.log_p != other.log_p for one, other in zip(*answers, strict=True))
     cells = rows.cells & (rows.row == 0)
     log_p = float(answer.logits[cells].log_softmax(-1).detach().amax(-1).sum())

@@ -347,7 +347,9 @@ def test_compiled_blocks_by_spans_are_the_plain_ones_with_gradient(tiled):
             trunk.compile_blocks()
             offsets, prompts = given.offsets.cuda(), given.prompts.cuda()
             longest = max(given.lengths)
-            seen = block_spans(offsets, len(tokens), longest, prompts, tiled=tiled)
+            seen = block_spans(
+                offsets, len(tokens), longest, prompts, kernel="tiles" if tiled else "flex"
+            )
         else:
             seen = spans(given.offsets.cuda(), 100, torch.float32, given.prompts.cuda())
         condition = trunk.condition(given.conditions.cuda())[given.row.cuda()]

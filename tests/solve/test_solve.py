@@ -232,11 +232,13 @@ def test_where_reading_takes_too_long_one_view_is_tried_and_trm_answers_the_rest
     assert {view for _, source, view in answers.candidates if source == TRM} == {0, 1, 2}
 
 
-def test_trm_answers_the_views_that_it_may(solver, trained):
+def test_trm_answers_the_views_that_it_may_and_all_where_it_is_alone(solver, solvers, trained):
     settings = config(inference={"views": 3, "trm_views": 1, "dtype": "float32"})
     answer = room.solve_task(solver, trained.known[0], settings).answers[0]
     views = {s: {v for one in answer.ranked for v in one.views_by.get(s, ())} for s in VOICES}
     assert views == {READER: {0, 1, 2}, TRM: {0}, JOINT: {0}}
+    answer = room.solve_task(solvers("trm"), trained.known[0], settings).answers[0]
+    assert {view for one in answer.ranked for view in one.views_by[TRM]} == {0, 1, 2}
 
 
 def test_where_all_steps_of_one_view_take_too_long_fewer_are_taken(solver, trained):

@@ -95,11 +95,6 @@ class TRMConfig(StrictModel):
     draft_temperature: float = Field(0.5, ge=0, le=100)
     """Temperature at which drafts are sampled; 0 = greedy."""
 
-    @property
-    def passes_z(self) -> bool:
-        """Whether a supervision step takes back the states of the last, not the answer alone."""
-        return self.supervision_steps > 1
-
 
 class HubConfig(StrictModel):
     """Which causal language model reads, how it is loaded, and what of it is trained."""

@@ -26,7 +26,7 @@ class InferenceConfig(StrictModel):
     views: Views = 64
     """Views of each test input that are answered and voted on."""
     trm_views: Views = 16
-    """Of these, views that TRM answers: from hidden cells and, with a reader, from its draft."""
+    """Of these, views that TRM answers beside a reader, from hidden cells and from its draft."""
     invariant_weight: Weight = 1.5
     """How much it counts against a grid that it breaks what all demonstrations keep; 0: nothing."""
     steps: int | None = Field(None, ge=1, le=4096)

@@ -47,6 +47,9 @@ FLEX_OPTIONS: dict[str, Any] = {
 """Small tiles, as a query block meets few blocks of keys: the fastest of twenty on an H100."""
 
 
+Kernel = Literal["tiles", "flex"]  # of compiled code on a GPU
+
+
 class Pieces(NamedTuple):
     """Piece p: queries begin_q[p] : begin_q[p + 1] over keys begin_k[p] : begin_k[p + 1], int32."""
 
@@ -87,8 +90,13 @@ class Spans(NamedTuple):
     tiles: Tiles | None = None
     """The same for the kernels of `kernels`; `attend` does not take them."""
 
+    @property
+    def kernel(self) -> Kernel | None:
+        """Of compiled code on a GPU, None elsewhere."""
+        if self.tiles is not None:
+            return "tiles"
+        return None if self.blocks is None else "flex"
 
-Kernel = Literal["tiles", "flex"]  # of compiled code on a GPU
 
 # What new tokens see: spans of their batch, or a store: (layer, q, k, v), [T, A, K] each.
 Seen = Spans | Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -149,12 +157,12 @@ def block_spans(
     max_len: int,
     prompt_N: Tensor | None = None,
     *,
-    tiled: bool = False,
+    kernel: Kernel = "flex",
 ) -> Spans:
-    """Spans of `num_tokens`, which the sequences cover, for compiled code on a GPU: by blocks, or
-    `tiled`. Does not wait for the device.
+    """Spans of `num_tokens`, which the sequences cover, for compiled code on a GPU, whose kernel
+    wants blocks or tiles. Does not wait for the device.
     """
-    if tiled:
+    if kernel == "tiles":
         prompts = offsets.diff() if prompt_N is None else prompt_N.to(torch.int32)
         sizes = FORWARD_TILE, BACKWARD_TILE
         tiles = Tiles(*(_tile_table(offsets, num_tokens, prompts, size) for size in sizes))

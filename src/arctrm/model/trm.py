@@ -93,18 +93,12 @@ def supervision_step(
 
 
 def supervision_steps(
-    trunk: Trunk,
-    rows: Rows,
-    state: State,
-    num_steps: int,
-    added_TD: Tensor | None = None,
-    *,
-    passes_z: bool = True,
+    trunk: Trunk, rows: Rows, state: State, num_steps: int, added_TD: Tensor | None = None
 ) -> Iterator[Prediction]:
-    """Predictions of up to `num_steps` steps; where not `passes_z`, all hear the first z."""
+    """Predictions of up to `num_steps` steps; where z does not pass, all hear the first."""
     for _ in range(num_steps):
         prediction = supervision_step(trunk, rows, state, added_TD)
-        state = prediction.state if passes_z else State(prediction.state.y, state.z)
+        state = prediction.state if trunk.passes_z else State(prediction.state.y, state.z)
         yield prediction
 
 
@@ -115,11 +109,10 @@ def reader_states(trunk: Trunk, rows: Rows, prompt_N: Tensor) -> Tensor:
     `prompt_N` int [N]: tokens of each sequence before its answer.
     """
     offsets, longest = rows.seen.offsets, rows.seen.max_len
-    if rows.seen.blocks is None and rows.seen.tiles is None:
+    if (kernel := rows.seen.kernel) is None:
         seen = spans(offsets, longest, trunk.dtype, prompt_N)
     else:  # compiled blocks, in training
-        tiled = rows.seen.tiles is not None
-        seen = block_spans(offsets, len(rows.tokens), longest, prompt_N, tiled=tiled)
+        seen = block_spans(offsets, len(rows.tokens), longest, prompt_N, kernel=kernel)
     condition = _of_rows(trunk.condition(rows.condition), rows.row)
     return trunk.hidden(trunk.embed(rows.tokens, condition), rows.positions, seen)
 
@@ -166,16 +159,12 @@ class Refiner(Protocol):
 class TrunkRefiner:
     """Answers with a trunk alone.
 
-    Where `aligned`, the reader's states of a draft are the first z; `passes_z` as in training. No
-    row halts early: as in the TRM paper, halting counts in training only, where it says how many
-    steps a row would take.
+    Where `aligned`, the reader's states of a draft are the first z. No row halts early: as in the
+    TRM paper, halting counts in training only, where it says how many steps a row would take.
     """
 
-    def __init__(
-        self, trunk: Trunk, halt_max_steps: int, *, aligned: bool = True, passes_z: bool = True
-    ):
-        self.trunk, self.halt_max_steps = trunk, halt_max_steps
-        self.aligned, self.passes_z = aligned, passes_z
+    def __init__(self, trunk: Trunk, halt_max_steps: int, *, aligned: bool = True):
+        self.trunk, self.halt_max_steps, self.aligned = trunk, halt_max_steps, aligned
 
     @torch.no_grad()
     def refine(
@@ -202,8 +191,8 @@ class TrunkRefiner:
         rows, prompts = lay_out(asked, self.trunk.device, self.trunk.dtype)
         drafted = self.aligned and asked[0].draft is not None
         z = reader_states(self.trunk, rows, prompts) if drafted else None
-        state, passes_z = first_state(self.trunk, rows, z), self.passes_z
-        return supervision_steps(self.trunk, rows, state, num_steps, passes_z=passes_z), rows
+        state = first_state(self.trunk, rows, z)
+        return supervision_steps(self.trunk, rows, state, num_steps), rows
 
 
 def usual_tokens(device: torch.device) -> int:

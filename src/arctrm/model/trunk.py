@@ -84,12 +84,16 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """All that is learned of the tiny reader and TRM; `num_tasks` task embeddings.
 
-    `dtype` is the arithmetic of the blocks; parameters are float32 in training.
+    `dtype` is the arithmetic of the blocks; parameters are float32 in training. `passes_z`: whether
+    a supervision step takes back the states of the last, or the answer alone.
     """
 
-    def __init__(self, config: TrunkConfig, num_tasks: int, num_scales: int = 0):
+    def __init__(
+        self, config: TrunkConfig, num_tasks: int, num_scales: int = 0, *, passes_z: bool = True
+    ):
         super().__init__()
         self.config, self.num_tasks, self.num_scales = config, num_tasks, num_scales
+        self.passes_z = passes_z
         self.dtype = torch.float32
         width = config.hidden_size
         self.embed_tokens = _table(VOCABULARY, width)
@@ -228,7 +232,8 @@ class Trunk(nn.Module):
     def holding(self, state: Mapping[str, Tensor]) -> "Trunk":
         """A trunk of this kind that holds the tensors of `state`, whatever number of tasks."""
         with torch.device("meta"):
-            other = Trunk(self.config, len(state["task_emb"]), self.num_scales)
+            sizes = self.config, len(state["task_emb"]), self.num_scales
+            other = Trunk(*sizes, passes_z=self.passes_z)
         other.load_state_dict(state, assign=True)
         return other
 

@@ -171,7 +171,7 @@ class _Run:
         refiner = voices.alone if drafts is None else voices.refiner
         if refiner is None:
             return []
-        first = [one.number < chosen.trm_views for one in mine]
+        first = [one.number < self.solver.trm_views(chosen) for one in mine]
         mine, drafts = [*compress(mine, first)], drafts and [*compress(drafts, first)]
         options: Any = {"num_steps": chosen.steps, "tokens_per_batch": chosen.tokens_per_batch}
         say = lambda told: refine(refiner, mine, drafts, **options, advance=told)

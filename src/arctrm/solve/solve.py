@@ -144,8 +144,8 @@ def answer_by_trm(answers: Answers, until: float) -> None:
         if answers.candidates and not session.clock.left():
             break  # the inputs of the rest stand for their answers
         _refine(answers, asked, 1)
-    chosen = session.config.inference
-    asked = session.questions(min(budget.FIRST_VIEWS, chosen.trm_views, chosen.views))
+    most = session.solver.trm_views(session.config.inference)
+    asked = session.questions(min(budget.FIRST_VIEWS, most))
     cost = lambda part: session.refining_seconds(part, budget.FIRST_STEPS) * budget.CHUNK_SHARE
     if chunk := budget.next_views(asked, len(one), len(asked), until - time.monotonic(), cost):
         _refine(answers, chunk, budget.FIRST_STEPS)
@@ -184,8 +184,8 @@ def answer_later(answers: Answers) -> None:
             read_views(answers, asked, kept())
     if session.solver.refiner is not None:
         with clock.during("refining"):
-            first = [one for one in asked if one.number < session.config.inference.trm_views]
-            refine_views(answers, first, kept())
+            most = session.solver.trm_views(session.config.inference)
+            refine_views(answers, [one for one in asked if one.number < most], kept())
     if can_plan(session.solver):
         with clock.during("planning"):
             answers.histories, found = plan(session, session.judging_seconds(share=1.0))

@@ -186,6 +186,11 @@ class Solver:
         """Who answers as a TRM."""
         return self.speakers.refiner
 
+    def trm_views(self, inference: InferenceConfig) -> int:
+        """Views that TRM answers: all of them where nobody reads."""
+        few, every = inference.trm_views, inference.views
+        return min(few, every) if self.reader else every
+
     @property
     def speaks_both(self) -> bool:
         """Whether reader and TRM both answer."""
@@ -249,8 +254,7 @@ def _tiny(folder: Path, inference: InferenceConfig, device: torch.device) -> Sol
     def speak(model: Trunk) -> Voices:
         fast = model.cast(dtype)
         reader = TinyReader(fast, asks_inverse=knows_inverse) if "reader" in meta.voices else None
-        how = {"aligned": trm.aligned, "passes_z": trm.passes_z}
-        answers = TrunkRefiner(fast, trm.halt_max_steps, **how)
+        answers = TrunkRefiner(fast, trm.halt_max_steps, aligned=trm.aligned)
         refiner = answers if "trm" in meta.voices else None
         return Voices(reader, refiner, refiner)
 

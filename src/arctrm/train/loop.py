@@ -24,7 +24,7 @@ from arctrm.errors import ArctrmError
 from arctrm.model.attention import Kernel
 from arctrm.system import memory_errors
 from arctrm.train.optim import EMA, FlatGradients, Optimisers, Update, graph_of, trained_parameters
-from arctrm.train.sharding import own_part, part_of, whole
+from arctrm.train.sharding import fill, own_part, whole
 from arctrm.train.steps import Step
 from arctrm.train.tracking import Tracker
 
@@ -200,8 +200,7 @@ def save(run: Run) -> Path:
 def restore(run: Run, folder: Path, meta: checkpoints.CheckpointMeta) -> None:
     """Put a run that has made no step where the checkpoint was taken."""
     expected = run.model.state_dict()
-    for name, tensor in checkpoints.read_model(folder, ema=False, expected=expected).items():
-        own_part(expected[name]).copy_(part_of(tensor, expected[name]))
+    fill(expected, checkpoints.read_model(folder, ema=False, expected=expected))
     if run.ema is not None:
         run.ema.load(checkpoints.read_model(folder, expected=expected))
     trainer, state = checkpoints.read_state(folder, run.accelerator.process_index)

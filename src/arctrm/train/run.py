@@ -36,7 +36,7 @@ from arctrm.system import (
     write_run_record,
 )
 from arctrm.train.loop import Run, restore, train
-from arctrm.train.sharding import own_part, part_of, spread
+from arctrm.train.sharding import fill, spread
 from arctrm.train.steps import metrics_of, sampled_lengths, voice_steps
 from arctrm.train.tracking import Tracker, clock
 
@@ -174,13 +174,12 @@ def build_run(config: Config, base: BaseSet, accelerator: Accelerator, began_at:
     packed = has_packed_kernel(device, trunk.dtype)
     captures = packed and not hub
     compiled: Kernel | None = None
-    width = trunk.width // config.trunk.num_heads
-    if packed and is_compiled and width < LEAST_HEAD:
-        raise ConfigError(
-            f"trunk.num_heads: heads of {width} numbers; compiled attention needs {LEAST_HEAD}; "
-            "lower trunk.num_heads, or set training.compile = 'off'"
-        )
     if packed and is_compiled:
+        if (width := trunk.width // config.trunk.num_heads) < LEAST_HEAD:
+            raise ConfigError(
+                f"trunk.num_heads: heads of {width} numbers; compiled attention needs "
+                f"{LEAST_HEAD}; lower trunk.num_heads, or set training.compile = 'off'"
+            )
         tiled = training.attention == "auto" and has_tiles(device, trunk.dtype, width)
         compiled = "tiles" if tiled else "flex"
     if training.cuda_graph == "on" and not captures:
@@ -324,9 +323,7 @@ def _hub_hybrid(config: JointConfig, trunk: Trunk, processes: int) -> Any:
             own = {name: tensor for name, tensor in own.items() if name.startswith(both)}
             weights = {name: t for name, t in weights.items() if name.startswith(both)}
         checkpoints.check_names(own, weights, folder)
-        held = module.state_dict()
-        for name, tensor in weights.items():
-            own_part(held[name]).copy_(part_of(tensor, held[name]))
+        fill(module.state_dict(), weights)
     return hybrid
 
 

@@ -179,8 +179,8 @@ class Sequences:
         prompts = torch.cat((prompts, torch.zeros_like(unused)))
         seen_first = None if self.whole else prompts
         if self.compiled:
-            tiled = self.compiled == "tiles"
-            seen = block_spans(offsets, num_tokens, longest, seen_first, tiled=tiled)
+            kernel = self.compiled
+            seen = block_spans(offsets, num_tokens, longest, seen_first, kernel=kernel)
         else:
             seen = spans(offsets, longest, self.dtype, seen_first, part)
         tokens, positions = torch.where(real, tokens, layout.PAD), torch.where(real, positions, 0)

@@ -5,7 +5,7 @@ see the part of a process as any tensor; a checkpoint holds the tensors whole. t
 a while to import and is only there when weights are shared.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,12 @@ def as_shared(part: Tensor, like: Tensor) -> Any:
 def whole(part: Tensor, like: Tensor) -> Tensor:
     """All parts together, on the CPU where they are shared; every process calls it."""
     return as_shared(part, like).full_tensor().cpu() if is_shared(like) and part.ndim else part
+
+
+def fill(held: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Put whole `tensors` into those of a module, `held` by name; shared ones take their part."""
+    for name, tensor in tensors.items():
+        own_part(held[name]).copy_(part_of(tensor, held[name]))
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
